@@ -1,0 +1,64 @@
+"""What a fusion language model is made of, and how its prefixes were encoded."""
+
+from transformers import PreTrainedConfig
+
+LATE = ("concat", "add", "multiply", "gate")
+EARLY = ("init_hidden", "init_cell", "init_both")
+FUSIONS = ("none", *LATE[:3], *EARLY, "input", "gate")
+
+
+class FusionLMConfig(PreTrainedConfig):
+    """Configuration of `FusionLMForCausalLM`; the defaults are the paper's (arXiv 2208.02402).
+
+    Args:
+        vocab_size: V, number of tokens.
+        embedding_size: D, width of the token embeddings and of the features before `lm_head`.
+        hidden_size: H, width of the LSTM.
+        num_layers: LSTM layers.
+        fusion: where the prefix embedding enters, one of `FUSIONS`.
+        prefix_size: E, width of the prefix embeddings (unused for `fusion="none"`).
+        tie_weights: `lm_head` shares its matrix with `embed_tokens`.
+        dropout: probability on token embeddings, between layers and on the LSTM's output.
+        prefix_dropout: probability on the prefix embeddings.
+        encoder: Hugging Face name or path, `minilm`, `tfidf`, `counts` or `zeros`.
+        encoder_sha256: content hash of the encoder that the model was trained with.
+        pooling: see `fusion_model.encoders.POOLINGS`; several are joined by `+`.
+        view: what the encoder is shown, see `fusion_model.prefixes.VIEWS`.
+        shuffle: control, `none`, `sentence` or `corpus`.
+        policy: which prefixes are encoded; `every` token.
+
+    Raises:
+        ValueError: an unknown fusion, or a size below 1.
+    """
+
+    model_type = "fusion_lm"
+    attribute_map = {"tie_word_embeddings": "tie_weights", "num_hidden_layers": "num_layers"}
+
+    vocab_size: int = 8192
+    embedding_size: int = 512
+    hidden_size: int = 768
+    num_layers: int = 1
+    fusion: str = "concat"
+    prefix_size: int = 768
+    tie_weights: bool = False
+    dropout: float = 0.0
+    prefix_dropout: float = 0.0
+    initializer_range: float = 0.05
+    encoder: str | None = None
+    encoder_sha256: str | None = None
+    pooling: str = "cls"
+    view: str = "prefix"
+    shuffle: str = "none"
+    policy: str = "every"
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    def __post_init__(self, **kwargs: object) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion {self.fusion!r}: choose one of {', '.join(FUSIONS)}")
+        for name in ("vocab_size", "embedding_size", "hidden_size", "num_layers", "prefix_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__(**kwargs)

@@ -1,0 +1,347 @@
+"""The model: tokens and prefix embeddings in, scores of the next token out.
+
+Shapes: B sequences, T tokens, D embedding width, H hidden width, E prefix-embedding width,
+V vocabulary. Position t predicts token t + 1 from tokens 0..t and from `prefix_embeds[:, t]`,
+the embedding of tokens 0..t (arXiv 2208.02402).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from fusion_model.config import EARLY, LATE, FusionLMConfig
+from fusion_model.kernels import lstm_sequence, prefix_lstm, resolve_backend, target_log_probs
+
+PrefixEncoder = Callable[[Tensor, Tensor, int], Tensor]
+"""(input_ids [B, T], attention_mask [B, T], start) -> embeddings of the prefixes that end at
+positions start..T-1, [B, T - start, E]."""
+
+
+@dataclass
+class FusionLMOutput(ModelOutput):
+    """Output of `FusionLMForCausalLM`.
+
+    Attributes:
+        loss: mean negative log-likelihood in nats, when labels were given.
+        logits: scores before the softmax, [B, T, V].
+        state: two tensors, batch first, to pass back for the next tokens: (h, c), each
+            [B, L, H]; for early fusion with an embedding a position, where every prefix starts
+            anew, the tokens so far and their mask, each [B, T].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: tuple[Tensor, Tensor] | None = None
+
+
+class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """LSTM language model that fuses prefix embeddings (arXiv 2208.02402, section 3).
+
+    The published input layer is a table plus a bias; the bias is part of the table here, since
+    a sum of both is again a table. Where E differs from what a fusion needs, `prefix_projection`
+    is an affine map E -> H.
+    """
+
+    config_class = FusionLMConfig
+    config: FusionLMConfig
+    main_input_name = "input_ids"
+    _is_stateful = True
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+
+    def __init__(self, config: FusionLMConfig) -> None:
+        super().__init__(config)
+        size, hidden, fusion = config.embedding_size, config.hidden_size, config.fusion
+        self.backend = "auto"
+        self.prefix_encoder: PrefixEncoder | None = None
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.lstm = nn.LSTM(
+            size + (config.prefix_size if fusion == "input" else 0),
+            hidden,
+            config.num_layers,
+            batch_first=True,
+        )
+        needs_hidden_width = fusion in ("add", "multiply", "gate", *EARLY)
+        self.prefix_projection: nn.Module = nn.Identity()
+        if needs_hidden_width and config.prefix_size != hidden:
+            self.prefix_projection = nn.Linear(config.prefix_size, hidden)
+        if fusion == "gate":
+            self.gate = nn.Linear(2 * hidden, hidden)
+        joined = hidden + (config.prefix_size if fusion == "concat" else 0)
+        self.projection = nn.Linear(joined, size)
+        self.lm_head = nn.Linear(size, config.vocab_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # PyTorch's own initialisations, through transformers.initialization so that weights
+        # which were just loaded stay as they are.
+        if isinstance(module, nn.LSTM):
+            bound = module.hidden_size**-0.5
+            for parameter in module.parameters():
+                init.uniform_(parameter, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    def set_backend(self, backend: str) -> None:
+        """Choose how the recurrence runs: one of `fusion_model.kernels.BACKENDS`."""
+        resolve_backend(backend, self.device)
+        self.backend = backend
+
+    def features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
+        state: tuple[Tensor, Tensor] | None = None,
+        use_cache: bool = True,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What `lm_head` reads, [B, T, D], and the state. Arguments as in `forward`."""
+        e = self._check_prefix_embeds(input_ids, attention_mask, prefix_embeds, state)
+        per_prefix = self.config.fusion in EARLY and e is not None and e.dim() == 3
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask = attention_mask[:, -input_ids.shape[1] :]
+        # What follows a token never reaches it: padding on the right only spoils the state.
+        holds = not use_cache and bool((mask[:, 1:] <= mask[:, :-1]).all())
+        step_mask = None if holds or bool(mask.all()) else mask
+        if e is not None:
+            e = F.dropout(e.to(self.dtype), self.config.prefix_dropout, self.training)
+        if per_prefix:
+            assert e is not None
+            hidden, new_state = self._run_prefixes(input_ids, mask, step_mask is not None, e, state)
+        else:
+            hidden, new_state = self._run_sequence(input_ids, step_mask, e, state)
+        return self.projection(self._fuse(hidden, e)), new_state if use_cache else None
+
+    def _check_prefix_embeds(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        e: Tensor | None,
+        state: tuple[Tensor, Tensor] | None,
+    ) -> Tensor | None:
+        fusion, size = self.config.fusion, self.config.prefix_size
+        if fusion == "none":
+            return None
+        if e is None:
+            if self.prefix_encoder is None or state is not None:
+                raise ValueError(
+                    f"fusion={fusion!r} needs prefix_embeds, [B, T, {size}] or [B, {size}]: pass "
+                    "them, or load the model with fusion_model.load, which attaches its encoder"
+                )
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            e = self.prefix_encoder(input_ids, mask, 0)
+        batch, length = input_ids.shape
+        if tuple(e.shape) not in ((batch, length, size), (batch, size)):
+            raise ValueError(
+                f"prefix_embeds has shape {list(e.shape)}: expected {[batch, length, size]}, one "
+                f"a position, or {[batch, size]}, one a sequence"
+            )
+        if e.device.type == "cpu" and not bool(torch.isfinite(e).all()):  # a sync on a GPU
+            where = (~torch.isfinite(e)).nonzero()[0].tolist()
+            raise ValueError(f"prefix_embeds holds NaN or infinity, first at {where}")
+        return e
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        return F.dropout(self.embed_tokens(input_ids), self.config.dropout, self.training)
+
+    def _run_sequence(
+        self,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        e: Tensor | None,
+        state: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x = self._embed(input_ids)
+        if self.config.fusion == "input":
+            assert e is not None
+            e = e if e.dim() == 3 else e[:, None].expand(-1, x.shape[1], -1)
+            x = torch.cat([x, e], dim=-1)
+        if state is None:
+            zeros = x.new_zeros(x.shape[0], self.config.num_layers, self.config.hidden_size)
+            state = (zeros, zeros)
+            if self.config.fusion in EARLY and e is not None:
+                rows = e[:, None].expand(-1, self.config.num_layers, -1)
+                state = self._initial_state(rows)
+        elif not state[0].is_floating_point():
+            raise ValueError("this state comes from prefix_embeds [B, T, E]: pass them again")
+        return lstm_sequence(
+            x,
+            state,
+            self.lstm.all_weights,
+            mask=mask,
+            dropout=self.config.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+
+    def _run_prefixes(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        padded: bool,
+        e: Tensor,
+        state: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if state is not None:
+            if state[0].is_floating_point():
+                raise ValueError("this state comes from prefix_embeds [B, E]: pass those again")
+            input_ids = torch.cat([state[0], input_ids], dim=1)
+            mask = torch.cat([state[1], mask], dim=1)
+            padded = not bool(mask.all())
+        h0, c0 = self._initial_state(e)
+        hidden = prefix_lstm(
+            self._embed(input_ids),
+            h0,
+            c0,
+            self.lstm.all_weights,
+            mask=mask if padded else None,
+            dropout=self.config.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return hidden, (input_ids, mask)
+
+    def _initial_state(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        e = self.prefix_projection(e)
+        zeros = torch.zeros_like(e)
+        return {"init_hidden": (e, zeros), "init_cell": (zeros, e), "init_both": (e, e)}[
+            self.config.fusion
+        ]
+
+    def _fuse(self, hidden: Tensor, e: Tensor | None) -> Tensor:
+        hidden = F.dropout(hidden, self.config.dropout, self.training)
+        fusion = self.config.fusion
+        if fusion not in LATE:
+            return hidden
+        assert e is not None
+        e = e if e.dim() == 3 else e[:, None].expand(-1, hidden.shape[1], -1)
+        e = self.prefix_projection(e)
+        if fusion == "concat":
+            return torch.cat([hidden, e.to(hidden.dtype)], dim=-1)
+        if fusion == "add":
+            return hidden + e
+        if fusion == "multiply":
+            return hidden * e
+        gate = torch.sigmoid(self.gate(torch.cat([hidden, e.to(hidden.dtype)], dim=-1)))
+        return gate * hidden + (1 - gate) * e
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
+        state: tuple[Tensor, Tensor] | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> FusionLMOutput:
+        """Scores of the next token at every position.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], or [B, S + T] when `state` covers S tokens; 0 at padding,
+                on either side: the state is held over it.
+            prefix_embeds: [B, T, E], position t holds the embedding of tokens 0..t; or [B, E],
+                one vector for the sequence. Omitted, the attached encoder computes them.
+            state: from the output of an earlier call, to go on from there.
+            labels: [B, T], as in transformers: shifted inside, -100 is ignored.
+            use_cache: return the state (default: the configuration's).
+            logits_to_keep: score only the last n positions (0: all).
+
+        Raises:
+            ValueError: embeddings missing, of the wrong shape, or not finite.
+        """
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        features, state = self.features(input_ids, attention_mask, prefix_embeds, state, use_cache)
+        logits = self.lm_head(features[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return FusionLMOutput(loss=loss, logits=logits, state=state)
+
+    def token_log_probs(
+        self,
+        input_ids: Tensor,
+        prefix_embeds: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """log p of tokens 1..T-1 given what precedes, in nats: the real ones only, row by row.
+
+        Args:
+            input_ids: [B, T], padded on the right.
+            prefix_embeds: [B, T - 1, E] or [B, E]: the last token predicts nothing.
+            lengths: number of real tokens of each row, [B] (default: T).
+
+        Returns:
+            [sum of (lengths - 1)], float32.
+        """
+        features, _ = self.features(input_ids[:, :-1], None, prefix_embeds, use_cache=False)
+        targets = input_ids[:, 1:]
+        if lengths is not None:
+            steps = torch.arange(targets.shape[1], device=targets.device)
+            real = steps < (lengths - 1)[:, None]
+            features, targets = features[real], targets[real]
+        else:
+            features, targets = features.flatten(0, 1), targets.flatten()
+        return target_log_probs(features, self.lm_head.weight, self.lm_head.bias, targets)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the state is our own; a DynamicCache beside it breaks beam search
+
+    def _reorder_cache(
+        self, state: tuple[Tensor, Tensor], beam_idx: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        first, second = (s.index_select(0, beam_idx.to(s.device)) for s in state)
+        return first, second
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
+        state: tuple[Tensor, Tensor] | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The next call's inputs: new tokens only where there is a state, prefixes encoded."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        start = input_ids.shape[1] - 1 if state is not None else 0
+        if self.config.fusion != "none" and (prefix_embeds is None or prefix_embeds.dim() == 3):
+            if self.prefix_encoder is None:
+                raise ValueError(
+                    f"generate with fusion={self.config.fusion!r} needs an encoder for the "
+                    "prefixes that it makes: load the model with fusion_model.load, or pass "
+                    f"prefix_embeds [B, {self.config.prefix_size}], one vector a sequence"
+                )
+            prefix_embeds = self.prefix_encoder(input_ids, mask, start)
+        return {
+            "input_ids": input_ids[:, start:],
+            "attention_mask": mask,
+            "prefix_embeds": prefix_embeds,
+            "state": state,
+            "use_cache": use_cache,
+        }

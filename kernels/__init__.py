@@ -1,0 +1,20 @@
+"""Recurrent operations behind one `backend=` choice. They know PyTorch only.
+
+Notation: B sequences, T steps, R prefix rows, D input width, H hidden width, V vocabulary,
+L layers. Gates are in PyTorch's order: input, forget, cell, output.
+"""
+
+from fusion_model.kernels.backend import BACKENDS, resolve_backend
+from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence
+from fusion_model.kernels.prefix_lstm import prefix_lstm
+from fusion_model.kernels.surprisal import target_log_probs
+
+__all__ = [
+    "BACKENDS",
+    "LayerWeights",
+    "State",
+    "lstm_sequence",
+    "prefix_lstm",
+    "resolve_backend",
+    "target_log_probs",
+]

