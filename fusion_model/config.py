@@ -25,7 +25,8 @@ class FusionLMConfig(PreTrainedConfig):
         pooling: see `fusion_model.encoders.POOLINGS`; several are joined by `+`.
         view: what the encoder is shown, see `fusion_model.prefixes.VIEWS`.
         shuffle: control, `none`, `sentence` or `corpus`.
-        policy: which prefixes are encoded; `every` token.
+        shares_vocabulary: tokens are pieces of the encoder's own vocabulary, so that prefixes go
+            to the encoder as tokens and not as text.
 
     Raises:
         ValueError: an unknown fusion, or a size below 1.
@@ -49,7 +50,7 @@ class FusionLMConfig(PreTrainedConfig):
     pooling: str = "cls"
     view: str = "prefix"
     shuffle: str = "none"
-    policy: str = "every"
+    shares_vocabulary: bool = False
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1

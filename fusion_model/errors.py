@@ -1,0 +1,21 @@
+"""Mistakes in what a user gave. The command line shows each as one line, without a traceback."""
+
+
+class FusionLMError(ValueError):
+    """What was wrong, where, and what to do about it."""
+
+
+class TextError(FusionLMError):
+    """A text file that cannot be used."""
+
+
+class EncoderError(FusionLMError):
+    """An encoder that cannot be loaded, or an input it cannot encode."""
+
+
+class StoreError(FusionLMError):
+    """A store of embeddings that is damaged or belongs to another encoder."""
+
+
+class CheckpointError(FusionLMError):
+    """A model or a training checkpoint that is missing, damaged or unsafe."""

@@ -1,0 +1,109 @@
+"""Stage 3: what the encoder is shown at each position of a sentence.
+
+A sentence of n tokens (BOS and EOS not counted) has n + 1 positions: after t = 0..n tokens the
+model predicts token t + 1, at t = n EOS. Views as in arXiv 2208.02402; all but `prefix` and
+`previous` see the future and serve as bounds and controls only.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from fusion_model.errors import FusionLMError
+
+VIEWS = ("prefix", "sentence", "left:K", "right:K", "masked", "previous")
+CAUSAL_VIEWS = ("prefix", "previous")
+SHUFFLES = ("none", "sentence", "corpus")
+
+
+def parse_view(view: str) -> tuple[str, float]:
+    """`left:0.5` -> ("left", 0.5); views without a fraction get 1.
+
+    Raises:
+        FusionLMError: an unknown view, or a fraction outside 0..1.
+    """
+    name, _, fraction = view.partition(":")
+    known = {v.partition(":")[0]: ":" in v for v in VIEWS}
+    try:
+        k = float(fraction) if fraction else 1.0
+        valid = name in known and known[name] == bool(fraction) and 0 <= k <= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise FusionLMError(
+            f"unknown view {view!r}: choose one of {', '.join(VIEWS)}, K a fraction from 0 to 1"
+        )
+    return name, k
+
+
+def prefix_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Text of the first t tokens for t = 0..len(ids); specials and unfinished characters drop."""
+    stream, backend = DecodeStream(skip_special_tokens=True), tokenizer.backend_tokenizer
+    texts = [""]
+    for token in ids:
+        texts.append(texts[-1] + (stream.step(backend, int(token)) or ""))
+    return texts
+
+
+def view_texts(
+    texts: Sequence[str], view: str, mask_token: str = "[MASK]", previous: str = ""
+) -> list[str]:
+    """What the encoder is shown at each position of one sentence.
+
+    Args:
+        texts: `prefix_texts` of the sentence.
+        view: one of `VIEWS`. `left:K` is the first K of the sentence's tokens, `right:K` all
+            but them, `masked` the sentence with the next token masked, `previous` the sentence
+            before.
+        mask_token: the encoder's.
+        previous: text of the sentence before.
+    """
+    name, k = parse_view(view)
+    n, whole = len(texts) - 1, texts[-1]
+    cut = len(texts[math.ceil(k * n)])
+    if name == "prefix":
+        return [text.strip() for text in texts]
+    if name == "masked":
+        after = [whole[len(texts[min(t + 1, n)]) :] for t in range(n + 1)]
+        return [f"{texts[t].strip()} {mask_token}{after[t]}".strip() for t in range(n + 1)]
+    shown = {"sentence": whole, "left": whole[:cut], "right": whole[cut:], "previous": previous}
+    return [shown[name].strip()] * (n + 1)
+
+
+def view_ids(
+    ids: Sequence[int], view: str, mask_id: int | None, previous: Sequence[int] = ()
+) -> list[list[int]]:
+    """As `view_texts`, for tokens that are pieces of the encoder's vocabulary."""
+    name, k = parse_view(view)
+    whole, n = list(ids), len(ids)
+    if name == "prefix":
+        return [whole[:t] for t in range(n + 1)]
+    if name == "masked":
+        if mask_id is None:
+            raise FusionLMError("view 'masked' needs an encoder with a mask token")
+        return [[*whole[:t], mask_id, *whole[t + 1 :]] for t in range(n + 1)]
+    cut = math.ceil(k * n)
+    shown = {"sentence": whole, "left": whole[:cut], "right": whole[cut:]}
+    return [shown.get(name, list(previous))] * (n + 1)
+
+
+def shuffle_rows(rows: np.ndarray, lengths: Sequence[int], shuffle: str, seed: int = 0) -> np.ndarray:
+    """Control: the embedding of another position, of the same sentence or of any.
+
+    Args:
+        rows: the store row of every position of a corpus, sentence after sentence, [P].
+        lengths: positions of each sentence; they add up to P.
+        shuffle: one of `SHUFFLES`.
+    """
+    if shuffle not in SHUFFLES:
+        raise FusionLMError(f"unknown shuffle {shuffle!r}: choose one of {', '.join(SHUFFLES)}")
+    generator = np.random.default_rng(seed)
+    if shuffle == "corpus":
+        return generator.permutation(rows)
+    if shuffle == "sentence":
+        ends = np.cumsum(lengths)[:-1]
+        return np.concatenate([generator.permutation(part) for part in np.split(rows, ends)])
+    return rows

@@ -1,0 +1,112 @@
+"""Stage 1: text files into documents of sentences, whitespace normalised."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencex
+
+from fusion_model.errors import TextError
+
+SPLITS = ("sentences", "lines")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file: its name and its sentences, each with single spaces between words."""
+
+    name: str
+    sentences: list[str]
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        TextError: missing, empty, binary or in another encoding.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TextError(f"cannot read {path}: {error.strerror}") from error
+    if not data.strip():
+        raise TextError(f"{path} is empty: give a file with some text in it")
+    if b"\0" in data:
+        raise TextError(f"{path} is a binary file (it has a NUL byte): give plain UTF-8 text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}): convert it, "
+            f"for example with: iconv -f latin1 -t utf-8 {path} > {path.stem}-utf8.txt"
+        ) from None
+
+
+def split_sentences(text: str, split: str = "sentences") -> list[str]:
+    """Sentences of a text, by `sentencex` within each paragraph, or one a line."""
+    if split not in SPLITS:
+        raise TextError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if split == "lines":
+        pieces: Iterable[str] = text.splitlines()
+    else:
+        paragraphs = (" ".join(p.split()) for p in re.split(r"\n\s*\n", text))
+        pieces = (s for p in paragraphs if p for s in sentencex.segment("en", p))
+    return [" ".join(piece.split()) for piece in pieces if piece.strip()]
+
+
+def detokenize(text: str) -> str:
+    """Undo the spacing of WikiText: ` @-@ ` inside words, spaces around punctuation."""
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r" ([,.;:!?%)\]}]|'s\b|n't\b|'(?:re|ve|ll|d|m)\b)", r"\1", text)
+    text = re.sub(r"([(\[{$£]) ", r"\1", text)
+    text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
+    return re.sub(r"^ (= )+(.*?)( =)+ *$", r"\2.", text, flags=re.MULTILINE)
+
+
+def read_documents(
+    sources: Sequence[str], split: str = "sentences", clean_wikitext: bool = False
+) -> list[Document]:
+    """Documents from files, directories of `.txt` files, or `hf:NAME[/CONFIG][:SPLIT]`.
+
+    Raises:
+        TextError: as `read_text`; a directory without text; a dataset that cannot be loaded.
+    """
+    documents = []
+    for source in sources:
+        for name, text in _read_source(source):
+            sentences = split_sentences(detokenize(text) if clean_wikitext else text, split)
+            documents.append(Document(name, sentences))
+    return documents
+
+
+def _read_source(source: str) -> list[tuple[str, str]]:
+    if source.startswith("hf:"):
+        return [(source, _read_dataset(source[3:]))]
+    path = Path(source)
+    if not path.is_dir():
+        return [(str(path), read_text(path))]
+    files = sorted(path.rglob("*.txt"))
+    if not files:
+        raise TextError(f"{path} holds no .txt file: give a folder of text files, or one file")
+    return [(str(file), read_text(file)) for file in files]
+
+
+def _read_dataset(spec: str) -> str:
+    from datasets import load_dataset
+
+    name, _, split = spec.partition(":")
+    owner_name, config = name, None
+    if not Path(name).exists() and name.count("/") == 2:
+        owner_name, config = name.rsplit("/", 1)
+    try:
+        data = load_dataset(owner_name, config, split=split or "train")
+    except Exception as error:  # the library raises a dozen kinds
+        reason = str(error).splitlines()[0]
+        raise TextError(f"cannot load the dataset {name!r}: {reason}") from error
+    if "text" not in data.column_names:
+        raise TextError(f"the dataset {name!r} has no column 'text', only {data.column_names}")
+    text = "\n\n".join(data["text"])
+    if not text.strip():
+        raise TextError(f"the dataset {name!r} ({split or 'train'}) is empty")
+    return text
