@@ -100,7 +100,7 @@ class PrefixPlanner:
         shares_vocabulary: bool = False,
     ) -> None:
         self.encoder, self.tokenizer, self.view = encoder, tokenizer, view
-        self._specials = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self.special_ids = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
         self._map: np.ndarray | None = None
         if shares_vocabulary and isinstance(encoder, HFEncoder):
             self._map = encoder_ids(tokenizer, encoder.tokenizer)
@@ -140,7 +140,7 @@ class PrefixPlanner:
         return [known[text] for text in texts]
 
     def _content(self, ids: Sequence[int]) -> list[int]:
-        return [int(i) for i in ids if int(i) not in self._specials]
+        return [int(i) for i in ids if int(i) not in self.special_ids]
 
 
 def embed_corpus(

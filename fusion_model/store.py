@@ -58,7 +58,8 @@ class MemoryStore:
         return self._rows.get(key, -1)
 
     def append(self, keys: Sequence[bytes], vectors: Tensor) -> None:
-        self._rows.update((key, len(self._rows) + i) for i, key in enumerate(keys))
+        base = len(self._rows)
+        self._rows.update((key, base + i) for i, key in enumerate(keys))
         self._chunks.append(vectors.float())
 
     def gather(self, rows: np.ndarray) -> Tensor:
@@ -75,7 +76,7 @@ class EmbeddingStore:
         fingerprint: `Encoder.fingerprint`.
         view: one of `fusion_model.prefixes.VIEWS`.
         dim: width of the vectors.
-        dtype: `float16` or `float32` on disk.
+        dtype: `float16` or `float32` on disk (default: what is there, else `float16`).
         writable: take the store's lock and allow `append`.
 
     Raises:
@@ -90,17 +91,15 @@ class EmbeddingStore:
         view: str,
         dim: int,
         *,
-        dtype: str = "float16",
+        dtype: str | None = None,
         writable: bool = True,
     ) -> None:
-        self.path, self.dim, self.dtype = Path(path), dim, np.dtype(dtype)
-        self._meta = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "view": view,
-            "dim": dim,
-            "dtype": dtype,
-        }
+        if dtype not in (None, "float16", "float32"):
+            raise StoreError(f"unknown store dtype {dtype!r}: choose float16 or float32")
+        self.path, self.dim = Path(path), dim
+        self._meta = {"format": FORMAT, "fingerprint": fingerprint, "view": view, "dim": dim}
+        if dtype is not None:
+            self._meta["dtype"] = dtype
         self._lock: FileLock | None = None
         if writable:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -111,6 +110,7 @@ class EmbeddingStore:
                 raise StoreError(f"the store {self.path} is in use by another process") from None
         try:
             self._chunks = self._read_manifest(writable)
+            self.dtype = np.dtype(self._meta["dtype"])
             self._check_files()
         except BaseException:
             self.close()
@@ -127,11 +127,13 @@ class EmbeddingStore:
                 raise StoreError(
                     f"{self.path} holds other files and no store: name an empty or new folder"
                 )
+            self._meta.setdefault("dtype", "float16")
             return []
         try:
             manifest: dict[str, Any] = json.loads(path.read_text())
-            chunks = manifest.pop("chunks")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            chunks: list[list[int]] = manifest["chunks"]
+            self._meta.setdefault("dtype", str(np.dtype(manifest["dtype"])))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path} is damaged ({error}): delete the store to encode anew") from None
         for name, expected in self._meta.items():
             if manifest.get(name) != expected:
