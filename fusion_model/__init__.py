@@ -1,13 +1,13 @@
 """LSTM language models that fuse embeddings of the prefix from a pretrained encoder."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-from fusion_model.config import FUSIONS, FusionLMConfig
-from fusion_model.language_model import FusionLM, load
-from fusion_model.model import FusionLMForCausalLM, FusionLMOutput
-
-AutoConfig.register("fusion_lm", FusionLMConfig)
-AutoModelForCausalLM.register(FusionLMConfig, FusionLMForCausalLM)
+if TYPE_CHECKING:
+    from fusion_model.config import FUSIONS, FusionLMConfig
+    from fusion_model.language_model import FusionLM, load
+    from fusion_model.model import FusionLMForCausalLM, FusionLMOutput
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,3 +18,34 @@ __all__ = [
     "FusionLMOutput",
     "load",
 ]
+_HOMES = {
+    "FUSIONS": "config",
+    "FusionLMConfig": "config",
+    "FusionLM": "language_model",
+    "load": "language_model",
+    "FusionLMForCausalLM": "model",
+    "FusionLMOutput": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used: an exported model needs no PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def _register() -> None:
+    """Make transformers' Auto classes know the model, where transformers can run it."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        return
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fusion_model.config import FusionLMConfig
+    from fusion_model.model import FusionLMForCausalLM
+
+    AutoConfig.register("fusion_lm", FusionLMConfig)
+    AutoModelForCausalLM.register(FusionLMConfig, FusionLMForCausalLM)
+
+
+_register()

@@ -8,7 +8,7 @@ on besides the item.
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from fusion_model.errors import EncoderError
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+from fusion_model.items import POOLINGS as POOLINGS
+from fusion_model.items import Progress as Progress
+from fusion_model.items import parse_pooling as parse_pooling
 
 BAGS = ("tfidf", "counts")
-POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -133,22 +132,6 @@ def _vectorizer(name: str, **options: Any) -> Any:
     from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
     return (TfidfVectorizer if name == "tfidf" else CountVectorizer)(**options)
-
-
-def parse_pooling(pooling: str) -> tuple[str, ...]:
-    """`static+mean` -> ("static", "mean").
-
-    Raises:
-        EncoderError: a pooling that does not exist.
-    """
-    parts = tuple(pooling.split("+"))
-    for part in parts:
-        if part not in POOLINGS:
-            raise EncoderError(
-                f"unknown pooling {part!r}: choose from {', '.join(POOLINGS)}, or join some: "
-                "static+mean"
-            )
-    return parts
 
 
 def minilm_path() -> Path:

@@ -1,25 +1,20 @@
 """Any Hugging Face encoder: equal lengths batched together, several poolings in one pass.
 
-An item is the encoder's input ids, special tokens included, as little-endian int32 bytes; for
-pooling `static` alone, which reads nothing else, the last token only. Batches hold items of one
-length, so there is neither padding nor a mask.
-
 Notation: N items, L tokens each, E width of the encoder.
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model.encoders import Progress, minilm_path, parse_pooling
+from fusion_model.encoders import minilm_path
 from fusion_model.errors import EncoderError
+from fusion_model.items import Progress, TokenItems, equal_lengths, parse_pooling
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 TOKENS_PER_BATCH = {"cpu": 4096}
@@ -41,26 +36,13 @@ def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-class HFEncoder:
+class HFEncoder(TokenItems):
     """A pretrained encoder with a pooling; see `fusion_model.encoders.Encoder`."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, pooling: str = "cls") -> None:
-        self.name, self.pooling = name, pooling
-        self.poolings = parse_pooling(pooling)
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.mask_token = tokenizer.mask_token or ""
+        super().__init__(name, tokenizer, pooling, _window(model.config))
+        self.model = model.eval()
         self.dim = model.config.hidden_size * len(self.poolings)
-        self.window = _window(model.config)
-        empty = tokenizer("")["input_ids"]
-        filled = tokenizer("a")["input_ids"]
-        self._before = next((i for i, t in enumerate(empty) if filled[i] != t), len(empty))
-        self._before = min(self._before, len(empty) - 1)
-        self._specials, self._after = empty, len(empty) - self._before
-        if not empty or filled[: self._before] != empty[: self._before]:
-            raise EncoderError(
-                f"{name} adds no special tokens, so the empty prefix has no embedding: use an "
-                "encoder such as BERT, RoBERTa or MiniLM"
-            )
         if "mask" in self.poolings and tokenizer.mask_token_id is None:
             raise EncoderError(f"{name} has no mask token: pooling 'mask' cannot be used")
         if "pooler" in self.poolings and getattr(model, "pooler", None) is None:
@@ -106,54 +88,20 @@ class HFEncoder:
     def save(self, directory: Path) -> None:
         """Nothing to keep: a pretrained encoder is had again by name."""
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        """Tokenise; a text longer than the encoder's window is refused."""
-        if not texts:
-            return []
-        ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        return [self._item(i, text) for i, text in zip(ids, texts, strict=True)]
-
-    def items_from_ids(self, sequences: Sequence[Sequence[int]]) -> list[bytes]:
-        """Items from the encoder's own token ids, special tokens not included."""
-        before, after = self._specials[: self._before], self._specials[self._before :]
-        return [self._item([*before, *ids, *after]) for ids in sequences]
-
-    def _item(self, ids: Sequence[int], text: str | None = None) -> bytes:
-        room = self.window - ("mask" in self.poolings)
-        if len(ids) > room:
-            shown = "" if text is None else f", starting {text[:40]!r}"
-            raise EncoderError(
-                f"a prefix of {len(ids)} encoder tokens does not fit the window of {room} of "
-                f"{self.name}{shown}: split the sentence, or cut it with --max-tokens"
-            )
-        if self.poolings == ("static",):
-            ids = [ids[len(ids) - self._after - 1]]
-        return np.asarray(ids, dtype="<i4").tobytes()
-
     @torch.inference_mode()
     def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
         """Vectors, [N, dim] float32 on the CPU, in the order of `items`; duplicates run once."""
         places: dict[bytes, int] = {}
         inverse = [places.setdefault(item, len(places)) for item in items]
         unique = list(places)
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for i, item in enumerate(unique):
-            by_length[len(item) // 4].append(i)
         out = torch.empty(len(unique), self.dim)
         budget = TOKENS_PER_BATCH.get(self.model.device.type, TOKENS_PER_BATCH_GPU)
         done = 0
-        # Longest first: if memory is short, it shows at once.
-        for length in sorted(by_length, reverse=True):
-            rows = by_length[length]
-            size = max(1, budget // length)
-            for start in range(0, len(rows), size):
-                chunk = rows[start : start + size]
-                flat = np.frombuffer(b"".join(unique[i] for i in chunk), dtype="<i4")
-                ids = torch.from_numpy(flat.astype(np.int64)).view(len(chunk), length)
-                out[chunk] = self._encode_batch(ids.to(self.model.device)).float().cpu()
-                done += len(chunk)
-                if progress:
-                    progress(done, len(unique))
+        for rows, ids in equal_lengths(unique, budget):
+            out[rows] = self._encode_batch(torch.from_numpy(ids).to(self.model.device)).float().cpu()
+            done += len(rows)
+            if progress:
+                progress(done, len(unique))
         if not bool(torch.isfinite(out).all()):
             raise EncoderError(
                 f"{self.name} gave NaN or infinity in {self.model.dtype}: encode in float32"

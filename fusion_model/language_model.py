@@ -1,6 +1,5 @@
 """A saved model, whole: weights, tokenizer and encoder, with `score`, `perplexity`, `generate`."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,58 +17,23 @@ from fusion_model.encoders import load_encoder
 from fusion_model.errors import CheckpointError, EncoderError, FusionLMError
 from fusion_model.hf_encoder import resolve_dtype
 from fusion_model.model import FusionLMForCausalLM
+from fusion_model.planning import PrefixVectors
 from fusion_model.prefixes import CAUSAL_VIEWS, shuffle_rows
-from fusion_model.scoring import (
-    CONTEXTS,
-    Perplexity,
-    SentenceScores,
-    WordScore,
-    score_articles,
-    score_sentences,
-    sum_words,
-    word_boundary_ids,
-)
-from fusion_model.store import EmbeddingStore, MemoryStore, Vectors, digest
+from fusion_model.scoring import score_articles, score_sentences, word_boundary_ids
+from fusion_model.store import EmbeddingStore, MemoryStore, Vectors
 from fusion_model.text import Document, split_sentences
+from fusion_model.words import Perplexity, WordScore, check_context, text_perplexity, word_scores
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
-class PrefixCache:
-    """Embeddings of the prefixes that a model meets while it generates; the latest are kept.
-
-    Args:
-        planner: what to encode.
-        size: most vectors kept.
-    """
-
-    def __init__(self, planner: PrefixPlanner, size: int = 65_536) -> None:
-        if planner.view not in CAUSAL_VIEWS:
-            raise FusionLMError(
-                f"view {planner.view!r} sees the future: such a model can score whole sentences "
-                "and cannot generate"
-            )
-        self._planner, self._size = planner, size
-        self._vectors: OrderedDict[bytes, Tensor] = OrderedDict()
+class PrefixCache(PrefixVectors):
+    """`PrefixVectors` as the model calls them: with tensors."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, start: int) -> Tensor:
         """See `fusion_model.model.PrefixEncoder`."""
-        special = torch.tensor(self._planner.special_ids, device=input_ids.device)
-        content = ~torch.isin(input_ids, special)
-        seen = content.cumsum(dim=1)[:, start:].tolist()  # tokens of text up to each position
-        items: list[bytes] = []
-        for row, counts in zip(input_ids.tolist(), seen, strict=True):
-            of_row = self._planner.items([row])
-            items += [of_row[count] for count in counts]
-        new = {digest(i): i for i in items if digest(i) not in self._vectors}
-        encoded = self._planner.encoder.encode(list(new.values()))
-        self._vectors.update(zip(new, encoded, strict=True))
-        for item in items:
-            self._vectors.move_to_end(digest(item))
-        vectors = torch.stack([self._vectors[digest(item)] for item in items])
-        while len(self._vectors) > self._size:
-            self._vectors.popitem(last=False)
-        return vectors.view(len(seen), len(seen[0]), -1).to(input_ids.device)
+        vectors = torch.stack(self.of_rows(input_ids.tolist(), start))
+        return vectors.view(len(input_ids), -1, vectors.shape[-1]).to(input_ids.device)
 
 
 class FusionLM:
@@ -114,12 +78,7 @@ class FusionLM:
         """How well the model predicts these documents, sentence by sentence."""
         corpus = Corpus.from_documents(documents, self.tokenizer)
         scores = score_sentences(self.model, self.encode_corpus(corpus, store))
-        return Perplexity(
-            nats=float(sum(s.tokens.double().sum() for s in scores)),
-            tokens=sum(len(s.tokens) for s in scores),
-            words=sum(len(s.split()) for d in documents for s in d.sentences),
-            characters=corpus.characters,
-        )
+        return text_perplexity(documents, corpus, scores)
 
     def score(
         self,
@@ -141,8 +100,7 @@ class FusionLM:
             FusionLMError: unknown context; a correction that the vocabulary does not allow; a
                 sentence longer than the encoder's window.
         """
-        if context not in CONTEXTS:
-            raise FusionLMError(f"unknown context {context!r}: choose one of {', '.join(CONTEXTS)}")
+        check_context(context)
         documents = [Document("text", split_sentences(text))] if isinstance(text, str) else text
         boundary = word_boundary_ids(self.tokenizer) if whitespace_correction else None
         corpus = Corpus.from_documents(documents, self.tokenizer)
@@ -152,23 +110,7 @@ class FusionLM:
         else:
             starts = corpus.starts_document
             scores = list(score_articles(self.model, source, starts, boundary))
-        return self._words(documents, scores)
-
-    def _words(
-        self, documents: Sequence[Document], scores: Sequence[SentenceScores]
-    ) -> list[WordScore]:
-        results, remaining = [], iter(scores)
-        for document in documents:
-            for number, sentence in enumerate(document.sentences, start=1):
-                encoding = self.tokenizer(
-                    sentence, add_special_tokens=False, return_offsets_mapping=True
-                )
-                words = sum_words(sentence.split(), encoding["offset_mapping"], next(remaining))
-                results += [
-                    WordScore(document.name, number, place, word, nats, tokens)
-                    for place, (word, nats, tokens) in enumerate(words, start=1)
-                ]
-        return results
+        return word_scores(self.tokenizer, documents, scores)
 
     def prompt_ids(self, prompt: str) -> Tensor:
         """BOS and the prompt's tokens, [1, T]."""

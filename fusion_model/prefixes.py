@@ -7,12 +7,15 @@ model predicts token t + 1, at t = n EOS. Views as in arXiv 2208.02402; all but 
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
 
 from fusion_model.errors import FusionLMError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VIEWS = ("prefix", "sentence", "left:K", "right:K", "masked", "previous")
 CAUSAL_VIEWS = ("prefix", "previous")
@@ -39,7 +42,7 @@ def parse_view(view: str) -> tuple[str, float]:
     return name, k
 
 
-def prefix_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def prefix_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
     """Text of the first t tokens for t = 0..len(ids); specials and unfinished characters drop."""
     stream, backend = DecodeStream(skip_special_tokens=True), tokenizer.backend_tokenizer
     texts = [""]

@@ -21,14 +21,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fusion_model.errors import StoreError
+from fusion_model.planning import KEY_BYTES
+from fusion_model.planning import digest as digest
 
 FORMAT = 1
-KEY_BYTES = 16
-
-
-def digest(item: bytes) -> bytes:
-    """The key of an item, 16 bytes."""
-    return hashlib.blake2b(item, digest_size=KEY_BYTES).digest()
 
 
 class Vectors(Protocol):

@@ -8,12 +8,15 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusion_model.errors import EncoderError, TextError
+
+if TYPE_CHECKING:  # encoding text works without transformers, see fusion_model.export
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +25,14 @@ CHUNK = 1000  # sentences tokenised at once
 SPECIALS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
 
 
-def train_bpe(sentences: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerFast:
+def train_bpe(sentences: Iterable[str], vocab_size: int = 8192) -> "PreTrainedTokenizerFast":
     """Byte-level BPE, ids 0, 1, 2 being padding, BOS and EOS.
 
     On small text the trainer runs out of merges early; the vocabulary is then smaller than
     asked, which is logged.
     """
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + len(SPECIALS):
         raise TextError(
@@ -54,8 +59,8 @@ def train_bpe(sentences: Iterable[str], vocab_size: int = 8192) -> PreTrainedTok
 
 
 def cut_vocabulary(
-    encoder_tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], vocab_size: int
-) -> PreTrainedTokenizerFast:
+    encoder_tokenizer: "PreTrainedTokenizerBase", sentences: Sequence[str], vocab_size: int
+) -> "PreTrainedTokenizerFast":
     """The encoder's WordPiece vocabulary, cut to its `vocab_size` most frequent pieces.
 
     Single characters stay, so that rare words fall into smaller pieces and none is lost. Every
@@ -64,6 +69,8 @@ def cut_vocabulary(
     Raises:
         EncoderError: the encoder's tokenizer is not WordPiece.
     """
+    from transformers import PreTrainedTokenizerFast
+
     backend = getattr(encoder_tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.WordPiece):
         raise EncoderError(
@@ -94,7 +101,7 @@ def cut_vocabulary(
 
 
 def encoder_ids(
-    tokenizer: PreTrainedTokenizerBase, encoder_tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase", encoder_tokenizer: "PreTrainedTokenizerBase"
 ) -> np.ndarray:
     """For each token of a cut vocabulary its id in the encoder's, [V] int32 (-1: none)."""
     known = encoder_tokenizer.get_vocab()
@@ -103,7 +110,7 @@ def encoder_ids(
 
 
 def encode_sentences(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_tokens: int | None = None
+    tokenizer: "PreTrainedTokenizerBase", sentences: Sequence[str], max_tokens: int | None = None
 ) -> list[list[int]]:
     """`BOS … EOS` ids of each sentence; one of over `max_tokens` tokens becomes several."""
     encoded = []
