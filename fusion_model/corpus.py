@@ -132,7 +132,7 @@ class PrefixPlanner:
             )
         texts = []
         for now, before in pairs:
-            earlier = self.tokenizer.decode(before) if before and self.view == "previous" else ""
+            earlier = str(self.tokenizer.decode(before)) if self.view == "previous" else ""
             own = prefix_texts(self.tokenizer, now)
             texts += view_texts(own, self.view, self.encoder.mask_token, earlier)
         unique = list(dict.fromkeys(texts))
@@ -198,7 +198,7 @@ class BatchSource:
         self.lengths = np.array([len(s) for s in corpus.sentences])
         self._offsets = np.concatenate([[0], np.cumsum(self.lengths - 1)])
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The sentences of these indices, in this order."""
         lengths = self.lengths[indices]
         ids = np.full((len(indices), lengths.max()), self._pad, dtype=np.int64)
@@ -213,7 +213,9 @@ class BatchSource:
             embeds = self._store.gather(where)
         return Batch(torch.from_numpy(ids), torch.from_numpy(lengths), embeds)
 
-    def plan(self, tokens_per_batch: int, seed: int | None = None, least: int = 1) -> list[np.ndarray]:
+    def plan(
+        self, tokens_per_batch: int, seed: int | None = None, least: int = 1
+    ) -> list[np.ndarray]:
         """Sentence indices of each batch: similar lengths together, padded size within budget.
 
         Args:
@@ -228,12 +230,14 @@ class BatchSource:
         order = order[np.argsort(self.lengths[order], kind="stable")]
         batches, start = [], 0
         for end in range(1, len(order) + 1):
-            full = end == len(order) or (end + 1 - start) * self.lengths[order[end]] > tokens_per_batch
+            full = (
+                end == len(order) or (end + 1 - start) * self.lengths[order[end]] > tokens_per_batch
+            )
             if full and (end - start >= least or end == len(order)):
                 batches.append(order[start:end])
                 start = end
         if seed is not None:
-            generator.shuffle(batches)  # type: ignore[arg-type]
+            generator.shuffle(batches)
         return batches
 
     def __iter__(self) -> Iterator[Batch]:

@@ -39,16 +39,11 @@ class PrefixCache:
     """Embeddings of the prefixes that a model meets while it generates; the latest are kept.
 
     Args:
-        planner: what to encode.
+        planner: what to encode, with one of `CAUSAL_VIEWS`.
         size: most vectors kept.
     """
 
     def __init__(self, planner: PrefixPlanner, size: int = 65_536) -> None:
-        if planner.view not in CAUSAL_VIEWS:
-            raise FusionLMError(
-                f"view {planner.view!r} sees the future: such a model can score whole sentences "
-                "and cannot generate"
-            )
         self._planner, self._size = planner, size
         self._vectors: OrderedDict[bytes, Tensor] = OrderedDict()
 
@@ -187,8 +182,11 @@ class FusionLM:
         Raises:
             FusionLMError: the model's view sees the future.
         """
-        if self.planner is not None and self.model.prefix_encoder is None:
-            PrefixCache(self.planner)  # says why not
+        if self.planner is not None and self.planner.view not in CAUSAL_VIEWS:
+            raise FusionLMError(
+                f"view {self.planner.view!r} sees the future: this model can score whole "
+                "sentences and cannot generate"
+            )
         if seed is not None:
             set_seed(seed)
         ids = self.prompt_ids(prompt)
@@ -225,7 +223,7 @@ def load(
         EncoderError: the encoder is missing, or is not the one of the training.
     """
     model, tokenizer = load_model(name)
-    model = model.to(device=device, dtype=resolve_dtype(dtype, device))
+    model.to(device=device, dtype=resolve_dtype(dtype, device))  # type: ignore[call-arg]
     model.set_backend(backend)
     config = model.config
     if config.fusion == "none":
@@ -267,7 +265,7 @@ def load_model(name: str) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, FusionLMConfig):
             raise CheckpointError(f"{source} is a {config.model_type} model, not a fusion-lm one")
-        model, info = FusionLMForCausalLM.from_pretrained(
+        loaded: Any = FusionLMForCausalLM.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -277,7 +275,8 @@ def load_model(name: str) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         where = "a damaged file" if path.is_dir() else "no such folder, and no hub model reached"
         raise CheckpointError(f"cannot load the model {source}: {where} ({reason})") from error
-    missing = sorted(info["missing_keys"])
+    model: FusionLMForCausalLM = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise CheckpointError(f"{source} lacks weights ({', '.join(missing)}): it is damaged")
     return model.float(), tokenizer
