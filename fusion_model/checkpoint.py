@@ -84,9 +84,7 @@ def load_checkpoint(
     return state
 
 
-def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": torch.as_tensor(value)
         for name, parameter in model.named_parameters()

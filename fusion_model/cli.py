@@ -24,7 +24,8 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="folder, hub name, or fusion-lm-small, which ships")]
 TextFiles = Annotated[
-    list[str], typer.Option("--text", help="text file, folder of .txt files, or hf:NAME; repeatable")
+    list[str],
+    typer.Option("--text", help="text file, folder of .txt files, or hf:NAME; repeatable"),
 ]
 Split = Annotated[str, typer.Option(help="how text becomes sentences: sentences, lines")]
 EncoderPath = Annotated[str | None, typer.Option(help="where the encoder lies now, if it moved")]
@@ -89,7 +90,9 @@ def _device(name: str) -> str:
     return name
 
 
-def _load(model: str, device: str, dtype: str, encoder: str | None, encoder_dtype: str, backend: str) -> Any:
+def _load(
+    model: str, device: str, dtype: str, encoder: str | None, encoder_dtype: str, backend: str
+) -> Any:
     import fusion_model
 
     return fusion_model.load(
@@ -169,7 +172,9 @@ def score(
     model: Model,
     text: TextFiles,
     out: Annotated[Path | None, typer.Option(help="TSV file (default: standard output)")] = None,
-    context: Annotated[str, typer.Option(help="sentence, or article: the state goes on")] = "sentence",
+    context: Annotated[
+        str, typer.Option(help="sentence, or article: the state goes on")
+    ] = "sentence",
     whitespace_correction: Annotated[
         bool, typer.Option(help="count a word's following space with it (Oh & Schuler 2024)")
     ] = False,
@@ -280,7 +285,7 @@ def train(out: Path, store: Path | None, **options: Any) -> None:
     from fusion_model.options import TrainingOptions
     from fusion_model.training import train as run
 
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     best = run(TrainingOptions(**values), out, store)
     if os.environ.get("RANK", "0") == "0":
         print(f"{out}: dev perplexity {best['dev_perplexity']:.2f} in epoch {best['epoch']}")

@@ -1,5 +1,7 @@
 """What a fusion language model is made of, and how its prefixes were encoded."""
 
+from typing import ClassVar
+
 from transformers import PreTrainedConfig
 
 LATE = ("concat", "add", "multiply", "gate")
@@ -33,7 +35,10 @@ class FusionLMConfig(PreTrainedConfig):
     """
 
     model_type = "fusion_lm"
-    attribute_map = {"tie_word_embeddings": "tie_weights", "num_hidden_layers": "num_layers"}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "tie_word_embeddings": "tie_weights",
+        "num_hidden_layers": "num_layers",
+    }
 
     vocab_size: int = 8192
     embedding_size: int = 512

@@ -57,7 +57,7 @@ class BatchSource(Batching):
         super().__init__(corpus, rows, pad_token_id)
         self._store = store
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The sentences of these indices, in this order."""
         ids, lengths, rows = self.padded(indices)
         embeds = None

@@ -98,7 +98,9 @@ class HFEncoder(TokenItems):
         budget = TOKENS_PER_BATCH.get(self.model.device.type, TOKENS_PER_BATCH_GPU)
         done = 0
         for rows, ids in equal_lengths(unique, budget):
-            out[rows] = self._encode_batch(torch.from_numpy(ids).to(self.model.device)).float().cpu()
+            out[rows] = (
+                self._encode_batch(torch.from_numpy(ids).to(self.model.device)).float().cpu()
+            )
             done += len(rows)
             if progress:
                 progress(done, len(unique))

@@ -17,7 +17,7 @@ from fusion_model.encoders import load_encoder
 from fusion_model.errors import CheckpointError, EncoderError, FusionLMError
 from fusion_model.hf_encoder import resolve_dtype
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.planning import PrefixVectors
+from fusion_model.planning import PrefixVectors, check_causal
 from fusion_model.prefixes import CAUSAL_VIEWS, shuffle_rows
 from fusion_model.scoring import score_articles, score_sentences, word_boundary_ids
 from fusion_model.store import EmbeddingStore, MemoryStore, Vectors
@@ -129,8 +129,7 @@ class FusionLM:
         Raises:
             FusionLMError: the model's view sees the future.
         """
-        if self.planner is not None and self.model.prefix_encoder is None:
-            PrefixCache(self.planner)  # says why not
+        check_causal(self.planner)
         if seed is not None:
             set_seed(seed)
         ids = self.prompt_ids(prompt)
@@ -167,7 +166,7 @@ def load(
         EncoderError: the encoder is missing, or is not the one of the training.
     """
     model, tokenizer = load_model(name)
-    model = model.to(device=device, dtype=resolve_dtype(dtype, device))
+    model.to(device=device, dtype=resolve_dtype(dtype, device))  # type: ignore[call-arg]
     model.set_backend(backend)
     config = model.config
     if config.fusion == "none":
@@ -209,7 +208,7 @@ def load_model(name: str) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, FusionLMConfig):
             raise CheckpointError(f"{source} is a {config.model_type} model, not a fusion-lm one")
-        model, info = FusionLMForCausalLM.from_pretrained(
+        loaded: Any = FusionLMForCausalLM.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -219,7 +218,8 @@ def load_model(name: str) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         where = "a damaged file" if path.is_dir() else "no such folder, and no hub model reached"
         raise CheckpointError(f"cannot load the model {source}: {where} ({reason})") from error
-    missing = sorted(info["missing_keys"])
+    model: FusionLMForCausalLM = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise CheckpointError(f"{source} lacks weights ({', '.join(missing)}): it is damaged")
     return model.float(), tokenizer

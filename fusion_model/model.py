@@ -53,7 +53,7 @@ class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
     config: FusionLMConfig
     main_input_name = "input_ids"
     _is_stateful = True
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: FusionLMConfig) -> None:
         super().__init__(config)
@@ -103,7 +103,7 @@ class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings  # type: ignore[assignment]
+        self.lm_head = new_embeddings
 
     def set_backend(self, backend: str) -> None:
         """Choose how the recurrence runs: one of `fusion_model.kernels.BACKENDS`."""

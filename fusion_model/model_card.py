@@ -49,7 +49,7 @@ def write_model_card(
     rows = {
         "fusion": f"`{options.fusion}`",
         "prefix embeddings": encoder if fused else "none",
-        "LSTM": f"{options.num_layers} × {options.hidden_size}, embeddings {options.embedding_size}",
+        "LSTM": f"{options.num_layers} × {options.hidden_size}, embedding {options.embedding_size}",
         "vocabulary": f"{len(prepared.tokenizer)} ({options.vocabulary})",
         "training text": f"{len(train.lengths):,} sentences, {(train.lengths - 1).sum():,} tokens",
         "dev text": f"{len(dev.lengths):,} sentences, {(dev.lengths - 1).sum():,} tokens",

@@ -85,11 +85,11 @@ class TrainingOptions:
                     f"unknown {name.replace('_', ' ')} {getattr(self, name)!r}: choose one of "
                     f"{', '.join(allowed)}"
                 )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            number = field.type in (int, "int") and field.name not in ("seed", "patience")
+        for option in dataclasses.fields(self):
+            name, value = option.name, getattr(self, option.name)
+            number = option.type in (int, "int") and name not in ("seed", "patience")
             if number and value < 1:
-                raise FusionLMError(f"{field.name.replace('_', ' ')} must be at least 1, not {value}")
+                raise FusionLMError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
         for name in ("dropout", "prefix_dropout", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FusionLMError(f"{name.replace('_', ' ')} must be from 0 to 1")

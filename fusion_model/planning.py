@@ -141,7 +141,7 @@ class PrefixPlanner:
             )
         texts = []
         for now, before in pairs:
-            earlier = self.tokenizer.decode(before) if before and self.view == "previous" else ""
+            earlier = str(self.tokenizer.decode(before)) if self.view == "previous" else ""
             own = prefix_texts(self.tokenizer, now)
             texts += view_texts(own, self.view, self.encoder.mask_token, earlier)
         unique = list(dict.fromkeys(texts))
@@ -152,23 +152,24 @@ class PrefixPlanner:
         return [int(i) for i in ids if int(i) not in self.special_ids]
 
 
+def check_causal(planner: PrefixPlanner | None) -> None:
+    """Raise `FusionLMError` if a model of this planner cannot generate."""
+    if planner is not None and planner.view not in CAUSAL_VIEWS:
+        raise FusionLMError(
+            f"view {planner.view!r} sees the future: this model can score whole "
+            "sentences and cannot generate"
+        )
+
+
 class PrefixVectors:
     """Embeddings of the prefixes that a model meets while it generates; the latest are kept.
 
     Args:
-        planner: what to encode.
+        planner: what to encode, with one of `CAUSAL_VIEWS`.
         size: most vectors kept.
-
-    Raises:
-        FusionLMError: the view sees the future.
     """
 
     def __init__(self, planner: PrefixPlanner, size: int = 65_536) -> None:
-        if planner.view not in CAUSAL_VIEWS:
-            raise FusionLMError(
-                f"view {planner.view!r} sees the future: such a model can score whole sentences "
-                "and cannot generate"
-            )
         self._planner, self._size = planner, size
         self._vectors: OrderedDict[bytes, Any] = OrderedDict()
 
@@ -247,7 +248,9 @@ class Batching:
         self.lengths = np.array([len(s) for s in corpus.sentences])
         self._offsets = np.concatenate([[0], np.cumsum(self.lengths - 1)])
 
-    def padded(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def padded(
+        self, indices: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Ids [B, T] int64, lengths [B], and store rows [B, T - 1] of the sentences."""
         lengths = self.lengths[indices]
         ids = np.full((len(indices), lengths.max()), self._pad, dtype=np.int64)
@@ -261,7 +264,9 @@ class Batching:
             where[row, : end - start] = self._rows[start:end]
         return ids, lengths, where
 
-    def plan(self, tokens_per_batch: int, seed: int | None = None, least: int = 1) -> list[np.ndarray]:
+    def plan(
+        self, tokens_per_batch: int, seed: int | None = None, least: int = 1
+    ) -> list[np.ndarray]:
         """Sentence indices of each batch: similar lengths together, padded size within budget.
 
         Args:
@@ -276,10 +281,12 @@ class Batching:
         order = order[np.argsort(self.lengths[order], kind="stable")]
         batches, start = [], 0
         for end in range(1, len(order) + 1):
-            full = end == len(order) or (end + 1 - start) * self.lengths[order[end]] > tokens_per_batch
+            full = (
+                end == len(order) or (end + 1 - start) * self.lengths[order[end]] > tokens_per_batch
+            )
             if full and (end - start >= least or end == len(order)):
                 batches.append(order[start:end])
                 start = end
         if seed is not None:
-            generator.shuffle(batches)  # type: ignore[arg-type]
+            generator.shuffle(batches)
         return batches

@@ -93,7 +93,9 @@ def view_ids(
     return [shown.get(name, list(previous))] * (n + 1)
 
 
-def shuffle_rows(rows: np.ndarray, lengths: Sequence[int], shuffle: str, seed: int = 0) -> np.ndarray:
+def shuffle_rows(
+    rows: np.ndarray, lengths: Sequence[int], shuffle: str, seed: int = 0
+) -> np.ndarray:
     """Control: the embedding of another position, of the same sentence or of any.
 
     Args:

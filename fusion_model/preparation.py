@@ -18,7 +18,7 @@ from fusion_model.language_model import load_model
 from fusion_model.options import TrainingOptions
 from fusion_model.prefixes import shuffle_rows
 from fusion_model.store import EmbeddingStore
-from fusion_model.text import Document, read_documents
+from fusion_model.text import read_documents
 from fusion_model.tokenizer import cut_vocabulary, train_bpe
 
 

@@ -7,7 +7,6 @@ leaves every committed row behind and goes on from there.
 """
 
 import errno
-import hashlib
 import json
 import os
 import zlib
@@ -90,10 +89,15 @@ class EmbeddingStore:
         dtype: str | None = None,
         writable: bool = True,
     ) -> None:
-        if dtype not in (None, "float16", "float32"):
+        if dtype is not None and dtype not in ("float16", "float32"):
             raise StoreError(f"unknown store dtype {dtype!r}: choose float16 or float32")
         self.path, self.dim = Path(path), dim
-        self._meta = {"format": FORMAT, "fingerprint": fingerprint, "view": view, "dim": dim}
+        self._meta: dict[str, Any] = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "view": view,
+            "dim": dim,
+        }
         if dtype is not None:
             self._meta["dtype"] = dtype
         self._lock: FileLock | None = None
@@ -106,7 +110,7 @@ class EmbeddingStore:
                 raise StoreError(f"the store {self.path} is in use by another process") from None
         try:
             self._chunks = self._read_manifest(writable)
-            self.dtype = np.dtype(self._meta["dtype"])
+            self.dtype: np.dtype[Any] = np.dtype(str(self._meta["dtype"]))
             self._check_files()
         except BaseException:
             self.close()
@@ -130,7 +134,9 @@ class EmbeddingStore:
             chunks: list[list[int]] = manifest["chunks"]
             self._meta.setdefault("dtype", str(np.dtype(manifest["dtype"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path} is damaged ({error}): delete the store to encode anew") from None
+            raise StoreError(
+                f"{path} is damaged ({error}): delete the store to encode anew"
+            ) from None
         for name, expected in self._meta.items():
             if manifest.get(name) != expected:
                 raise StoreError(
@@ -157,14 +163,13 @@ class EmbeddingStore:
                 for chunk in self._chunks:
                     if zlib.crc32(file.read(chunk[0] * width)) != chunk[column]:
                         raise StoreError(
-                            f"{path} is damaged: a checksum differs; delete the store to encode anew"
+                            f"{path} is damaged: a checksum differs; delete the store to encode "
+                            "anew"
                         )
             if self._lock is not None and size > len(self) * width:
                 os.truncate(path, len(self) * width)  # what an interrupted job left uncommitted
         data = (self.path / "keys.bin").read_bytes() if self._chunks else b""
-        self._rows = {
-            data[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(len(self))
-        }
+        self._rows = {data[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(len(self))}
 
     def __len__(self) -> int:
         return sum(chunk[0] for chunk in self._chunks)

@@ -297,9 +297,7 @@ def model_config(options: TrainingOptions, prepared: Prepared) -> FusionLMConfig
 
 
 @torch.inference_mode()
-def evaluate_loss(
-    model: FusionLMForCausalLM, data: BatchSource, accelerator: Accelerator
-) -> float:
+def evaluate_loss(model: FusionLMForCausalLM, data: BatchSource, accelerator: Accelerator) -> float:
     """Mean negative log-likelihood in nats a token, over all processes."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
@@ -311,7 +309,7 @@ def evaluate_loss(
             log_probs = model.token_log_probs(batch.input_ids, batch.prefix_embeds, batch.lengths)
         total += torch.tensor([-log_probs.double().sum(), len(log_probs)])
     loss, tokens = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
-    return loss / tokens
+    return float(loss / tokens)
 
 
 def _lr_scale(step: int, total: int, warmup: float) -> float:

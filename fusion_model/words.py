@@ -61,7 +61,7 @@ class Perplexity:
     @property
     def paper_perplexity(self) -> float:
         """2 ** nats, which arXiv 2208.02402 reports as perplexity."""
-        return 2.0**self.nats_per_token
+        return math.pow(2.0, self.nats_per_token)
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,13 @@ def sum_words(
         position += len(word) + 1
     nats, counts = [0.0] * (len(words) + 1), [0] * (len(words) + 1)
     first_token = [len(offsets)] * (len(words) + 1)
-    word = 0
+    at = 0
     for token, (_, end) in enumerate(offsets):
-        while word + 1 < len(words) and end > starts[word + 1]:
-            word += 1
-        nats[word] += float(scores.tokens[token])
-        counts[word] += 1
-        first_token[word] = min(first_token[word], token)
+        while at + 1 < len(words) and end > starts[at + 1]:
+            at += 1
+        nats[at] += float(scores.tokens[token])
+        counts[at] += 1
+        first_token[at] = min(first_token[at], token)
     nats[-1], counts[-1] = float(scores.tokens[-1]), 1
     total = math.fsum(float(nats) for nats in scores.tokens)
     if scores.boundary is not None:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from fusion_model.kernels.backend import resolve_backend
+from torch import Tensor
 
 LayerWeights = Sequence[Tensor]
 """One layer as `torch.nn.LSTM` keeps it: w_ih [4H, D], w_hh [4H, H], b_ih [4H], b_hh [4H]."""

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from fusion_model.kernels.backend import resolve_backend
 from fusion_model.kernels.lstm import LayerWeights, lstm_cell
+from torch import Tensor
 
 
 def prefix_lstm(

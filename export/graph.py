@@ -1,0 +1,99 @@
+"""A small notation for ONNX graphs: nodes by name of operator, weights by array."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+IR_VERSION = 9  # what opset 20 came with; later ones shut out older runtimes for nothing
+
+Dims = Sequence[int | str]
+"""Axes of an input or output; a name is an axis of any length."""
+
+
+class Graph:
+    """An ONNX graph under construction; values are referred to by their names.
+
+    Args:
+        name: of the graph.
+        dtype: float32 or float16, of weights and of arithmetic.
+    """
+
+    def __init__(self, name: str, dtype: type = np.float32) -> None:
+        self.name, self.dtype = name, np.dtype(dtype)
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, dims: Dims, kind: int = TensorProto.FLOAT) -> str:
+        """Declare an input."""
+        self._inputs.append(helper.make_tensor_value_info(name, kind, dims))
+        return name
+
+    def output(self, value: str, name: str, dims: Dims, kind: int = TensorProto.FLOAT) -> None:
+        """Give a value out under a name."""
+        self.op("Identity", value, out=name)
+        self._outputs.append(helper.make_tensor_value_info(name, kind, dims))
+
+    def weight(self, name: str, array: np.ndarray) -> str:
+        """A parameter, kept in the graph's dtype."""
+        self._weights[name] = numpy_helper.from_array(
+            np.ascontiguousarray(array, dtype=self.dtype), name
+        )
+        return name
+
+    def ints(self, *values: int, name: str = "") -> str:
+        """A constant of integers, [len(values)] int64."""
+        name = name or "ints_" + "_".join(str(v) for v in values).replace("-", "m")
+        self._weights[name] = numpy_helper.from_array(np.array(values, dtype=np.int64), name)
+        return name
+
+    def scalar(self, value: int) -> str:
+        """A constant integer, [] int64."""
+        name = f"int_{value}".replace("-", "m")
+        self._weights[name] = numpy_helper.from_array(np.array(value, dtype=np.int64), name)
+        return name
+
+    def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
+        """Add a node with one output, and name that output."""
+        return self.op_several(kind, *inputs, outs=[out or self.fresh(kind)], **attributes)[0]
+
+    def op_several(
+        self, kind: str, *inputs: str, outs: Sequence[str], **attributes: Any
+    ) -> list[str]:
+        """Add a node with several outputs; an empty name leaves one out."""
+        node = helper.make_node(
+            kind, list(inputs), list(outs), name=f"{kind}_{len(self._nodes)}", **attributes
+        )
+        self._nodes.append(node)
+        return list(outs)
+
+    def fresh(self, kind: str) -> str:
+        """A name that no value has yet."""
+        return f"{kind.lower()}_{len(self._nodes)}"
+
+    def linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray) -> str:
+        """x [..., in] times weight [out, in] plus bias [out]."""
+        product = self.op("MatMul", x, self.weight(f"{name}.weight", weight.T))
+        return self.op("Add", product, self.weight(f"{name}.bias", bias))
+
+    def cast(self, x: str, dtype: np.dtype) -> str:
+        """x in another type; nothing at all where it has that type by construction."""
+        if np.dtype(dtype) == np.float32 and self.dtype == np.float32:
+            return x
+        return self.op("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def model(self, opset: int) -> onnx.ModelProto:
+        """The finished model."""
+        graph = helper.make_graph(
+            self._nodes, self.name, self._inputs, self._outputs, list(self._weights.values())
+        )
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=IR_VERSION,
+            producer_name="fusion-lm",
+        )

@@ -1,0 +1,144 @@
+"""The reference recurrences against torch.nn.LSTM, and their gradients."""
+
+import pytest
+import torch
+from fusion_model.kernels import lstm_sequence, prefix_lstm, resolve_backend, target_log_probs
+from fusion_model.kernels import surprisal as surprisal_module
+from fusion_model.kernels.lstm import lstm_sequence_reference
+from torch import nn
+
+
+def lstm(width: int, hidden: int, layers: int) -> nn.LSTM:
+    return nn.LSTM(width, hidden, layers, batch_first=True).double()
+
+
+def state(batch: int, layers: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, batch, layers, hidden, dtype=torch.float64).unbind(0)
+
+
+SHAPES = [(1, 1, 3, 4, 1), (3, 7, 5, 6, 2), (2, 13, 9, 17, 3)]
+NAMES = [f"B{b}-T{t}-D{d}-H{h}-L{layers}" for b, t, d, h, layers in SHAPES]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+def test_sequence_is_torch_lstm(shape: tuple[int, ...], backend: str) -> None:
+    b, t, d, h, layers = shape
+    module, x, (h0, c0) = lstm(d, h, layers), torch.randn(b, t, d).double(), state(b, layers, h)
+    expected, (hn, cn) = module(x, (h0.transpose(0, 1), c0.transpose(0, 1)))
+    out, (h_last, c_last) = lstm_sequence(x, (h0, c0), module.all_weights, backend=backend)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(h_last, hn.transpose(0, 1))
+    torch.testing.assert_close(c_last, cn.transpose(0, 1))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mask_holds_the_state(side: str) -> None:
+    module, x, initial = lstm(4, 6, 2), torch.randn(3, 9, 4).double(), state(3, 2, 6)
+    lengths = [9, 5, 1]
+    mask = torch.zeros(3, 9)
+    for row, n in enumerate(lengths):
+        mask[row, slice(9 - n, 9) if side == "left" else slice(0, n)] = 1
+    out, (h, c) = lstm_sequence(x, initial, module.all_weights, mask=mask)
+    for row in range(3):
+        own = (initial[0][row : row + 1].transpose(0, 1), initial[1][row : row + 1].transpose(0, 1))
+        real = mask[row].bool()
+        expected, (hn, cn) = module(x[row : row + 1, real], own)
+        torch.testing.assert_close(out[row, real], expected[0])
+        torch.testing.assert_close(h[row], hn[:, 0])
+        torch.testing.assert_close(c[row], cn[:, 0])
+
+
+def test_autocast_runs_in_bfloat16_close_to_float32() -> None:
+    module = nn.LSTM(8, 16, 1, batch_first=True)
+    x, zeros = torch.randn(4, 6, 8), torch.zeros(4, 1, 16)
+    exact, _ = lstm_sequence(x, (zeros, zeros), module.all_weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = lstm_sequence(x, (zeros, zeros), module.all_weights)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=2e-2, rtol=2e-2)
+
+
+def test_dropout_acts_between_layers_only() -> None:
+    x, zeros = torch.randn(2, 5, 4).double(), torch.zeros(2, 2, 6).double()
+    module = lstm(4, 6, 2)
+    for backend in ("torch", "reference"):
+        plain, _ = lstm_sequence(x, (zeros, zeros), module.all_weights, backend=backend)
+        dropped, (h, _) = lstm_sequence(
+            x, (zeros, zeros), module.all_weights, backend=backend, dropout=0.5
+        )
+        assert not torch.equal(plain, dropped)
+        first = lstm_sequence(x, (zeros[:, :1], zeros[:, :1]), module.all_weights[:1])[1][0]
+        torch.testing.assert_close(h[:, :1], first)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_prefix_lstm_is_one_lstm_a_prefix(layers: int, start: int, padded: bool) -> None:
+    b, t, d, h = 2, 6, 3, 5
+    module, x = lstm(d, h, layers), torch.randn(b, t, d).double()
+    h0, c0 = torch.randn(2, b, t - start, h, dtype=torch.float64).unbind(0)
+    mask = torch.ones(b, t)
+    mask[0, :2] = 0 if padded else 1
+    out = prefix_lstm(x, h0, c0, module.all_weights, mask=mask if padded else None)
+    assert out.shape == (b, t - start, h)
+    for row in range(b):
+        for r in range(t - start):
+            real = mask[row, : start + r + 1].bool()
+            if not real.any():
+                continue
+            own = [s[row, r].expand(layers, 1, h).contiguous() for s in (h0, c0)]
+            expected, _ = module(x[row : row + 1, : start + r + 1][:, real], tuple(own))
+            torch.testing.assert_close(out[row, r], expected[0, -1])
+
+
+def test_gradients() -> None:
+    module, (h0, c0) = lstm(3, 4, 2), state(2, 2, 4)
+    weights = [w for layer in module.all_weights for w in layer]
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def sequence(x, h0, c0, *flat):
+        return lstm_sequence_reference(x, (h0, c0), [flat[:4], flat[4:]])[0]
+
+    def prefixes(x, rows, *flat):
+        return prefix_lstm(x, rows, rows, [flat[:4], flat[4:]])
+
+    inputs = (x, h0.clone().requires_grad_(), c0.clone().requires_grad_(), *weights)
+    assert torch.autograd.gradcheck(sequence, inputs)
+    assert torch.autograd.gradcheck(prefixes, (x, rows, *weights))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 9])
+def test_target_log_probs(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surprisal_module, "CHUNK", 4)
+    x, w, b = torch.randn(n, 5), torch.randn(11, 5), torch.randn(11)
+    y = torch.randint(11, (n,))
+    wide = torch.log_softmax(x.double() @ w.double().T + b.double(), -1)
+    expected = wide[torch.arange(n), y]
+    torch.testing.assert_close(target_log_probs(x, w, b, y).double(), expected, atol=1e-5, rtol=0)
+    w.requires_grad_()
+    trained = target_log_probs(x, w, b, y)
+    torch.testing.assert_close(trained.double(), expected, atol=1e-5, rtol=0)
+    if n:
+        trained.sum().backward()
+        probabilities = wide.exp()
+        one_hot = torch.nn.functional.one_hot(y, 11)
+        expected = (one_hot - probabilities).T @ x.double()
+        torch.testing.assert_close(w.grad.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_low_precision_logits_are_normalised_in_float32() -> None:
+    x, w = torch.randn(50, 16).bfloat16(), torch.randn(40, 16).bfloat16()
+    y = torch.randint(40, (50,))
+    got = target_log_probs(x, w, None, y)
+    logits = (x.double() @ w.double().T).bfloat16().double()
+    expected = torch.log_softmax(logits, -1)[torch.arange(50), y]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown backend 'cudann'.*auto, torch, reference"):
+        resolve_backend("cudann", "cpu")
