@@ -11,10 +11,10 @@ runs all R prefixes as rows of one batch, each with its own initial state and le
 
 import numpy as np
 import onnx
+from fusion_model.export.graph import Graph
 from onnx import TensorProto
 
 from fusion_model.config import EARLY, LATE
-from fusion_model.export.graph import Graph
 from fusion_model.model import FusionLMForCausalLM
 
 INT, FLOAT = TensorProto.INT64, TensorProto.FLOAT
