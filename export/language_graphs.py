@@ -21,49 +21,44 @@ INT, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 
 
 def sequence_graph(
-    model: FusionLMForCausalLM,
-    opset: int,
-    dtype: type = np.float32,
-    boundary_ids: list[int] | None = None,
+    model: FusionLMForCausalLM, opset: int, dtype: type = np.float32
 ) -> onnx.ModelProto:
-    """Log-probabilities of given targets.
+    """Log-probabilities of given targets, in nats.
 
     Inputs: `input_ids` and `targets` [B, T] int64; `prefix_embeds` [B, T, E] float32 where fused;
-    but for early fusion also the state before, `h0` and `c0` [L, B, H] float32. For early fusion
-    `prefix_embeds` is [B, R, E] and `targets` [B, R], the last R prefixes of the T tokens.
-    Outputs: `target_log_probs` [B, T] (early: [B, R]) float32 in nats; with `boundary_ids`,
-    `boundary_log_probs`, the log-probability that the next token is one of those; the state
-    after, `h` and `c`; `logits` [B, T, V].
+    but for early fusion also the state before, `h0` and `c0` [L, B, H] in the graph's dtype. For
+    early fusion `prefix_embeds` is [B, R, E] and `targets` [B, R]: the last R prefixes of the T
+    tokens. `boundary_ids` [K] int64 are tokens of which one, whichever, is asked for beside the
+    target (K of 1 costs nothing).
+    Outputs: `target_log_probs` and `boundary_log_probs`, float32 of the targets' shape; the state
+    after, `h` and `c`, but for early fusion.
     """
     parts = _Parts(model, Graph("fusion_lm_sequence", dtype))
-    g, early = parts.graph, model.config.fusion in EARLY
+    g, config, early = parts.graph, model.config, model.config.fusion in EARLY
     rows = "rows" if early else "length"
     ids = g.input("input_ids", ["batch", "length"], INT)
-    targets = g.input("targets", ["batch", rows], INT)
-    e = parts.prefix_input(["batch", rows, model.config.prefix_size])
+    targets = g.op("Transpose", g.input("targets", ["batch", rows], INT), perm=[1, 0])
+    boundary = g.input("boundary_ids", ["boundaries"], INT)
+    e = parts.prefix_input(["batch", rows, config.prefix_size])
     if early:
-        hidden = parts.prefixes(ids, e)  # [R, B, H]
+        hidden = parts.prefixes(ids, e)  # [R * B, H]
     else:
         state = parts.state_inputs()
         e = e and g.op("Transpose", e, perm=[1, 0, 2])
-        hidden, _, after = parts.recurrence(parts.inputs(ids, e), state)
+        steps, _, after = parts.recurrence(parts.inputs(ids, e), state)
         parts.state_outputs(after)
-        hidden = parts.late(hidden, e)
-    logits = parts.logits(hidden)  # [T or R, B, V]
-    log_total = g.op("ReduceLogSumExp", logits, g.ints(-1), keepdims=1)
-
-    def give(log_total_of_some: str, name: str) -> None:
-        log_probs = g.op("Sub", log_total_of_some, log_total)
-        flat = g.op("Squeeze", log_probs, g.ints(-1))
-        g.output(g.op("Transpose", flat, perm=[1, 0]), name, ["batch", rows])
-
-    chosen = g.op("Unsqueeze", g.op("Transpose", targets, perm=[1, 0]), g.ints(-1))
-    give(g.op("GatherElements", logits, chosen, axis=2), "target_log_probs")
-    if boundary_ids:
-        some = g.op("Gather", logits, g.ints(*boundary_ids, name="boundary_ids"), axis=2)
-        give(g.op("ReduceLogSumExp", some, g.ints(-1), keepdims=1), "boundary_log_probs")
-    by_sequence = g.op("Transpose", logits, perm=[1, 0, 2])
-    g.output(by_sequence, "logits", ["batch", rows, model.config.vocab_size])
+        # Two axes from here on: ONNX Runtime adds a bias inside the product only then.
+        hidden = g.op("Reshape", steps, g.ints(-1, config.hidden_size))
+        hidden = parts.late(hidden, e and g.op("Reshape", e, g.ints(-1, config.prefix_size)))
+    # Not ReduceLogSumExp: ONNX Runtime's takes four times as long on a CPU.
+    log_probs = g.op("LogSoftmax", parts.logits(hidden), axis=-1)  # [T * B, V]
+    of_target = g.op("GatherElements", log_probs, g.op("Reshape", targets, g.ints(-1, 1)), axis=1)
+    of_boundary = g.op("Gather", log_probs, boundary, axis=1)
+    of_boundary = g.op("ReduceLogSumExp", of_boundary, g.ints(-1), keepdims=1)
+    shape = g.op("Shape", targets)
+    for value, name in ((of_target, "target_log_probs"), (of_boundary, "boundary_log_probs")):
+        by_step = g.op("Reshape", value, shape)
+        g.output(g.op("Transpose", by_step, perm=[1, 0]), name, ["batch", rows])
     return g.model(opset)
 
 
@@ -87,12 +82,10 @@ def step_graph(model: FusionLMForCausalLM, opset: int, dtype: type = np.float32)
         state = parts.start(e, state, fresh)
     if per_token:
         e = g.op("Transpose", e, perm=[1, 0, 2])
-    elif fusion in LATE:
-        e = g.op("Unsqueeze", e, g.ints(0))
     _, last, after = parts.recurrence(parts.inputs(ids, e), state, only_last=True)
     parts.state_outputs(after)
-    logits = parts.logits(parts.late(last, e))  # [1, B, V]
-    g.output(g.op("Squeeze", logits, g.ints(0)), "logits", ["batch", model.config.vocab_size])
+    hidden = parts.late(g.op("Squeeze", last, g.ints(0)), e)
+    g.output(parts.logits(hidden), "logits", ["batch", model.config.vocab_size])
     return g.model(opset)
 
 
@@ -196,7 +189,7 @@ class _Parts:
         return first, second
 
     def prefixes(self, ids: str, e: str) -> str:
-        """h at the end of each prefix, [R, B, H], from ids [B, T] and e [B, R, E].
+        """h at the end of each prefix, [R * B, H], from ids [B, T] and e [B, R, E].
 
         Row r * B + b of the LSTM's batch reads sequence b up to its token T - R + r.
         """
@@ -214,23 +207,23 @@ class _Parts:
         lengths = g.op("Reshape", g.op("Expand", own, rows_batch), g.ints(-1))
         lengths = g.op("Cast", lengths, to=TensorProto.INT32)
         _, last, _ = self.recurrence(x, state, lengths, only_last=True)  # [1, R * B, H]
-        return g.op("Reshape", last, g.op("Concat", rows_batch, g.ints(config.hidden_size), axis=0))
+        return g.op("Squeeze", last, g.ints(0))
 
     def late(self, hidden: str, e: str) -> str:
-        """hidden [T, B, H] fused with e [T, B, E]; the same thing for the early fusions."""
+        """hidden [N, H] fused with e [N, E]; hidden itself for the other fusions."""
         g, fusion = self.graph, self.config.fusion
         if fusion not in LATE:
             return hidden
         if fusion == "concat":
-            return g.op("Concat", hidden, e, axis=2)
+            return g.op("Concat", hidden, e, axis=1)
         e = self.projected(e)
         if fusion != "gate":
             return g.op({"add": "Add", "multiply": "Mul"}[fusion], hidden, e)
-        gate = g.op("Sigmoid", self._linear(g.op("Concat", hidden, e, axis=2), "gate"))
+        gate = g.op("Sigmoid", self._linear(g.op("Concat", hidden, e, axis=1), "gate"))
         # gate * hidden + (1 - gate) * e, with one product fewer
         return g.op("Add", e, g.op("Mul", gate, g.op("Sub", hidden, e)))
 
     def logits(self, hidden: str) -> str:
-        """Scores in float32, [T, B, V]."""
+        """Scores in float32, [N, V], from hidden [N, H] or [N, H + E]."""
         features = self._linear(hidden, "projection")
         return self.graph.cast(self._linear(features, "lm_head"), np.dtype(np.float32))
