@@ -19,3 +19,7 @@ class StoreError(FusionLMError):
 
 class CheckpointError(FusionLMError):
     """A model or a training checkpoint that is missing, damaged or unsafe."""
+
+
+class ExportError(FusionLMError):
+    """A model that cannot be exported, or an export that cannot be run."""

@@ -98,9 +98,7 @@ class HFEncoder(TokenItems):
         budget = TOKENS_PER_BATCH.get(self.model.device.type, TOKENS_PER_BATCH_GPU)
         done = 0
         for rows, ids in equal_lengths(unique, budget):
-            out[rows] = (
-                self._encode_batch(torch.from_numpy(ids).to(self.model.device)).float().cpu()
-            )
+            out[rows] = self.pooled(torch.from_numpy(ids).to(self.model.device)).float().cpu()
             done += len(rows)
             if progress:
                 progress(done, len(unique))
@@ -110,7 +108,7 @@ class HFEncoder(TokenItems):
             )
         return out if len(unique) == len(items) else out[inverse]
 
-    def _encode_batch(self, ids: Tensor) -> Tensor:
+    def pooled(self, ids: Tensor) -> Tensor:
         """ids [N, L] -> [N, dim]."""
         output = None
         if set(self.poolings) - {"static", "mask"}:
@@ -122,7 +120,7 @@ class HFEncoder(TokenItems):
         if pooling == "static":
             return self.model.get_input_embeddings()(ids[:, max(last, 0)])
         if pooling == "mask":
-            mask = ids.new_full((len(ids), 1), self.tokenizer.mask_token_id)
+            mask = ids.new_full((ids.shape[0], 1), self.tokenizer.mask_token_id)
             ids = torch.cat([ids[:, : last + 1], mask, ids[:, last + 1 :]], dim=1)
             return self.model(input_ids=ids).last_hidden_state[:, last + 1]
         if pooling == "pooler":

@@ -56,7 +56,7 @@ class TokenItems:
         filled = tokenizer(["a"])["input_ids"][0]
         self._before = next((i for i, t in enumerate(empty) if filled[i] != t), len(empty))
         self._before = min(self._before, len(empty) - 1)
-        self._specials, self._after = empty, len(empty) - self._before
+        self.specials, self._after = empty, len(empty) - self._before
         if not empty or filled[: self._before] != empty[: self._before]:
             raise EncoderError(
                 f"{name} adds no special tokens, so the empty prefix has no embedding: use an "
@@ -72,7 +72,7 @@ class TokenItems:
 
     def items_from_ids(self, sequences: Sequence[Sequence[int]]) -> list[bytes]:
         """Items from the encoder's own token ids, special tokens not included."""
-        before, after = self._specials[: self._before], self._specials[self._before :]
+        before, after = self.specials[: self._before], self.specials[self._before :]
         return [self._item([*before, *ids, *after]) for ids in sequences]
 
     def _item(self, ids: Sequence[int], text: str | None = None) -> bytes:

@@ -177,7 +177,8 @@ class PrefixVectors:
         """Vectors [E] of the prefixes that end at tokens start..T-1, row after row.
 
         Args:
-            rows: token ids, all of length T; special tokens are not part of the text.
+            rows: token ids; special tokens are not part of the text.
+            start: counted from the end where negative: then rows may differ in length.
         """
         special = set(self._planner.special_ids)
         items: list[bytes] = []

@@ -1,0 +1,201 @@
+"""`fusion-lm export`: a model as a folder that ONNX Runtime runs, verified before it is kept."""
+
+import importlib.metadata
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import transformers
+from fusion_model.export.encoder import OnnxEncoder
+from fusion_model.export.encoder_graph import export_encoder
+from fusion_model.export.language_graphs import sequence_graph, step_graph
+from fusion_model.export.manifest import (
+    ENCODER,
+    ENCODER_TOKENIZER,
+    MANIFEST,
+    OLDEST_RUNTIME,
+    OPSETS,
+    PRECISIONS,
+    SEQUENCE,
+    STEP,
+    write_manifest,
+)
+from fusion_model.export.quantize import quantize
+from fusion_model.export.sequences import Sequences
+from fusion_model.export.session import open_session, runtime
+from fusion_model.export.steps import Steps
+from fusion_model.export.text_tokenizer import describe_tokenizer
+from fusion_model.export.verify import check_encoder, check_graph, check_parity
+
+import fusion_model
+from fusion_model.encoders import BAGS, load_encoder
+from fusion_model.errors import ExportError
+from fusion_model.hf_encoder import HFEncoder
+from fusion_model.language_model import FusionLM, load, load_model
+from fusion_model.model import FusionLMForCausalLM
+
+SAMPLE = (
+    "",
+    "A",
+    "The cat sat on the mat.",
+    "The cat sat on the mat, and the dog sat on the cat",
+    "In the year 1847 nobody had yet heard of it; she, however, knew.",
+)
+FACTS = (
+    *("fusion", "vocab_size", "embedding_size", "hidden_size", "num_layers", "prefix_size"),
+    *("encoder", "encoder_sha256", "pooling", "view", "shuffle", "shares_vocabulary"),
+)
+
+
+def export_model(
+    model: str | FusionLM,
+    out: str | Path,
+    *,
+    encoder: bool = False,
+    encoder_path: str | None = None,
+    precision: str = "fp32",
+    opset: int = 20,
+) -> dict[str, Any]:
+    """Export a model, verify it against PyTorch, and return its manifest.
+
+    Args:
+        model: as `fusion_model.load` takes it, or what that returned.
+        out: folder to write; an earlier export there is replaced.
+        encoder: export the encoder of the prefixes, too, always in float32.
+        encoder_path: where the encoder lies now, if it moved since training.
+        precision: of the language model, `fp32`, `fp16` (for GPUs) or `int8` (for CPUs).
+        opset: 20 or 21.
+
+    Raises:
+        ExportError: an unknown precision or opset; a folder that holds something else; a graph
+            that is not sound or does not agree with PyTorch (nothing is written then).
+        CheckpointError, EncoderError: see `fusion_model.load`.
+    """
+    out = Path(out)
+    _check_request(out, precision, opset)
+    runtime()
+    if isinstance(model, FusionLM):
+        network, tokenizer = model.model, model.tokenizer
+        source = None if model.planner is None else model.planner.encoder
+    else:
+        network, tokenizer = load_model(model)
+        source = None
+        if encoder and network.config.fusion != "none":
+            lm = load(model, encoder=encoder_path)
+            assert lm.planner is not None
+            source = lm.planner.encoder
+    network = network.float().cpu().eval()
+    work = out.with_name(out.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        network.config.save_pretrained(work)
+        network.generation_config.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        verified = _write_graphs(network, work, precision, opset)
+        described = _write_encoder(source, work, opset) if encoder else None
+        contents = {
+            "model": {name: getattr(network.config, name) for name in FACTS},
+            "tokenizer": describe_tokenizer(tokenizer),
+            "encoder": described,
+            "precision": precision,
+            "opset": opset,
+            "oldest_onnxruntime": OLDEST_RUNTIME,
+            "versions": _versions(),
+            "verified": verified,
+        }
+        write_manifest(work, contents)
+        shutil.rmtree(out, ignore_errors=True)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return contents
+
+
+def _check_request(out: Path, precision: str, opset: int) -> None:
+    if precision not in PRECISIONS:
+        raise ExportError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported: choose {' or '.join(map(str, OPSETS))}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
+        raise ExportError(f"{out} holds something else than an export: name another folder")
+
+
+def _write_graphs(
+    model: FusionLMForCausalLM, folder: Path, precision: str, opset: int
+) -> dict[str, Any]:
+    dtype = np.float16 if precision == "fp16" else np.float32
+    nodes = {}
+    for name, build in ((SEQUENCE, sequence_graph), (STEP, step_graph)):
+        graph = build(model, opset, dtype)
+        if graph.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+            raise ExportError("the model is over 2 GB, which one ONNX file cannot hold")
+        if precision == "int8":
+            quantize(graph, folder / name)
+        else:
+            onnx.save(graph, folder / name)
+        nodes[name] = check_graph(folder / name, precision, model.config.num_layers)
+    facts = {name: getattr(model.config, name) for name in FACTS}
+    sequences = Sequences(open_session(folder / SEQUENCE, "cpu", 1), facts)
+    steps = Steps(open_session(folder / STEP, "cpu", 1), facts, "cpu", None)
+    parity = check_parity(model, sequences, steps, precision)
+    return {"nodes": nodes, "parity": parity, "checks": ["onnx.checker", "shape inference"]}
+
+
+def _write_encoder(encoder: Any, folder: Path, opset: int) -> dict[str, Any] | None:
+    if encoder is None:
+        return None
+    if not isinstance(encoder, HFEncoder):
+        encoder.save(folder)
+        return {"kind": "bag" if encoder.name in BAGS else "zeros", "dim": encoder.dim}
+    if encoder.model.dtype != torch.float32 or encoder.model.device.type != "cpu":
+        encoder = load_encoder(encoder.name, encoder.pooling)
+    export_encoder(encoder, folder / ENCODER, opset)
+    onnx.checker.check_model(str(folder / ENCODER), full_check=True)
+    tokenizer = encoder.tokenizer
+    tokenizer.backend_tokenizer.save(str(folder / ENCODER_TOKENIZER))
+    described = {
+        "kind": "onnx",
+        "name": encoder.name,
+        "pooling": encoder.pooling,
+        "dim": encoder.dim,
+        "window": encoder.window,
+        "content_sha256": encoder.content_sha256,
+        "precision": "fp32",
+        "tokenizer": describe_tokenizer(tokenizer),
+    }
+    difference = check_encoder(encoder, OnnxEncoder(folder, described, "cpu", 1), SAMPLE)
+    return described | {"max_relative_difference": difference}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fusion-lm": fusion_model.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": importlib.metadata.version("tokenizers"),
+        "onnx": onnx.__version__,
+        "onnxruntime": runtime().__version__,
+    }
+
+
+def report(manifest: dict[str, Any]) -> list[str]:
+    """What was verified, one line each."""
+    parity = manifest["verified"]["parity"]
+    lines = [
+        "onnx.checker, shape inference and node types: sound, batch and length free",
+        f"log-probabilities against PyTorch in float64, greatest error in nats: sequence "
+        f"{parity['max_error_sequence_nats']:.1e}, step by step {parity['max_error_step_nats']:.1e}"
+        f" (PyTorch in float32: {parity['max_error_pytorch_nats']:.1e})",
+        f"perplexity on {parity['tokens']} tokens drawn from the model: "
+        f"{parity['perplexity_ratio']:.6f} times PyTorch's",
+    ]
+    if manifest["encoder"] and "max_relative_difference" in manifest["encoder"]:
+        difference = manifest["encoder"]["max_relative_difference"]
+        lines.append(f"encoder against PyTorch: vectors differ by {difference:.1e} of their size")
+    return lines

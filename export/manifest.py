@@ -1,0 +1,74 @@
+"""What an export consists of: `manifest.json`, with the hash of every file beside it.
+
+Nothing here needs PyTorch.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fusion_model.errors import ExportError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SEQUENCE, STEP, ENCODER = "model.onnx", "step.onnx", "encoder.onnx"
+TOKENIZER, ENCODER_TOKENIZER = "tokenizer.json", "encoder_tokenizer.json"
+PRECISIONS = ("fp32", "fp16", "int8")
+# Below 20 there is no Gelu operator; from 22 on, CUDA kernels may not be matched to LSTM.
+OPSETS = (20, 21)
+OLDEST_RUNTIME = "1.22"
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
+    """Write `contents` and the hash of every file that lies in the folder."""
+    files = {
+        path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest = {"format": FORMAT, **contents, "files": files}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an export, after every file was held against it.
+
+    Raises:
+        ExportError: no export, one of another format or opset, or a file that is missing or is
+            not the one that was exported; the message names it.
+    """
+    path = folder / MANIFEST
+    again = "export the model again with fusion-lm export"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format"]
+    except FileNotFoundError:
+        raise ExportError(
+            f"{folder} holds no {MANIFEST}: name a folder that fusion-lm export wrote"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} cannot be read ({error}): {again}") from error
+    if found != FORMAT:
+        raise ExportError(f"{path} has format {found}, this version reads {FORMAT}: {again}")
+    if manifest["opset"] not in OPSETS:
+        raise ExportError(
+            f"{folder} was exported for ONNX opset {manifest['opset']}: this version runs "
+            f"{' and '.join(map(str, OPSETS))}; {again}"
+        )
+    for name, recorded in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise ExportError(f"{folder / name} is missing: {again}")
+        if file_sha256(folder / name) != recorded["sha256"]:
+            raise ExportError(
+                f"{folder / name} is not the file that was exported (its sha256 differs from "
+                f"{MANIFEST}'s): {again}"
+            )
+    return manifest

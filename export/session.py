@@ -1,0 +1,145 @@
+"""ONNX Runtime sessions: where they run, with how many threads, and what they refuse.
+
+Nothing here needs PyTorch.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fusion_model.export.manifest import OLDEST_RUNTIME
+
+from fusion_model.errors import ExportError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# Arithmetic on shapes: ONNX Runtime keeps these few integers on the CPU on purpose.
+SHAPE_OPERATORS = (
+    *("Shape", "Size", "Range", "Slice", "Concat", "Gather", "Squeeze", "Unsqueeze", "Cast"),
+    *("Add", "Sub", "Mul", "Div", "Reshape", "Expand", "Identity", "Constant"),
+    *("ConstantOfShape", "Max", "Min", "Equal", "Where", "MemcpyToHost", "MemcpyFromHost"),
+)
+
+
+def runtime() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        ExportError: it is not installed, or too old.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(
+            f"ONNX Runtime cannot be imported ({error}): pip install onnxruntime, or "
+            "onnxruntime-gpu for an NVIDIA GPU (one of the two, never both)"
+        ) from error
+    check_version(onnxruntime.__version__)
+    return onnxruntime
+
+
+def check_version(version: str) -> None:
+    """Raise `ExportError` for an ONNX Runtime older than `OLDEST_RUNTIME`."""
+    if _numbers(version) < _numbers(OLDEST_RUNTIME):
+        raise ExportError(
+            f"ONNX Runtime {version} is too old: {OLDEST_RUNTIME} or later is needed "
+            "(pip install --upgrade onnxruntime)"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def choose_device(device: str) -> str:
+    """`cpu` or `cuda`, chosen for `auto`: CUDA where ONNX Runtime has it.
+
+    Raises:
+        ExportError: unknown, or not there.
+    """
+    available = runtime().get_available_providers()
+    if device == "auto":
+        return "cuda" if PROVIDERS["cuda"] in available else "cpu"
+    if device not in PROVIDERS:
+        raise ExportError(
+            f"unknown device {device!r} for ONNX Runtime: choose one of auto, "
+            f"{', '.join(PROVIDERS)}"
+        )
+    if PROVIDERS[device] not in available:
+        raise ExportError(
+            f"{PROVIDERS[device]} is not in this ONNX Runtime, which has "
+            f"{', '.join(available)}: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    return device
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def open_session(path: Path, device: str, threads: int) -> Any:
+    """An `onnxruntime.InferenceSession` that runs where it was asked to.
+
+    Args:
+        path: the graph.
+        device: `cpu` or `cuda`.
+        threads: of one operator; operators run one after the other.
+
+    Raises:
+        ExportError: the graph cannot be loaded; CUDA was asked for and could not be started, or
+            some of the graph's nodes fell to the CPU.
+    """
+    ort, provider = runtime(), PROVIDERS[device]
+    if threads < 1:
+        raise ExportError(f"threads must be at least 1, not {threads}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors; what falls to the CPU is refused below
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises kinds of its own, none of them public
+        raise ExportError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+    if device != "cpu":
+        if provider not in session.get_providers():
+            raise ExportError(
+                f"{provider} could not be started (its CUDA or cuDNN libraries are missing or do "
+                "not fit): install those that this ONNX Runtime was built for, or use device cpu"
+            )
+        check_placement(session, provider, path.name)
+    return session
+
+
+def check_placement(session: Any, provider: str, name: str) -> None:
+    """Refuse a session of which nodes run elsewhere than on `provider`.
+
+    Arithmetic on shapes may: it belongs on the CPU.
+
+    Raises:
+        ExportError: it names the nodes; or this ONNX Runtime cannot tell.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise ExportError(
+            "this ONNX Runtime is too old to tell which nodes run on the GPU: upgrade "
+            "onnxruntime-gpu, or use device cpu"
+        )
+    fallen = [
+        f"{node.op_type} {node.name!r}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider
+        for node in part.get_nodes()
+        if node.op_type not in SHAPE_OPERATORS
+    ]
+    if fallen:
+        shown = ", ".join(fallen[:5]) + (f" and {len(fallen) - 5} more" if len(fallen) > 5 else "")
+        raise ExportError(
+            f"{name}: {provider} has no kernel for {shown}, which would run on the CPU: export "
+            "with --precision fp32 or fp16, or use device cpu"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

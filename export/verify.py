@@ -1,0 +1,189 @@
+"""What an export is held to before it is kept, and the figures that its manifest reports.
+
+The reference is the PyTorch model in float64. A float32 graph may be as far from it as PyTorch's
+own float32 is, and a little more.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from fusion_model.export.encoder import OnnxEncoder
+from fusion_model.export.sequences import Sequences
+from fusion_model.export.steps import Steps
+
+from fusion_model.config import EARLY
+from fusion_model.errors import ExportError
+from fusion_model.hf_encoder import HFEncoder
+from fusion_model.model import FusionLMForCausalLM
+
+LIMITS = {"fp32": 1e-5, "fp16": 5e-2, "int8": 0.5}  # nats, on any one token
+PERPLEXITY_LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "int8": 1e-2}  # |ratio - 1|
+SHAPES = ((1, 1), (1, 2), (3, 7), (2, 64))  # B, T
+EXPECTED = {
+    *("Add", "Cast", "Concat", "Expand", "Gather", "GatherElements", "Identity", "LogSoftmax"),
+    *("Mul", "Range", "ReduceLogSumExp", "Reshape", "Shape", "Sigmoid", "Slice", "Split"),
+    *("Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where"),
+}
+ARITHMETIC = {
+    "fp32": {"LSTM", "MatMul"},
+    "fp16": {"LSTM", "MatMul"},
+    "int8": {"DynamicQuantizeLSTM", "DynamicQuantizeLinear", "MatMulInteger"},
+}
+
+
+def check_graph(path: Path, precision: str, layers: int) -> dict[str, int]:
+    """Nodes of a graph by type, once it is known to be sound.
+
+    Raises:
+        ExportError: `onnx.checker` or shape inference refuse it, it has a node of a type that
+            does not belong, the LSTM is not one node a layer, or batch or length was frozen.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(path)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.name} is not sound ONNX: {error}") from error
+    nodes = Counter(node.op_type for node in model.graph.node)
+    strange = set(nodes) - EXPECTED - ARITHMETIC[precision]
+    recurrent = "DynamicQuantizeLSTM" if precision == "int8" else "LSTM"
+    if strange or nodes[recurrent] != layers:
+        raise ExportError(
+            f"{path.name} came out wrong: {layers} nodes {recurrent} expected, found "
+            f"{nodes[recurrent]}; unexpected nodes: {', '.join(sorted(strange)) or 'none'}"
+        )
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name == "input_ids" and not all(dim.dim_param for dim in dims):
+            raise ExportError(f"{path.name} came out with a fixed batch or length")
+    return dict(nodes)
+
+
+def check_parity(
+    model: FusionLMForCausalLM, sequences: Sequences, steps: Steps, precision: str
+) -> dict[str, float]:
+    """Both graphs against PyTorch, on tokens that the model itself finds likely.
+
+    Args:
+        model: float32, in evaluation mode.
+        sequences: the exported sequence graph.
+        steps: the exported step graph; its embeddings are set here.
+
+    Returns:
+        Greatest errors in nats, PyTorch's own among them, and the ratio of perplexities.
+
+    Raises:
+        ExportError: an error above its limit.
+    """
+    double = copy.deepcopy(model).double()
+    worst: dict[str, float] = {"pytorch": 0.0, "sequence": 0.0, "step": 0.0}
+    exported, reference, total = 0.0, 0.0, 0
+    for number, (batch, length) in enumerate(SHAPES):
+        ids, e = sample(model, batch, length + 1, seed=number)
+        log_probs = _log_probs(double, ids[:, :-1], e)
+        expected = np.take_along_axis(log_probs, ids[:, 1:, None], axis=2)[..., 0]
+        own = _log_probs(model, ids[:, :-1], e) - log_probs
+        boundary = np.zeros(1, dtype=np.int64)
+        found, _, _ = sequences.run(ids[:, :-1], ids[:, 1:], e, boundary)
+        one_by_one = step_log_probs(steps, ids[:, :-1], e)
+        worst["pytorch"] = max(worst["pytorch"], float(np.abs(own).max()))
+        worst["sequence"] = max(worst["sequence"], float(np.abs(found - expected).max()))
+        worst["step"] = max(worst["step"], float(np.abs(one_by_one - log_probs).max()))
+        exported, reference = exported - float(found.sum()), reference - float(expected.sum())
+        total += expected.size
+    ratio = float(np.exp((exported - reference) / total))
+    limit = LIMITS[precision] + worst["pytorch"]
+    if not max(worst["sequence"], worst["step"]) <= limit:
+        raise ExportError(
+            f"the export does not agree with PyTorch: log-probabilities differ by up to "
+            f"{worst['sequence']:.2g} (sequence) and {worst['step']:.2g} (step) nats, allowed "
+            f"are {limit:.2g}; export with --precision fp32"
+        )
+    if not abs(ratio - 1) <= PERPLEXITY_LIMITS[precision]:
+        raise ExportError(
+            f"the export's perplexity is {ratio:.4f} times PyTorch's, which is more than "
+            f"{PERPLEXITY_LIMITS[precision]:.2g} off: export with --precision fp32"
+        )
+    return {f"max_error_{name}_nats": value for name, value in worst.items()} | {
+        "perplexity_ratio": ratio,
+        "tokens": total,
+    }
+
+
+@torch.inference_mode()
+def sample(
+    model: FusionLMForCausalLM, batch: int, length: int, seed: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Ids [B, T] that the model draws, and embeddings [B, T - 1, E] (random; None if unfused)."""
+    generator = torch.Generator().manual_seed(seed)
+    e = None
+    if model.config.fusion != "none":
+        size = (batch, length - 1, model.config.prefix_size)
+        e = 0.1 * torch.randn(size, generator=generator)
+    ids = torch.randint(model.config.vocab_size, (batch, 1), generator=generator)
+    state, per_prefix = None, model.config.fusion in EARLY
+    for t in range(length - 1):
+        own = None if e is None else e[:, : t + 1] if per_prefix else e[:, t : t + 1]
+        read = ids if per_prefix else ids[:, -1:]
+        features, new = model.features(read, prefix_embeds=own, state=state)
+        state = None if per_prefix else new
+        p = model.lm_head(features[:, -1]).softmax(dim=-1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
+    return ids.numpy(), None if e is None else e.numpy()
+
+
+@torch.inference_mode()
+def _log_probs(model: FusionLMForCausalLM, ids: np.ndarray, e: np.ndarray | None) -> np.ndarray:
+    """Log-probabilities of every token at every position, [B, T, V]."""
+    given = None if e is None else torch.from_numpy(e)
+    logits = model(torch.from_numpy(ids), prefix_embeds=given, use_cache=False).logits
+    found: np.ndarray = logits.log_softmax(dim=-1).numpy()
+    return found
+
+
+def step_log_probs(steps: Steps, ids: np.ndarray, e: np.ndarray | None) -> np.ndarray:
+    """The same from the step graph, one token after the other, [B, T, V].
+
+    Args:
+        ids: [B, T].
+        e: [B, T, E]; `steps` gets its embeddings from here.
+    """
+
+    def embeds(rows: Sequence[Sequence[int]], last: int) -> np.ndarray:
+        assert e is not None
+        end = len(rows[0])
+        return np.ascontiguousarray(e[:, end - last : end])
+
+    steps.set_prefix_embeds(None if e is None else embeds)
+    rows = ids[:, :1].tolist()
+    logits = [steps.start(rows)]
+    for t in range(1, ids.shape[1]):
+        logits.append(steps.advance(ids[:, t].tolist(), range(len(ids))))
+    scores = np.stack(logits, axis=1).astype(np.float64)
+    scores -= scores.max(axis=-1, keepdims=True)
+    total: np.ndarray = np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+    return scores - total
+
+
+def check_encoder(encoder: HFEncoder, exported: OnnxEncoder, texts: Sequence[str]) -> float:
+    """Greatest difference of vectors of texts, relative to the greatest component.
+
+    Raises:
+        ExportError: more than 1e-4.
+    """
+    items = encoder.items_from_texts(texts)
+    if exported.items_from_texts(texts) != items:
+        raise ExportError(f"the tokenizer of {encoder.name} does not come out the same: keep it")
+    expected = encoder.encode(items).numpy()
+    difference = float(np.abs(exported.encode(items) - expected).max() / np.abs(expected).max())
+    if not difference <= 1e-4:
+        raise ExportError(
+            f"the exported encoder's vectors differ from PyTorch's by {difference:.2g} of their "
+            "size: export without --encoder"
+        )
+    return difference
