@@ -29,7 +29,6 @@ from fusion_model.options import TrainingOptions
 from fusion_model.preparation import Prepared, prepare
 
 SECONDS_PER_CHECKPOINT = 120
-MIXED = {"float32": "no", "bfloat16": "bf16"}
 
 
 class _SummedLoss(nn.Module):
@@ -99,9 +98,8 @@ def train(options: TrainingOptions, out: Path, store: Path | None = None) -> dic
     Raises:
         FusionLMError: bad input; `out` holds another run; a damaged checkpoint or store.
     """
-    accelerator = Accelerator(
-        mixed_precision=MIXED[options.precision], cpu=not torch.cuda.is_available()
-    )
+    # Precision is set below, by autocast: accelerate would fix it for the whole process.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     _claim_folder(options, out, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     prepared = prepare(options, out, store or out / "prefixes", accelerator)
@@ -123,11 +121,14 @@ def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged ({error}): choose another --out") from None
         changed = sorted(k for k in wanted if found.get(k) != wanted[k])
-        if changed:
+        if changed and list(out.glob("checkpoint-*")):
             raise CheckpointError(
                 f"{out} holds a run with other settings ({', '.join(changed)}): choose another "
                 "--out, or repeat the command that began it"
             )
+        if changed and main:  # begun and never trained, such as with a mistyped file name
+            (out / "tokenizer.json").unlink(missing_ok=True)
+            path.write_text(json.dumps(wanted, indent=1) + "\n")
     elif out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} holds other files: choose an empty or new folder for --out")
     elif main:
@@ -211,7 +212,7 @@ class _Run:
         share = indices[rank::world]
         idle = len(share) == 0  # fewer sentences than processes: take part with weight 0
         batch = self.data.batch(indices[:1] if idle else share).to(accelerator.device)
-        with accelerator.autocast():
+        with autocast(options.precision, accelerator.device):
             loss = self.loss(batch)
         # DDP averages gradients over processes: times world, over the whole batch's tokens.
         accelerator.backward(loss * (0.0 if idle else world / tokens))
@@ -222,7 +223,7 @@ class _Run:
 
     def _end_epoch(self) -> None:
         state, options = self.state, self.options
-        dev = evaluate_loss(self.model, self.dev, self.accelerator)
+        dev = evaluate_loss(self.model, self.dev, self.accelerator, options.precision)
         metrics = {
             "epoch": state.epoch + 1,
             "step": state.step,
@@ -297,7 +298,9 @@ def model_config(options: TrainingOptions, prepared: Prepared) -> FusionLMConfig
 
 
 @torch.inference_mode()
-def evaluate_loss(model: FusionLMForCausalLM, data: BatchSource, accelerator: Accelerator) -> float:
+def evaluate_loss(
+    model: FusionLMForCausalLM, data: BatchSource, accelerator: Accelerator, precision: str
+) -> float:
     """Mean negative log-likelihood in nats a token, over all processes."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
@@ -305,11 +308,16 @@ def evaluate_loss(model: FusionLMForCausalLM, data: BatchSource, accelerator: Ac
         if i % accelerator.num_processes != accelerator.process_index:
             continue
         batch = data.batch(indices).to(accelerator.device)
-        with accelerator.autocast():
+        with autocast(precision, accelerator.device):
             log_probs = model.token_log_probs(batch.input_ids, batch.prefix_embeds, batch.lengths)
         total += torch.tensor([-log_probs.double().sum(), len(log_probs)])
     loss, tokens = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
     return float(loss / tokens)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision for `bfloat16`, nothing for `float32`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _lr_scale(step: int, total: int, warmup: float) -> float:
