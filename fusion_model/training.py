@@ -103,7 +103,7 @@ def train(options: TrainingOptions, out: Path, store: Path | None = None) -> dic
     _claim_folder(options, out, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     prepared = prepare(options, out, store or out / "prefixes", accelerator)
-    run = _Run(options, out, prepared, accelerator)
+    run = TrainingRun(options, out, prepared, accelerator)
     try:
         return run.fit()
     finally:
@@ -139,7 +139,9 @@ def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
             raise CheckpointError(f"cannot write to {out}: {error.strerror}") from error
 
 
-class _Run:
+class TrainingRun:
+    """A run in progress: model, optimiser, and where it is."""
+
     def __init__(
         self, options: TrainingOptions, out: Path, prepared: Prepared, accelerator: Accelerator
     ) -> None:
@@ -159,9 +161,10 @@ class _Run:
             self.state = Progress(**saved)
         self.loss: Any
         self.loss, self.optimizer = accelerator.prepare(_SummedLoss(self.model), self.optimizer)
-        self.steps_per_epoch = len(self._plan(0))
+        self.steps_per_epoch = len(self.plan(0))
 
     def fit(self) -> dict[str, Any]:
+        """Train to the end; metrics of the best epoch."""
         total = self.steps_per_epoch * self.options.epochs
         with self.stop, progress.track("training", total, start=self.state.step) as update:
             while not self.state.finished:
@@ -174,7 +177,8 @@ class _Run:
             write_model_card(self.out, self.options, self.prepared, best)
         return best
 
-    def _plan(self, epoch: int) -> list[Any]:
+    def plan(self, epoch: int) -> list[Any]:
+        """Sentence indices of each batch of an epoch."""
         seed = self.options.seed * 10_007 + epoch
         return self.data.plan(
             self.options.tokens_per_batch, seed, least=self.accelerator.num_processes
@@ -184,10 +188,10 @@ class _Run:
         state, options = self.state, self.options
         self.model.config.prefix_dropout = options.prefix_dropout_at(state.epoch)
         self.model.train()
-        plan = self._plan(state.epoch)
+        plan = self.plan(state.epoch)
         saved_at = started = time.monotonic()
         for indices in plan[state.batch :]:
-            loss, tokens = self._step(indices, total)
+            loss, tokens = self.step(indices, total)
             state.loss_sum += loss
             state.tokens += tokens
             state.batch += 1
@@ -202,7 +206,8 @@ class _Run:
                 self.stop.check()
         state.seconds += time.monotonic() - started
 
-    def _step(self, indices: Any, total: int) -> tuple[float, int]:
+    def step(self, indices: Any, total: int) -> tuple[float, int]:
+        """One optimiser step on these sentences; their summed loss in nats, and their tokens."""
         accelerator, options = self.accelerator, self.options
         world, rank = accelerator.num_processes, accelerator.process_index
         torch.manual_seed((options.seed << 40) + self.state.step * world + rank)

@@ -101,7 +101,7 @@ def test_interrupted_run_resumes_to_the_same_result(
     chosen = options(dropout=0.3, prefix_dropout=0.4)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train(chosen, whole)
-    original, steps = training._Run._step, []
+    original, steps = training.TrainingRun.step, []
 
     def interrupted(self, indices, total):
         steps.append(1)
@@ -109,7 +109,7 @@ def test_interrupted_run_resumes_to_the_same_result(
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, indices, total)
 
-    monkeypatch.setattr(training._Run, "_step", interrupted)
+    monkeypatch.setattr(training.TrainingRun, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(chosen, halves)
     monkeypatch.undo()
@@ -129,7 +129,7 @@ def test_killed_run_resumes_to_the_same_result(
     chosen = options(dropout=0.3)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train(chosen, whole)
-    original, steps = training._Run._step, []
+    original, steps = training.TrainingRun.step, []
 
     def dies(self, indices, total):
         steps.append(1)
@@ -138,7 +138,7 @@ def test_killed_run_resumes_to_the_same_result(
         return original(self, indices, total)
 
     monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", 0)
-    monkeypatch.setattr(training._Run, "_step", dies)
+    monkeypatch.setattr(training.TrainingRun, "step", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         train(chosen, halves)
     assert len(list(halves.glob("checkpoint-*"))) == 1
