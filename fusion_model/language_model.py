@@ -167,7 +167,10 @@ def load(
     """
     model, tokenizer = load_model(name)
     model.to(device=device, dtype=resolve_dtype(dtype, device))  # type: ignore[call-arg]
-    model.set_backend(backend)
+    try:
+        model.set_backend(backend)
+    except ValueError as error:
+        raise FusionLMError(str(error)) from None
     config = model.config
     if config.fusion == "none":
         return FusionLM(model, tokenizer, None)

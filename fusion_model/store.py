@@ -128,6 +128,7 @@ class EmbeddingStore:
                     f"{self.path} holds other files and no store: name an empty or new folder"
                 )
             self._meta.setdefault("dtype", "float16")
+            self._commit([])
             return []
         try:
             manifest: dict[str, Any] = json.loads(path.read_text())
@@ -198,9 +199,7 @@ class EmbeddingStore:
                     file.flush()
                     os.fsync(file.fileno())
             chunks = [*self._chunks, [len(keys), *(zlib.crc32(part) for part in data)]]
-            temporary = self.path / "manifest.json.tmp"
-            temporary.write_text(json.dumps({**self._meta, "chunks": chunks}))
-            os.replace(temporary, self.path / "manifest.json")
+            self._commit(chunks)
         except OSError as error:
             for name, width in zip(names, widths, strict=True):
                 os.truncate(self.path / name, committed * width)
@@ -212,6 +211,11 @@ class EmbeddingStore:
         self._chunks = chunks
         self._rows.update((key, committed + i) for i, key in enumerate(keys))
         self._vectors = None
+
+    def _commit(self, chunks: list[list[int]]) -> None:
+        temporary = self.path / "manifest.json.tmp"
+        temporary.write_text(json.dumps({**self._meta, "chunks": chunks}))
+        os.replace(temporary, self.path / "manifest.json")
 
     def gather(self, rows: np.ndarray) -> Tensor:
         if self._vectors is None:

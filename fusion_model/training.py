@@ -29,7 +29,6 @@ from fusion_model.options import TrainingOptions
 from fusion_model.preparation import Prepared, prepare
 
 SECONDS_PER_CHECKPOINT = 120
-MIXED = {"float32": "no", "bfloat16": "bf16"}
 
 
 class _SummedLoss(nn.Module):
@@ -99,13 +98,12 @@ def train(options: TrainingOptions, out: Path, store: Path | None = None) -> dic
     Raises:
         FusionLMError: bad input; `out` holds another run; a damaged checkpoint or store.
     """
-    accelerator = Accelerator(
-        mixed_precision=MIXED[options.precision], cpu=not torch.cuda.is_available()
-    )
+    # Precision is set below, by autocast: accelerate would fix it for the whole process.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     _claim_folder(options, out, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     prepared = prepare(options, out, store or out / "prefixes", accelerator)
-    run = _Run(options, out, prepared, accelerator)
+    run = TrainingRun(options, out, prepared, accelerator)
     try:
         return run.fit()
     finally:
@@ -123,11 +121,14 @@ def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged ({error}): choose another --out") from None
         changed = sorted(k for k in wanted if found.get(k) != wanted[k])
-        if changed:
+        if changed and list(out.glob("checkpoint-*")):
             raise CheckpointError(
                 f"{out} holds a run with other settings ({', '.join(changed)}): choose another "
                 "--out, or repeat the command that began it"
             )
+        if changed and main:  # begun and never trained, such as with a mistyped file name
+            (out / "tokenizer.json").unlink(missing_ok=True)
+            path.write_text(json.dumps(wanted, indent=1) + "\n")
     elif out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} holds other files: choose an empty or new folder for --out")
     elif main:
@@ -138,7 +139,9 @@ def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
             raise CheckpointError(f"cannot write to {out}: {error.strerror}") from error
 
 
-class _Run:
+class TrainingRun:
+    """A run in progress: model, optimiser, and where it is."""
+
     def __init__(
         self, options: TrainingOptions, out: Path, prepared: Prepared, accelerator: Accelerator
     ) -> None:
@@ -158,9 +161,10 @@ class _Run:
             self.state = Progress(**saved)
         self.loss: Any
         self.loss, self.optimizer = accelerator.prepare(_SummedLoss(self.model), self.optimizer)
-        self.steps_per_epoch = len(self._plan(0))
+        self.steps_per_epoch = len(self.plan(0))
 
     def fit(self) -> dict[str, Any]:
+        """Train to the end; metrics of the best epoch."""
         total = self.steps_per_epoch * self.options.epochs
         with self.stop, progress.track("training", total, start=self.state.step) as update:
             while not self.state.finished:
@@ -173,7 +177,8 @@ class _Run:
             write_model_card(self.out, self.options, self.prepared, best)
         return best
 
-    def _plan(self, epoch: int) -> list[Any]:
+    def plan(self, epoch: int) -> list[Any]:
+        """Sentence indices of each batch of an epoch."""
         seed = self.options.seed * 10_007 + epoch
         return self.data.plan(
             self.options.tokens_per_batch, seed, least=self.accelerator.num_processes
@@ -183,10 +188,10 @@ class _Run:
         state, options = self.state, self.options
         self.model.config.prefix_dropout = options.prefix_dropout_at(state.epoch)
         self.model.train()
-        plan = self._plan(state.epoch)
+        plan = self.plan(state.epoch)
         saved_at = started = time.monotonic()
         for indices in plan[state.batch :]:
-            loss, tokens = self._step(indices, total)
+            loss, tokens = self.step(indices, total)
             state.loss_sum += loss
             state.tokens += tokens
             state.batch += 1
@@ -201,7 +206,8 @@ class _Run:
                 self.stop.check()
         state.seconds += time.monotonic() - started
 
-    def _step(self, indices: Any, total: int) -> tuple[float, int]:
+    def step(self, indices: Any, total: int) -> tuple[float, int]:
+        """One optimiser step on these sentences; their summed loss in nats, and their tokens."""
         accelerator, options = self.accelerator, self.options
         world, rank = accelerator.num_processes, accelerator.process_index
         torch.manual_seed((options.seed << 40) + self.state.step * world + rank)
@@ -211,7 +217,7 @@ class _Run:
         share = indices[rank::world]
         idle = len(share) == 0  # fewer sentences than processes: take part with weight 0
         batch = self.data.batch(indices[:1] if idle else share).to(accelerator.device)
-        with accelerator.autocast():
+        with autocast(options.precision, accelerator.device):
             loss = self.loss(batch)
         # DDP averages gradients over processes: times world, over the whole batch's tokens.
         accelerator.backward(loss * (0.0 if idle else world / tokens))
@@ -222,7 +228,7 @@ class _Run:
 
     def _end_epoch(self) -> None:
         state, options = self.state, self.options
-        dev = evaluate_loss(self.model, self.dev, self.accelerator)
+        dev = evaluate_loss(self.model, self.dev, self.accelerator, options.precision)
         metrics = {
             "epoch": state.epoch + 1,
             "step": state.step,
@@ -297,7 +303,9 @@ def model_config(options: TrainingOptions, prepared: Prepared) -> FusionLMConfig
 
 
 @torch.inference_mode()
-def evaluate_loss(model: FusionLMForCausalLM, data: BatchSource, accelerator: Accelerator) -> float:
+def evaluate_loss(
+    model: FusionLMForCausalLM, data: BatchSource, accelerator: Accelerator, precision: str
+) -> float:
     """Mean negative log-likelihood in nats a token, over all processes."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
@@ -305,11 +313,16 @@ def evaluate_loss(model: FusionLMForCausalLM, data: BatchSource, accelerator: Ac
         if i % accelerator.num_processes != accelerator.process_index:
             continue
         batch = data.batch(indices).to(accelerator.device)
-        with accelerator.autocast():
+        with autocast(precision, accelerator.device):
             log_probs = model.token_log_probs(batch.input_ids, batch.prefix_embeds, batch.lengths)
         total += torch.tensor([-log_probs.double().sum(), len(log_probs)])
     loss, tokens = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
     return float(loss / tokens)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision for `bfloat16`, nothing for `float32`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _lr_scale(step: int, total: int, warmup: float) -> float:

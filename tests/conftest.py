@@ -1,6 +1,9 @@
 """Small models, encoders and texts, all made here: no download, no file outside the repository."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +26,6 @@ from transformers.utils import logging
 from fusion_model import FusionLMConfig, FusionLMForCausalLM
 from fusion_model.tokenizer import train_bpe
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 

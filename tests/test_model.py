@@ -165,8 +165,9 @@ def test_greedy_generation_is_argmax_one_prefix_at_a_time(fusion: str) -> None:
     model, encoder = small_model(fusion=fusion).double(), ToyEncoder()
     model.prefix_encoder = encoder
     ids = torch.randint(3, 30, (1, 3))
+    model.generation_config.eos_token_id = None
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=[]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
     )
     tokens = ids[0].tolist()
     for _ in range(6):
@@ -181,7 +182,8 @@ def test_greedy_generation_is_argmax_one_prefix_at_a_time(fusion: str) -> None:
 def test_left_padded_batch_generates_what_each_row_does_alone(fusion: str, how: str) -> None:
     model = small_model(fusion=fusion).double()
     model.prefix_encoder = ToyEncoder()
-    options = {"max_new_tokens": 5, "eos_token_id": [], "pad_token_id": 0, **GENERATION[how]}
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 5, "pad_token_id": 0, **GENERATION[how]}
     rows = [torch.randint(3, 30, (n,)) for n in (2, 5)]
     padded = torch.stack([torch.nn.functional.pad(r, (5 - len(r), 0)) for r in rows])
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(r), (5 - len(r), 0)) for r in rows])
@@ -198,7 +200,7 @@ def test_labels_give_the_mean_loss() -> None:
     out = model(ids, prefix_embeds=e, labels=labels)
     log_probs = torch.log_softmax(out.logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
     kept = torch.cat([log_probs[0, :2], log_probs[1]])
-    torch.testing.assert_close(out.loss, -kept.mean())
+    torch.testing.assert_close(out.loss.double(), -kept.mean(), atol=1e-6, rtol=0)
 
 
 def test_token_log_probs_leave_padding_out() -> None:

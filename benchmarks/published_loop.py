@@ -1,0 +1,48 @@
+"""The published code's way of training and evaluating, rewritten plainly: the baseline.
+
+One sentence a step. Every prefix of it is a row of its own, one-hot, padded to the sentence's
+length, run through the LSTM from the start (arXiv 2208.02402, late concatenation).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PublishedLM(nn.Module):
+    """One-hot -> 512 -> LSTM 768 -> [h ; e] -> 512 -> vocabulary."""
+
+    def __init__(self, vocab_size: int, prefix_size: int = 768) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embedding = nn.Linear(vocab_size, 512)
+        self.lstm = nn.LSTM(512, 768, batch_first=True)
+        self.projection = nn.Linear(768 + prefix_size, 512)
+        self.output = nn.Linear(512, vocab_size)
+
+    def forward(self, tokens: Tensor, e: Tensor) -> Tensor:
+        """Logits of tokens 1..n, [n, V], from `tokens` [n + 1] and `e` [n, E]."""
+        n = len(tokens) - 1
+        rows = torch.zeros(n, n, self.vocab_size)
+        for i in range(n):
+            rows[i, : i + 1] = F.one_hot(tokens[: i + 1], self.vocab_size).float()
+        hidden, _ = self.lstm(self.embedding(rows))
+        last = hidden[torch.arange(n), torch.arange(n)]
+        return self.output(self.projection(torch.cat([last, e], dim=1)))
+
+
+def train_sentence(
+    model: PublishedLM, optimizer: torch.optim.Optimizer, tokens: Tensor, e: Tensor
+) -> float:
+    """One step on one sentence; its mean loss in nats."""
+    loss = F.cross_entropy(model(tokens, e), tokens[1:])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def evaluate_sentence(model: PublishedLM, tokens: Tensor, e: Tensor) -> float:
+    """Mean loss of one sentence in nats."""
+    return F.cross_entropy(model(tokens, e), tokens[1:]).item()

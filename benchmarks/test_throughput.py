@@ -1,0 +1,109 @@
+"""Tokens a second in training and evaluation against the published loop, in one run.
+
+H = 768, V = 8192, late concatenation, embeddings of 768 numbers already computed. Run with
+`pytest benchmarks/test_throughput.py --benchmark-enable`.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from fusion_model.benchmarks.published_loop import PublishedLM, evaluate_sentence, train_sentence
+from fusion_model.benchmarks.zipf import zipf_sentences
+
+from fusion_model.options import TrainingOptions
+from fusion_model.preparation import prepare
+from fusion_model.scoring import score_sentences
+from fusion_model.training import TrainingRun
+
+SENTENCES = 8000
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
+    folder = tmp_path_factory.mktemp("throughput")
+    (folder / "text.txt").write_text("\n".join(zipf_sentences(SENTENCES)))
+    files = (str(folder / "text.txt"),)
+    options = TrainingOptions(
+        train_file=files,
+        dev_file=files,
+        split="lines",
+        encoder="counts",
+        precision="bfloat16",
+        tokens_per_batch=4096,
+        epochs=1,
+    )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    prepared = prepare(options, folder, folder / "store", accelerator)
+    assert len(prepared.tokenizer) == 8192
+    return TrainingRun(options, folder, prepared, accelerator)
+
+
+@pytest.fixture(scope="module")
+def published() -> PublishedLM:
+    torch.manual_seed(0)
+    return PublishedLM(8192)
+
+
+def sentences_of(run: TrainingRun, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A random sample of sentences with their embeddings, one by one."""
+    generator = torch.Generator().manual_seed(1)
+    picked = torch.randperm(SENTENCES, generator=generator)[:count].tolist()
+    batches = [run.data.batch([i]) for i in picked]
+    return [(b.input_ids[0], b.prefix_embeds[0]) for b in batches if b.prefix_embeds is not None]
+
+
+def report(benchmark: Any, tokens: int) -> None:
+    benchmark.extra_info["tokens"] = tokens
+    if benchmark.stats is not None:
+        benchmark.extra_info["tokens_per_second"] = tokens / benchmark.stats.stats.min
+
+
+@pytest.mark.benchmark(group="training")
+def test_training_published(benchmark: Any, run: TrainingRun, published: PublishedLM) -> None:
+    optimizer = torch.optim.Adam(published.parameters(), lr=1e-5)
+    sample = sentences_of(run, 10)
+
+    def loop() -> None:
+        for tokens, e in sample:
+            train_sentence(published, optimizer, tokens, e)
+
+    benchmark.pedantic(loop, rounds=ROUNDS, warmup_rounds=1)
+    report(benchmark, sum(len(tokens) - 1 for tokens, _ in sample))
+
+
+@pytest.mark.benchmark(group="training")
+def test_training_fusion_lm(benchmark: Any, run: TrainingRun) -> None:
+    plan = run.plan(0)[:25]
+    run.model.train()
+
+    def loop() -> None:
+        for indices in plan:
+            run.step(indices, len(plan))
+
+    benchmark.pedantic(loop, rounds=ROUNDS, warmup_rounds=1)
+    report(benchmark, sum(int((run.data.lengths[i] - 1).sum()) for i in plan))
+
+
+@pytest.mark.benchmark(group="evaluation")
+def test_evaluation_published(benchmark: Any, run: TrainingRun, published: PublishedLM) -> None:
+    sample = sentences_of(run, 20)
+
+    def loop() -> None:
+        for tokens, e in sample:
+            evaluate_sentence(published, tokens, e)
+
+    benchmark.pedantic(loop, rounds=ROUNDS, warmup_rounds=1)
+    report(benchmark, sum(len(tokens) - 1 for tokens, _ in sample))
+
+
+@pytest.mark.benchmark(group="evaluation")
+def test_evaluation_fusion_lm(benchmark: Any, run: TrainingRun) -> None:
+    model = run.model.eval().to(torch.bfloat16)
+    try:
+        benchmark.pedantic(score_sentences, (model, run.data), rounds=ROUNDS, warmup_rounds=1)
+    finally:
+        model.float()
+    report(benchmark, int((run.data.lengths - 1).sum()))

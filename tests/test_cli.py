@@ -1,0 +1,259 @@
+"""The command line as a user meets it: results on good input, one clear line on bad."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SENTENCES
+from typer.testing import CliRunner
+
+from fusion_model.cli import app
+from fusion_model.options import TrainingOptions
+from fusion_model.training import train
+
+SMALL = ["--vocab-size", "300", "--embedding-size", "8", "--hidden-size", "12", "--split", "lines"]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def fails(*arguments: object) -> str:
+    """The one line that a mistake gives."""
+    code, _, stderr = run(*arguments)
+    lines = [line for line in stderr.splitlines() if line]
+    assert code == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    text = folder / "text.txt"
+    text.write_text("\n".join(SENTENCES))
+    options = {"vocab_size": 300, "embedding_size": 8, "hidden_size": 12, "epochs": 1}
+    for fusion in ("none", "concat"):
+        files = {"train_file": (str(text),), "dev_file": (str(text),)}
+        encoder = {"encoder": str(bert_folder), "pooling": "mean", "fusion": fusion}
+        train(TrainingOptions(**files, **options, **encoder, split="lines"), folder / fusion)
+    return folder
+
+
+def test_train_then_everything_else(text_file: Path, bert_folder: Path, tmp_path: Path) -> None:
+    out, store = tmp_path / "model", tmp_path / "store"
+    files = ["--train-file", text_file, "--dev-file", text_file]
+    encoder = ["--encoder", bert_folder, "--pooling", "mean"]
+    small_store = ["--text", text_file, "--out", store, "--split", "lines", "--vocab-size", "300"]
+    code, stdout, _ = run("embed", *small_store, *encoder)
+    assert code == 0
+    assert re.search(r"\d+ vectors for \d+ positions", stdout)
+    size = (store / "vectors.bin").stat().st_size
+    code, stdout, stderr = run(
+        "train", *files, *encoder, *SMALL, "--epochs", "2", "--out", out, "--store", store
+    )
+    assert code == 0
+    assert "dev perplexity" in stdout
+    assert "epoch   2" in stderr
+    assert (store / "vectors.bin").stat().st_size == size  # embed had made them all
+    tsv = tmp_path / "scores.tsv"
+    code, _, _ = run("score", out, "--text", text_file, "--split", "lines", "--out", tsv)
+    assert code == 0
+    rows = [line.split("\t") for line in tsv.read_text().splitlines()]
+    assert rows[0] == ["document", "sentence", "word", "text", "bits", "nats", "tokens"]
+    assert [r[3] for r in rows[1:] if r[1] == "1"] == [*SENTENCES[0].split(), "</s>"]
+    nats, tokens = sum(float(r[5]) for r in rows[1:]), sum(int(r[6]) for r in rows[1:])
+    code, stdout, _ = run(
+        "evaluate", out, "--text", text_file, "--split", "lines", "--store", store
+    )
+    assert code == 0
+    measured = dict(re.findall(r"│ (.+?) +│ +([\d,.]+) │", stdout))
+    assert float(measured["nats per token"]) == pytest.approx(nats / tokens, abs=1e-3)
+    assert float(measured["2**nats (what the paper calls perplexity)"]) == pytest.approx(
+        2 ** (nats / tokens), rel=1e-3
+    )
+    for options in (["--seed", "1"], ["--temperature", "0"], ["--beam", "3"]):
+        code, stdout, _ = run(
+            "generate", out, "--prompt", "The cat", "--max-new-tokens", 5, *options
+        )
+        assert code == 0
+        assert stdout.startswith("The cat")
+
+
+def test_embed_for_a_model_serves_its_evaluation(
+    trained: Path, tmp_path: Path, bert_folder
+) -> None:
+    text, store = trained / "text.txt", tmp_path / "store"
+    arguments = ["--encoder", bert_folder, "--pooling", "mean", "--split", "lines"]
+    run("embed", "--text", text, *arguments, "--model", trained / "concat", "--out", store)
+    size = (store / "vectors.bin").stat().st_size
+    assert size > 0
+    code, _, _ = run(
+        "evaluate", trained / "concat", "--text", text, "--split", "lines", "--store", store
+    )
+    assert code == 0
+    assert (store / "vectors.bin").stat().st_size == size
+
+
+@pytest.mark.parametrize("command", ["evaluate", "score", "train", "embed"])
+def test_bad_text_files(command: str, trained: Path, tmp_path: Path) -> None:
+    bad = {
+        "empty.txt": (b"", "is empty"),
+        "binary.txt": (b"\x7fELF\0\0", "is a binary file"),
+        "latin.txt": ("naïve".encode("latin1"), "is not UTF-8"),
+    }
+    for name, (content, message) in bad.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        arguments = {
+            "evaluate": [trained / "none", "--text", path],
+            "score": [trained / "none", "--text", path],
+            "train": ["--train-file", path, "--dev-file", path, "--out", tmp_path / "o"],
+            "embed": ["--text", path, "--encoder", "zeros", "--out", tmp_path / "o"],
+        }[command]
+        line = fails(command, *arguments)
+        assert message in line
+        assert name in line
+
+
+def test_bad_models(trained: Path, tmp_path: Path, bert_folder: Path) -> None:
+    text = trained / "text.txt"
+
+    def attempt(model: object, *more: object) -> str:
+        return fails("score", model, "--text", text, *more)
+
+    assert "no such folder" in attempt(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "holds no model.safetensors" in attempt(tmp_path / "empty")
+    pickled = tmp_path / "pickled"
+    shutil.copytree(trained / "none", pickled)
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    assert "pickled weights" in attempt(pickled)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained / "none", damaged)
+    data = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "a damaged file" in attempt(damaged)
+    assert "is a bert model, not a fusion-lm one" in attempt(bert_folder)
+    (damaged / "config.json").write_text("{")
+    assert "damaged" in attempt(damaged)
+    assert "unknown backend 'cuda'" in attempt(trained / "none", "--backend", "cuda")
+    assert "device 'cuda:7' cannot be used" in attempt(trained / "none", "--device", "cuda:7")
+
+
+def test_lacking_weights_are_not_made_up(trained: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "lacking"
+    shutil.copytree(trained / "none", folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.bias"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    line = fails("score", folder, "--text", trained / "text.txt")
+    assert "lacks weights (lm_head.bias)" in line
+
+
+def test_another_encoder_is_refused(
+    trained: Path, encoder_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    text, model = trained / "text.txt", trained / "concat"
+    line = fails("score", model, "--text", text, "--encoder", encoder_folders["roberta"])
+    assert "was trained with another encoder" in line
+    store = tmp_path / "store"
+    other = ["--encoder", encoder_folders["roberta"], "--pooling", "mean"]
+    run("embed", "--text", text, *other, "--out", store)
+    line = fails("evaluate", model, "--text", text, "--store", store)
+    assert "has fingerprint" in line
+    assert "name another store" in line
+
+
+def test_long_sentence_is_named(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("cat " * 100)
+    line = fails("score", trained / "concat", "--text", path)
+    assert "does not fit the window of 64" in line
+    code, _, _ = run("score", trained / "none", "--text", path)  # an LSTM has no window
+    assert code == 0
+
+
+def test_unknown_choices_are_named(text_file: Path, trained: Path, tmp_path: Path) -> None:
+    files = ["--train-file", text_file, "--dev-file", text_file, "--out", tmp_path / "o"]
+    assert "unknown fusion 'sum': choose one of none" in fails("train", *files, "--fusion", "sum")
+    assert "unknown pooling 'max'" in fails("train", *files, "--pooling", "max")
+    assert "unknown context" in fails(
+        "score", trained / "none", "--text", text_file, "--context", "book"
+    )
+    code, _, stderr = run("train", "--train-file", text_file)
+    assert code == 2
+    assert "Missing option '--" in stderr
+
+
+def test_output_appears_whole_or_not_at_all(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    from fusion_model import scoring
+
+    def full(self) -> float:
+        raise OSError(28, "No space left on device", "scores.tsv")
+
+    out = tmp_path / "scores.tsv"
+    monkeypatch.setattr(scoring.WordScore, "bits", property(full))
+    line = fails("score", trained / "none", "--text", trained / "text.txt", "--out", out)
+    assert "the disk is full" in line
+    assert list(tmp_path.iterdir()) == []
+    missing = tmp_path / "no" / "scores.tsv"
+    line = fails("score", trained / "none", "--text", trained / "text.txt", "--out", missing)
+    assert "No such file or directory" in line
+
+
+def test_ctrl_c_in_training_keeps_the_work(
+    text_file: Path, bert_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fusion_model.cli", "train", "--train-file", text_file]
+    command += [
+        "--dev-file",
+        text_file,
+        *SMALL,
+        "--epochs",
+        "5000",
+        "--patience",
+        "0",
+        "--out",
+        out,
+    ]
+    command += ["--encoder", bert_folder, "--pooling", "mean"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [str(c) for c in command], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1].startswith("error: interrupted; what was finished is kept")
+    assert "Traceback" not in stderr
+    assert len(list(out.glob("checkpoint-*"))) == 1
+    code, _, _ = run("score", out, "--text", text_file)
+    assert code == 0
+
+
+def test_help_lists_the_commands() -> None:
+    code, stdout, _ = run("--help")
+    assert code == 0
+    for name in ("demo", "train", "evaluate", "score", "generate", "embed"):
+        assert name in stdout
+    _, stdout, _ = run("train", "--help")
+    assert "--prefix-dropout-schedule" in stdout

@@ -1,0 +1,337 @@
+"""Training: the loss is the right one, resumed runs repeat whole ones, processes agree."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SENTENCES
+from safetensors.torch import load_file
+
+import fusion_model
+from fusion_model import training
+from fusion_model.errors import CheckpointError, FusionLMError
+from fusion_model.options import TrainingOptions
+from fusion_model.text import read_documents
+from fusion_model.training import train
+
+
+@pytest.fixture
+def options(text_file: Path, bert_folder: Path):
+    def make(**changes: Any) -> TrainingOptions:
+        fields = {
+            "train_file": (str(text_file),),
+            "dev_file": (str(text_file),),
+            "split": "lines",
+            "encoder": str(bert_folder),
+            "pooling": "mean",
+            "vocab_size": 300,
+            "embedding_size": 8,
+            "hidden_size": 12,
+            "epochs": 3,
+            "tokens_per_batch": 64,
+            "learning_rate": 0.01,
+        } | changes
+        return TrainingOptions(**fields)
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("fusion", ["none", "concat", "init_both"])
+def test_a_run_leaves_a_whole_model(fusion: str, options, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    best = train(options(fusion=fusion, epochs=6), out)
+    losses = [m["train_loss"] for m in metrics(out)]
+    assert losses[-1] < losses[0] - 0.5
+    assert (out / "training.png").stat().st_size > 5000
+    card = (out / "README.md").read_text()
+    assert f"**{best['dev_perplexity']:.2f}**" in card
+    assert not list(out.glob("*.bin"))
+    lm = fusion_model.load(str(out))
+    result = lm.perplexity(read_documents([str(text_file)], "lines"))
+    # The store rounds embeddings to float16, scoring does not.
+    assert result.perplexity == pytest.approx(best["dev_perplexity"], rel=1e-3)
+    assert lm.model.config.fusion == fusion
+    assert len(lm.generate("The cat", max_new_tokens=3)) == 1
+
+
+@pytest.mark.parametrize("name", ["tfidf", "counts", "zeros"])
+def test_controls_train_and_load(name: str, options, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    best = train(options(encoder=name, epochs=1), out)
+    result = fusion_model.load(str(out)).perplexity(read_documents([str(text_file)], "lines"))
+    assert result.perplexity == pytest.approx(best["dev_perplexity"], rel=1e-3)
+
+
+def test_encoder_vocabulary_and_bfloat16(options, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    best = train(options(vocabulary="encoder", precision="bfloat16", vocab_size=90), out)
+    lm = fusion_model.load(str(out))
+    assert lm.model.config.shares_vocabulary
+    assert lm.model.dtype == torch.float32
+    result = lm.perplexity(read_documents([str(text_file)], "lines"))
+    assert result.perplexity == pytest.approx(best["dev_perplexity"], rel=2e-2)
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 11])
+def test_interrupted_run_resumes_to_the_same_result(
+    stop_after: int, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = options(dropout=0.3, prefix_dropout=0.4)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(chosen, whole)
+    original, steps = training.TrainingRun.step, []
+
+    def interrupted(self, indices, total):
+        steps.append(1)
+        if len(steps) == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, indices, total)
+
+    monkeypatch.setattr(training.TrainingRun, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(chosen, halves)
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    best = train(chosen, halves)
+    assert_same_weights(whole, halves)
+    volatile = "tokens_per_second"
+    strip = [{k: v for k, v in m.items() if k != volatile} for m in metrics(whole)]
+    assert strip == [{k: v for k, v in m.items() if k != volatile} for m in metrics(halves)]
+    assert best["dev_loss"] == min(m["dev_loss"] for m in strip)
+
+
+def test_killed_run_resumes_to_the_same_result(
+    options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No farewell: power lost in the middle of an epoch, after a timed checkpoint."""
+    chosen = options(dropout=0.3)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(chosen, whole)
+    original, steps = training.TrainingRun.step, []
+
+    def dies(self, indices, total):
+        steps.append(1)
+        if len(steps) == 5:
+            raise RuntimeError("power cut")
+        return original(self, indices, total)
+
+    monkeypatch.setattr(training, "SECONDS_PER_CHECKPOINT", 0)
+    monkeypatch.setattr(training.TrainingRun, "step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(chosen, halves)
+    assert len(list(halves.glob("checkpoint-*"))) == 1
+    monkeypatch.undo()
+    train(chosen, halves)
+    assert_same_weights(whole, halves)
+
+
+def test_finished_run_is_not_repeated(options, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = train(options(), out)
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    assert train(options(), out) == first
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_early_stopping_keeps_the_best(
+    options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.2, 1.0])
+    monkeypatch.setattr(training, "evaluate_loss", lambda *_: next(losses))
+    out = tmp_path / "run"
+    best = train(options(epochs=5, patience=2), out)
+    assert best["epoch"] == 2
+    assert [m["dev_loss"] for m in metrics(out)] == [3.0, 2.0, 2.5, 2.2]
+
+
+def test_prefix_dropout_schedules(options, tmp_path: Path) -> None:
+    rising = options(epochs=5, prefix_dropout_schedule="rising")
+    falling = options(epochs=5, prefix_dropout_schedule="falling")
+    assert [rising.prefix_dropout_at(e) for e in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [falling.prefix_dropout_at(e) for e in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    train(options(epochs=3, prefix_dropout_schedule="rising"), tmp_path / "run")
+    assert [m["prefix_dropout"] for m in metrics(tmp_path / "run")] == [0, 0.5, 1]
+
+
+def test_full_prefix_dropout_hides_the_embedding() -> None:
+    from conftest import small_model
+
+    model = small_model(prefix_dropout=1.0).train()
+    ids = torch.randint(3, 30, (2, 4))
+    a, b = (model(ids, prefix_embeds=torch.randn(2, 4, 5)).logits for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_shared_store_is_encoded_once(
+    options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion_model.hf_encoder import HFEncoder
+
+    calls = []
+    original = HFEncoder.encode
+    monkeypatch.setattr(
+        HFEncoder,
+        "encode",
+        lambda self, items, progress=None: (calls.append(1), original(self, items, progress))[1],
+    )
+    train(options(epochs=1), tmp_path / "a", store=tmp_path / "store")
+    assert calls
+    calls.clear()
+    train(options(epochs=1, fusion="add"), tmp_path / "b", store=tmp_path / "store")
+    assert not calls
+
+
+def test_two_processes_give_the_loss_of_one(options, tmp_path: Path) -> None:
+    chosen = options(dropout=0.0, prefix_dropout=0.0)
+    train(chosen, tmp_path / "one")
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import json, sys\nfrom pathlib import Path\n"
+        "from fusion_model.options import TrainingOptions\n"
+        "from fusion_model.training import train\n"
+        "fields = json.loads(Path(sys.argv[1]).read_text())\n"
+        "fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}\n"
+        "train(TrainingOptions(**fields), Path(sys.argv[2]))\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "one" / "training.json"), str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-5)
+        assert b["dev_loss"] == pytest.approx(a["dev_loss"], abs=1e-5)
+        assert a["step"] == b["step"]
+
+
+def test_a_killed_process_resumes(options, tmp_path: Path) -> None:
+    """SIGKILL in a process of its own, wherever it happens to be."""
+    chosen = options(epochs=40, patience=0)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(chosen, whole)
+    code = (
+        "import sys, json; from pathlib import Path\n"
+        "from fusion_model.options import TrainingOptions\n"
+        "from fusion_model.training import train\n"
+        f"fields = json.loads(Path({str(whole / 'training.json')!r}).read_text())\n"
+        "fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}\n"
+        f"train(TrainingOptions(**fields), Path({str(killed)!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (killed / "metrics.jsonl").exists() and len(metrics_so_far(killed)) >= 2:
+            process.kill()
+        time.sleep(0.02)
+    process.wait()
+    train(chosen, killed)
+    assert_same_weights(whole, killed)
+
+
+def metrics_so_far(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_folders_of_other_runs_are_not_overwritten(options, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(options(epochs=1), out)
+    with pytest.raises(CheckpointError, match=r"other settings \(hidden_size, seed\)"):
+        train(options(epochs=1, hidden_size=13, seed=1), out)
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter1.tex").write_text("…")
+    with pytest.raises(CheckpointError, match="holds other files"):
+        train(options(), other)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_damaged_checkpoint_is_refused_by_name(name: str, options, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(options(epochs=1), out)
+    [checkpoint] = out.glob("checkpoint-*")
+    path = checkpoint / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match=f"{checkpoint.name}.*delete .* to start over"):
+        train(options(epochs=1), out)
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(
+    options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusion_model import checkpoint
+
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train(options(), whole)
+    original, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="the disk is full; the checkpoint before it is kept"):
+        train(options(), out)
+    assert len(list(out.glob("checkpoint-*"))) == 1
+    assert not (out / "checkpoint.tmp").exists()
+    monkeypatch.undo()
+    train(options(), out)
+    assert_same_weights(whole, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fusion": "sum"}, "unknown fusion 'sum'"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"dropout": 1.5}, "dropout must be from 0 to 1"),
+        ({"learning_rate": 0.0}, "learning rate must be above 0"),
+        ({"view": "left"}, "unknown view 'left'"),
+        ({"precision": "int8"}, "unknown precision 'int8'"),
+        ({"vocabulary": "encoder", "encoder": "tfidf"}, "has no vocabulary"),
+        ({"train_file": ()}, "name at least one --train-file"),
+    ],
+)
+def test_senseless_options_are_named(change: dict[str, Any], message: str, options) -> None:
+    with pytest.raises(FusionLMError, match=message):
+        options(**change)
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    scales = [training._lr_scale(step, 100, 0.1) for step in range(100)]
+    assert scales[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(scales) == 1.0
+    assert scales[10:] == sorted(scales[10:], reverse=True)
+    assert math.isclose(scales[-1], 0.1, abs_tol=0.01)
+    assert len(SENTENCES) == 24  # the runs above rest on several batches an epoch
