@@ -1,9 +1,8 @@
 """The command line. Each command imports what it needs, so that `--help` answers at once."""
 
-import dataclasses
 import errno
 import functools
-import inspect
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="folder, hub name, or fusion-lm-small, which ships")]
+MODEL_HELP = "folder, hub name, or fusion-lm-small, which ships"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 TextFiles = Annotated[
     list[str],
     typer.Option("--text", help="text file, folder of .txt files, or hf:NAME; repeatable"),
@@ -33,6 +33,12 @@ EncoderDtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, aut
 Dtype = Annotated[str, typer.Option(help="of the LSTM: float32, bfloat16, float16, auto")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto: a GPU if there is one")]
 Store = Annotated[Path | None, typer.Option(help="folder that keeps the prefix embeddings")]
+ModelOrNone = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
+Onnx = Annotated[
+    Path | None,
+    typer.Option(help="instead of a model: folder that fusion-lm export wrote; needs no PyTorch"),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="with --onnx (default: all cores)")]
 Backend = Annotated[str, typer.Option(help="of the recurrence: auto, torch, reference")]
 
 
@@ -54,6 +60,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except FusionLMError as error:
             _fail(str(error))
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "transformers"):
+                raise
+            _fail(f"this needs {error.name}, which is not installed: pip install fusion-lm")
         except KeyboardInterrupt:
             _fail("interrupted; what was finished is kept", 130)
         except BrokenPipeError:
@@ -68,7 +78,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return app.command()(wrapped)
 
 
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def _quiet_transformers() -> None:
+    if not _installed("transformers"):
+        return  # an exported model runs without
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -103,6 +119,40 @@ def _load(
         encoder_dtype=encoder_dtype,
         backend=backend,
     )
+
+
+def _open(
+    model: str | None,
+    onnx: Path | None,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    encoder: str | None,
+    encoder_dtype: str,
+    backend: str,
+) -> Any:
+    """A model, or an exported one; of the latter, what was settled at export cannot be chosen."""
+    from fusion_model.errors import FusionLMError
+
+    if (model is None) == (onnx is None):
+        raise FusionLMError("name a model, or an exported one with --onnx: one of the two")
+    if onnx is None:
+        if threads is not None:
+            raise FusionLMError("--threads goes with --onnx; PyTorch takes OMP_NUM_THREADS")
+        assert model is not None
+        return _load(model, device, dtype, encoder, encoder_dtype, backend)
+    chosen = {
+        "--dtype": dtype != "float32",
+        "--encoder": encoder is not None,
+        "--encoder-dtype": encoder_dtype != "float32",
+        "--backend": backend != "auto",
+    }
+    for option, given in chosen.items():
+        if given:
+            raise FusionLMError(f"{option} does not go with --onnx: it was settled at export")
+    from fusion_model.export import OnnxFusionLM
+
+    return OnnxFusionLM(onnx, device=device, threads=threads)
 
 
 @contextmanager
@@ -169,8 +219,10 @@ def evaluate(
 
 @command
 def score(
-    model: Model,
     text: TextFiles,
+    model: ModelOrNone = None,
+    onnx: Onnx = None,
+    threads: Threads = None,
     out: Annotated[Path | None, typer.Option(help="TSV file (default: standard output)")] = None,
     context: Annotated[
         str, typer.Option(help="sentence, or article: the state goes on")
@@ -187,17 +239,19 @@ def score(
     backend: Backend = "auto",
 ) -> None:
     """Surprisal of every word as TSV, in bits and nats."""
+    from fusion_model.errors import FusionLMError
     from fusion_model.text import read_documents
 
     documents = read_documents(text, split)
-    lm = _load(model, device, dtype, encoder, encoder_dtype, backend)
-    with lm.open_store(store) as vectors:
-        words = lm.score(
-            documents,
-            context=context,
-            whitespace_correction=whitespace_correction,
-            store=vectors,
-        )
+    lm = _open(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
+    options: dict[str, Any] = {"context": context, "whitespace_correction": whitespace_correction}
+    if onnx is None:
+        with lm.open_store(store) as vectors:
+            words = lm.score(documents, store=vectors, **options)
+    elif store is not None:
+        raise FusionLMError("--store does not go with --onnx: its embeddings are kept in memory")
+    else:
+        words = lm.score(documents, **options)
     with _output(out) as file:
         print("document\tsentence\tword\ttext\tbits\tnats\ttokens", file=file)
         for w in words:
@@ -209,7 +263,9 @@ def score(
 
 @command
 def generate(
-    model: Model,
+    model: ModelOrNone = None,
+    onnx: Onnx = None,
+    threads: Threads = None,
     prompt: Annotated[str, typer.Option(help="text to go on from; may be empty")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token")] = 1.0,
@@ -224,17 +280,48 @@ def generate(
     backend: Backend = "auto",
 ) -> None:
     """Continue a prompt; the text appears as it is made (beam search: at the end)."""
-    from transformers import TextStreamer
-
-    lm = _load(model, device, dtype, encoder, encoder_dtype, backend)
+    lm = _open(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beam}
     if beam == 1 and temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    if beam == 1:
+    if beam == 1 and onnx is None:
+        from transformers import TextStreamer
+
         options["streamer"] = TextStreamer(lm.tokenizer, skip_special_tokens=True)
+    elif beam == 1:
+        from fusion_model.export.streaming import TokenPrinter
+
+        options["streamer"] = TokenPrinter(lm.tokenizer)
     texts = lm.generate(prompt, seed=seed, **options)
     if beam > 1:
         print(texts[0])
+
+
+@command
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write; an earlier export is replaced")],
+    with_encoder: Annotated[
+        bool, typer.Option("--encoder", help="the prefixes' encoder, too: text to surprisal")
+    ] = False,
+    encoder_path: EncoderPath = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 (GPU), int8 (CPU)")] = "fp32",
+    opset: Annotated[int, typer.Option(help="20 or 21")] = 20,
+) -> None:
+    """Write a model as ONNX, verified against PyTorch, for use without it."""
+    from fusion_model.export.exporter import export_model, report
+
+    manifest = export_model(
+        model,
+        out,
+        encoder=with_encoder,
+        encoder_path=encoder_path,
+        precision=precision,
+        opset=opset,
+    )
+    for line in report(manifest):
+        print(line)
+    print(f"{out}: {precision}, ONNX opset {opset}")
 
 
 @command
@@ -279,7 +366,6 @@ def embed(
     print(f"{out}: {found.vectors:,} vectors for {found.positions:,} positions")
 
 
-@command
 def train(out: Path, store: Path | None, **options: Any) -> None:
     """Train a model; run the same command again to go on after an interruption."""
     from fusion_model.options import TrainingOptions
@@ -291,33 +377,11 @@ def train(out: Path, store: Path | None, **options: Any) -> None:
         print(f"{out}: dev perplexity {best['dev_perplexity']:.2f} in epoch {best['epoch']}")
 
 
-def _give_training_options(function: Callable[..., None]) -> None:
-    """Make `train`'s parameters out of the fields of `TrainingOptions`."""
-    from fusion_model.options import TrainingOptions
+if _installed("torch"):  # without it, only what runs an exported model is offered
+    from fusion_model.training_parameters import give_training_options
 
-    help_out = "folder for model, metrics, plot and model card"
-    help_store = "folder for the prefix embeddings, may be shared by runs (default: OUT/prefixes)"
-    parameters: dict[str, tuple[Any, Any]] = {
-        "out": (Annotated[Path, typer.Option(help=help_out)], inspect.Parameter.empty),
-        "store": (Annotated[Path | None, typer.Option(help=help_store)], None),
-    }
-    for field in dataclasses.fields(TrainingOptions):
-        several = field.name in ("train_file", "dev_file")
-        kind = list[str] if several else field.type
-        default = inspect.Parameter.empty if several else field.default
-        annotation = Annotated[kind, typer.Option(help=field.metadata["help"])]  # type: ignore[valid-type]
-        parameters[field.name] = (annotation, default)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, keyword, annotation=annotation, default=default)
-            for name, (annotation, default) in parameters.items()
-        ]
-    )
-    function.__annotations__ = {name: pair[0] for name, pair in parameters.items()}
-
-
-_give_training_options(train)
+    give_training_options(train)
+    command(train)
 
 
 def main() -> None:

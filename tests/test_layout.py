@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = {"kernels": 0, "fusion_model": 1, "export": 2, "benchmarks": 2}
+ORDER = {"kernels": 0, "fusion_model": 1, "export": 2, "benchmarks": 3}
 
 
 def imports_of(path: Path) -> list[str]:
