@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from fusion_model.config import EARLY, LATE, FusionLMConfig
-from fusion_model.kernels import lstm_sequence, prefix_lstm, resolve_backend, target_log_probs
+from fusion_model.kernels import (
+    dropout,
+    lstm_sequence,
+    prefix_lstm,
+    resolve_backend,
+    target_log_probs,
+)
 
 PrefixEncoder = Callable[[Tensor, Tensor, int], Tensor]
 """(input_ids [B, T], attention_mask [B, T], start) -> embeddings of the prefixes that end at
@@ -128,7 +133,7 @@ class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
         holds = not use_cache and bool((mask[:, 1:] <= mask[:, :-1]).all())
         step_mask = None if holds or bool(mask.all()) else mask
         if e is not None:
-            e = F.dropout(e.to(self.dtype), self.config.prefix_dropout, self.training)
+            e = dropout(e.to(self.dtype), self.config.prefix_dropout, self.training)
         if per_prefix:
             assert e is not None
             hidden, new_state = self._run_prefixes(input_ids, mask, step_mask is not None, e, state)
@@ -166,7 +171,7 @@ class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
         return e
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        return F.dropout(self.embed_tokens(input_ids), self.config.dropout, self.training)
+        return dropout(self.embed_tokens(input_ids), self.config.dropout, self.training)
 
     def _run_sequence(
         self,
@@ -231,7 +236,7 @@ class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
         ]
 
     def _fuse(self, hidden: Tensor, e: Tensor | None) -> Tensor:
-        hidden = F.dropout(hidden, self.config.dropout, self.training)
+        hidden = dropout(hidden, self.config.dropout, self.training)
         fusion = self.config.fusion
         if fusion not in LATE:
             return hidden

@@ -5,6 +5,7 @@ L layers. Gates are in PyTorch's order: input, forget, cell, output.
 """
 
 from fusion_model.kernels.backend import BACKENDS, resolve_backend
+from fusion_model.kernels.dropout import dropout
 from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence
 from fusion_model.kernels.prefix_lstm import prefix_lstm
 from fusion_model.kernels.surprisal import target_log_probs
@@ -13,6 +14,7 @@ __all__ = [
     "BACKENDS",
     "LayerWeights",
     "State",
+    "dropout",
     "lstm_sequence",
     "prefix_lstm",
     "resolve_backend",

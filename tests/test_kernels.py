@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from fusion_model.kernels import lstm_sequence, prefix_lstm, resolve_backend, target_log_probs
+from fusion_model.kernels import (
+    dropout,
+    lstm_sequence,
+    prefix_lstm,
+    resolve_backend,
+    target_log_probs,
+)
 from fusion_model.kernels import surprisal as surprisal_module
 from fusion_model.kernels.lstm import lstm_sequence_reference
 from torch import nn
@@ -127,6 +133,59 @@ def test_target_log_probs(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         one_hot = torch.nn.functional.one_hot(y, 11)
         expected = (one_hot - probabilities).T @ x.double()
         torch.testing.assert_close(w.grad.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_target_log_probs_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surprisal_module, "CHUNK", 4)
+    x, w, b = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9, 5), (11, 5), (11,))
+    )
+    y = torch.randint(11, (9,))
+    assert torch.autograd.gradcheck(lambda x, w, b: target_log_probs(x, w, b, y), (x, w, b))
+    assert torch.autograd.gradcheck(lambda x, w: target_log_probs(x, w, None, y), (x, w))
+
+
+def test_target_log_probs_under_autocast() -> None:
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((9, 16), (11, 16), (11,)))
+    y = torch.randint(11, (9,))
+    exact = torch.log_softmax(x @ w.T + b, -1).gather(1, y[:, None])[:, 0]
+    expected = torch.autograd.grad(exact.sum(), (x, w, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = target_log_probs(x, w, b, y)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, exact, atol=0.05, rtol=0.02)
+    for a, e in zip(torch.autograd.grad(got.sum(), (x, w, b)), expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, e, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout(p: float, dtype: torch.dtype) -> None:
+    x = torch.ones(1001, 300, dtype=dtype)
+    y = dropout(x, p, True)
+    kept = y != 0
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=0.005)
+    torch.testing.assert_close(y[kept].float(), torch.full_like(y[kept].float(), 1 / (1 - p)),
+                               rtol=0.01, atol=0)  # fmt: skip
+    columns, rows = kept.float().mean(0), kept.float().mean(1)
+    assert float(columns.std()) == pytest.approx((p * (1 - p) / 1001) ** 0.5, rel=0.2)
+    assert float(rows.std()) == pytest.approx((p * (1 - p) / 300) ** 0.5, rel=0.2)
+    assert torch.equal(dropout(x, p, False), x)
+    assert not torch.equal(dropout(x, p, True), y)
+    torch.manual_seed(3)
+    once = dropout(x, p, True)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, p, True), once)
+
+
+def test_dropout_at_the_ends_and_its_gradient() -> None:
+    x = torch.randn(7, 5, requires_grad=True)
+    assert dropout(x, 0.0, True) is x or torch.equal(dropout(x, 0.0, True), x)
+    assert not dropout(x, 1.0, True).any()
+    y = dropout(x, 0.5, True)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.where(y == 0, 0.0, 2.0))
 
 
 def test_low_precision_logits_are_normalised_in_float32() -> None:
