@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from fusion_model import corpus as corpus_module
+from fusion_model import planning as planning_module
 from fusion_model import store as store_module
 from fusion_model.corpus import Corpus, PrefixPlanner, embed_corpus
 from fusion_model.encoders import load_encoder
@@ -145,7 +145,7 @@ def test_full_disk_keeps_what_is_committed(tmp_path: Path, monkeypatch: pytest.M
 def test_interrupted_job_goes_on(
     tmp_path: Path, bpe, bert_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "POSITIONS_PER_CHUNK", 10)
+    monkeypatch.setattr(planning_module, "POSITIONS_PER_CHUNK", 10)
     corpus = Corpus.from_documents([Document("a", SENTENCES[:8])], bpe)
     encoder = load_encoder(str(bert_folder), "mean")
     planner = PrefixPlanner(encoder, bpe)
