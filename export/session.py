@@ -126,13 +126,15 @@ def check_placement(session: Any, provider: str, name: str) -> None:
             "this ONNX Runtime is too old to tell which nodes run on the GPU: upgrade "
             "onnxruntime-gpu, or use device cpu"
         )
-    fallen = [
-        f"{node.op_type} {node.name!r}"
+    nodes = [
+        node
         for part in session.get_provider_graph_assignment_info()
         if part.ep_name != provider
         for node in part.get_nodes()
         if node.op_type not in SHAPE_OPERATORS
     ]
+    nodes.sort(key=lambda node: "LSTM" not in node.op_type and "MatMul" not in node.op_type)
+    fallen = [f"{node.op_type} {node.name!r}" for node in nodes]  # the costly ones come first
     if fallen:
         shown = ", ".join(fallen[:5]) + (f" and {len(fallen) - 5} more" if len(fallen) > 5 else "")
         raise ExportError(

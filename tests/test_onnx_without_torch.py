@@ -1,0 +1,119 @@
+"""An export needs neither PyTorch nor transformers: text to surprisal in an environment without."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SENTENCES
+from fusion_model.export import export_model
+from onnx_cases import saved_model
+
+import fusion_model
+
+ROOT = Path(__file__).parents[1]
+LIGHT = ["onnxruntime", "tokenizers", "numpy", "sentencex", "typer", "rich"]
+HEAVY = ["torch", "transformers", "sklearn", "datasets", "onnx", "safetensors"]
+WITHOUT = f"""
+import sys
+for name in {HEAVY}:
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+from fusion_model.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory, bpe, bert_folder: Path) -> Path:
+    folder = saved_model(tmp_path_factory.mktemp("model"), bpe, bert_folder, fusion="concat")
+    export_model(str(folder), folder / "onnx", encoder=True)
+    return folder / "onnx"
+
+
+def expected(export: Path, text: Path) -> list[tuple[str, float]]:
+    words = fusion_model.load(str(export.parent)).score(text.read_text())
+    return [(word.text, word.bits) for word in words]
+
+
+def scores(command: list[str], export: Path, text: Path, out: Path) -> list[tuple[str, float]]:
+    environment = os.environ | {"PYTHONPATH": ""}
+    arguments = ["score", "--onnx", export, "--text", text, "--out", out, "--threads", "1"]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("\t") for line in out.read_text().splitlines()]
+    assert rows[0] == ["document", "sentence", "word", "text", "bits", "nats", "tokens"]
+    return [(row[3], float(row[4])) for row in rows[1:]]
+
+
+def agree(found: list[tuple[str, float]], wanted: list[tuple[str, float]]) -> None:
+    assert [word for word, _ in found] == [word for word, _ in wanted]
+    assert [bits for _, bits in found] == pytest.approx([bits for _, bits in wanted], abs=1e-4)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(SENTENCES[:6]))
+    return path
+
+
+def test_score_imports_nothing_heavy(export: Path, text: Path, tmp_path: Path) -> None:
+    found = scores([sys.executable, "-c", WITHOUT], export, text, tmp_path / "out.tsv")
+    agree(found, expected(export, text))
+
+
+def test_generate_imports_nothing_heavy(export: Path) -> None:
+    options = ["--onnx", str(export), "--prompt", "The cat", "--temperature", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, "generate", *options, "--max-new-tokens", "5"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lm = fusion_model.load(str(export.parent))
+    assert done.stdout == lm.generate("The cat", max_new_tokens=5)[0] + "\n"
+
+
+def test_what_needs_pytorch_says_so_in_one_line(text: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, "evaluate", "some-model", "--text", str(text)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this needs t")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_names_are_lazy_and_the_auto_classes_know_the_model() -> None:
+    code = (
+        "import fusion_model; from transformers import AutoConfig; "
+        "assert AutoConfig.for_model('fusion_lm').__class__ is fusion_model.FusionLMConfig; "
+        "assert set(fusion_model.__all__) <= {n for n in fusion_model.__all__ "
+        "if getattr(fusion_model, n) is not None}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fusion_model.nothing
+
+
+@pytest.mark.slow
+def test_an_environment_with_onnxruntime_alone(export: Path, text: Path, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python = str(venv / "bin" / "python")
+    for what in (LIGHT, ["--no-deps", str(ROOT)]):
+        done = subprocess.run(
+            [python, "-m", "pip", "install", "-q", *what], capture_output=True, text=True
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            pytest.skip(f"pip cannot install {' '.join(what)}: {reason}")
+    for name in HEAVY:
+        there = subprocess.run([python, "-c", f"import {name}"], capture_output=True, cwd="/")
+        assert there.returncode, f"{name} is in the environment: the test shows nothing"
+    found = scores([str(venv / "bin" / "fusion-lm")], export, text, tmp_path / "out.tsv")
+    agree(found, expected(export, text))
