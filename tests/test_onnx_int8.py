@@ -15,7 +15,7 @@ from fusion_model.tokenizer import train_bpe
 SHIPPED = Path(__file__).parents[1] / "fusion_model" / "samples" / "thursday.txt"
 
 
-def trained(sentences: list[str], steps: int = 60) -> FusionLM:
+def trained(sentences: list[str], steps: int = 150) -> FusionLM:
     """An unfused model after some steps of Adam."""
     tokenizer = train_bpe(sentences, 600)
     model = small_model(
