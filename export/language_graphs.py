@@ -104,12 +104,12 @@ class _Parts:
         return self.graph.cast(self.graph.input("prefix_embeds", dims), self.graph.dtype)
 
     def state_inputs(self) -> tuple[str, str]:
-        dims = [self.config.num_layers, "batch", self.config.hidden_size]
+        dims = (self.config.num_layers, "batch", self.config.hidden_size)
         h0, c0 = (self.graph.input(name, dims, self._state_kind) for name in ("h0", "c0"))
         return h0, c0
 
     def state_outputs(self, state: tuple[str, str]) -> None:
-        dims = [self.config.num_layers, "batch", self.config.hidden_size]
+        dims = (self.config.num_layers, "batch", self.config.hidden_size)
         for value, name in zip(state, ("h", "c"), strict=True):
             self.graph.output(value, name, dims, self._state_kind)
 

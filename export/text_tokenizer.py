@@ -74,7 +74,7 @@ class TextTokenizer:
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """The pieces of text that ids stand for."""
-        return [self.backend_tokenizer.id_to_token(int(i)) for i in ids]
+        return [str(self.backend_tokenizer.id_to_token(int(i))) for i in ids]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of ids."""
