@@ -46,7 +46,6 @@ def sequence_graph(
         state = parts.state_inputs()
         e = e and g.op("Transpose", e, perm=[1, 0, 2])
         steps, _, after = parts.recurrence(parts.inputs(ids, e), state)
-        parts.state_outputs(after)
         # Two axes from here on: ONNX Runtime adds a bias inside the product only then.
         hidden = g.op("Reshape", steps, g.ints(-1, config.hidden_size))
         hidden = parts.late(hidden, e and g.op("Reshape", e, g.ints(-1, config.prefix_size)))
@@ -59,6 +58,8 @@ def sequence_graph(
     for value, name in ((of_target, "target_log_probs"), (of_boundary, "boundary_log_probs")):
         by_step = g.op("Reshape", value, shape)
         g.output(g.op("Transpose", by_step, perm=[1, 0]), name, ["batch", rows])
+    if not early:
+        parts.state_outputs(after)
     return g.model(opset)
 
 
@@ -83,9 +84,9 @@ def step_graph(model: FusionLMForCausalLM, opset: int, dtype: type = np.float32)
     if per_token:
         e = g.op("Transpose", e, perm=[1, 0, 2])
     _, last, after = parts.recurrence(parts.inputs(ids, e), state, only_last=True)
-    parts.state_outputs(after)
     hidden = parts.late(g.op("Squeeze", last, g.ints(0)), e)
     g.output(parts.logits(hidden), "logits", ["batch", model.config.vocab_size])
+    parts.state_outputs(after)
     return g.model(opset)
 
 
