@@ -45,6 +45,7 @@ SAMPLE = (
     "The cat sat on the mat, and the dog sat on the cat",
     "In the year 1847 nobody had yet heard of it; she, however, knew.",
 )
+ERRORS = {"sequence": "sequence", "step": "step by step", "pytorch": "PyTorch fp32"}
 FACTS = (
     *("fusion", "vocab_size", "embedding_size", "hidden_size", "num_layers", "prefix_size"),
     *("encoder", "encoder_sha256", "pooling", "view", "shuffle", "shares_vocabulary"),
@@ -189,9 +190,12 @@ def report(manifest: dict[str, Any]) -> list[str]:
     parity = manifest["verified"]["parity"]
     lines = [
         "onnx.checker, shape inference and node types: sound, batch and length free",
-        f"log-probabilities against PyTorch in float64, greatest error in nats: sequence "
-        f"{parity['max_error_sequence_nats']:.1e}, step by step {parity['max_error_step_nats']:.1e}"
-        f" (PyTorch in float32: {parity['max_error_pytorch_nats']:.1e})",
+        "log-probabilities against PyTorch in float64, error in nats:",
+        *(
+            f"  {label:13} mean {parity[f'mean_error_{name}_nats']:.1e}, "
+            f"greatest {parity[f'max_error_{name}_nats']:.1e}"
+            for name, label in ERRORS.items()
+        ),
         f"perplexity on {parity['tokens']} tokens drawn from the model: "
         f"{parity['perplexity_ratio']:.6f} times PyTorch's",
     ]

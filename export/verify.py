@@ -21,7 +21,9 @@ from fusion_model.errors import ExportError
 from fusion_model.hf_encoder import HFEncoder
 from fusion_model.model import FusionLMForCausalLM
 
-LIMITS = {"fp32": 1e-5, "fp16": 5e-2, "int8": 0.5}  # nats, on any one token
+# In nats. float32 is held to the worst of all tokens of the vocabulary; fewer bits to the mean over
+# tokens as likely as the model thinks them, since they may misjudge what never comes.
+LIMITS = {"fp32": 1e-5, "fp16": 1e-2, "int8": 0.1}
 PERPLEXITY_LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "int8": 1e-2}  # |ratio - 1|
 SHAPES = ((1, 1), (1, 2), (3, 7), (2, 64))  # B, T
 EXPECTED = {
@@ -75,44 +77,57 @@ def check_parity(
         steps: the exported step graph; its embeddings are set here.
 
     Returns:
-        Greatest errors in nats, PyTorch's own among them, and the ratio of perplexities.
+        Greatest and mean errors in nats, PyTorch's own in float32 among them, and the ratio of
+        perplexities.
 
     Raises:
         ExportError: an error above its limit.
     """
     double = copy.deepcopy(model).double()
-    worst: dict[str, float] = {"pytorch": 0.0, "sequence": 0.0, "step": 0.0}
+    worst = {"pytorch": 0.0, "sequence": 0.0, "step": 0.0}
+    sums = {"pytorch": 0.0, "sequence": 0.0, "step": 0.0}
     exported, reference, total = 0.0, 0.0, 0
     for number, (batch, length) in enumerate(SHAPES):
         ids, e = sample(model, batch, length + 1, seed=number)
         log_probs = _log_probs(double, ids[:, :-1], e)
         expected = np.take_along_axis(log_probs, ids[:, 1:, None], axis=2)[..., 0]
-        own = _log_probs(model, ids[:, :-1], e) - log_probs
-        boundary = np.zeros(1, dtype=np.int64)
-        found, _, _ = sequences.run(ids[:, :-1], ids[:, 1:], e, boundary)
-        one_by_one = step_log_probs(steps, ids[:, :-1], e)
-        worst["pytorch"] = max(worst["pytorch"], float(np.abs(own).max()))
-        worst["sequence"] = max(worst["sequence"], float(np.abs(found - expected).max()))
-        worst["step"] = max(worst["step"], float(np.abs(one_by_one - log_probs).max()))
+        found, _, _ = sequences.run(ids[:, :-1], ids[:, 1:], e, np.zeros(1, dtype=np.int64))
+        errors = {
+            "pytorch": np.abs(_log_probs(model, ids[:, :-1], e) - log_probs),
+            "sequence": np.abs(found - expected),
+            "step": np.abs(step_log_probs(steps, ids[:, :-1], e) - log_probs),
+        }
+        for name, error in errors.items():
+            weight = 1 if name == "sequence" else np.exp(log_probs)  # targets were drawn so
+            worst[name] = max(worst[name], float(error.max()))
+            sums[name] += float((error * weight).sum())
         exported, reference = exported - float(found.sum()), reference - float(expected.sum())
         total += expected.size
-    ratio = float(np.exp((exported - reference) / total))
-    limit = LIMITS[precision] + worst["pytorch"]
-    if not max(worst["sequence"], worst["step"]) <= limit:
+    figures = {f"max_error_{name}_nats": value for name, value in worst.items()}
+    figures |= {f"mean_error_{name}_nats": value / total for name, value in sums.items()}
+    figures |= {"perplexity_ratio": float(np.exp((exported - reference) / total)), "tokens": total}
+    _hold_to_limits(figures, precision)
+    return figures
+
+
+def _hold_to_limits(figures: dict[str, float], precision: str) -> None:
+    kind = "max" if precision == "fp32" else "mean"
+    sequence, step, own = (
+        figures[f"{kind}_error_{name}_nats"] for name in ("sequence", "step", "pytorch")
+    )
+    limit = LIMITS[precision] + own
+    if not max(sequence, step) <= limit:
         raise ExportError(
-            f"the export does not agree with PyTorch: log-probabilities differ by up to "
-            f"{worst['sequence']:.2g} (sequence) and {worst['step']:.2g} (step) nats, allowed "
-            f"are {limit:.2g}; export with --precision fp32"
+            f"the export does not agree with PyTorch: log-probabilities differ by {sequence:.2g} "
+            f"(sequence) and {step:.2g} (step) nats ({kind}), allowed are {limit:.2g}; export "
+            "with --precision fp32"
         )
+    ratio = figures["perplexity_ratio"]
     if not abs(ratio - 1) <= PERPLEXITY_LIMITS[precision]:
         raise ExportError(
             f"the export's perplexity is {ratio:.4f} times PyTorch's, which is more than "
             f"{PERPLEXITY_LIMITS[precision]:.2g} off: export with --precision fp32"
         )
-    return {f"max_error_{name}_nats": value for name, value in worst.items()} | {
-        "perplexity_ratio": ratio,
-        "tokens": total,
-    }
 
 
 @torch.inference_mode()
