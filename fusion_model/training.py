@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fusion_model import progress
@@ -23,6 +24,7 @@ from fusion_model.checkpoint import load_checkpoint, save_checkpoint
 from fusion_model.config import FusionLMConfig
 from fusion_model.corpus import Batch, BatchSource
 from fusion_model.errors import CheckpointError
+from fusion_model.files import replace_files, write_text
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.model_card import plot_metrics, write_model_card
 from fusion_model.options import TrainingOptions
@@ -128,13 +130,13 @@ def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
             )
         if changed and main:  # begun and never trained, such as with a mistyped file name
             (out / "tokenizer.json").unlink(missing_ok=True)
-            path.write_text(json.dumps(wanted, indent=1) + "\n")
+            write_text(path, json.dumps(wanted, indent=1) + "\n")
     elif out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} holds other files: choose an empty or new folder for --out")
     elif main:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(wanted, indent=1) + "\n")
+            write_text(path, json.dumps(wanted, indent=1) + "\n")
         except OSError as error:
             raise CheckpointError(f"cannot write to {out}: {error.strerror}") from error
 
@@ -260,9 +262,12 @@ class TrainingRun:
     def _save_model(self) -> None:
         self.model.config.prefix_dropout = self.options.prefix_dropout
         try:
-            self.model.save_pretrained(self.out)
-        except OSError as error:
-            raise CheckpointError(f"cannot write the model to {self.out}: {error}") from error
+            with replace_files(self.out) as folder:
+                self.model.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot write the model to {self.out}: {error}; run the same command to go on"
+            ) from error
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
@@ -339,7 +344,7 @@ def _write_metrics(out: Path, metrics: dict[str, Any]) -> None:
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["epoch"] < metrics["epoch"]]
-    path.write_text("\n".join([*kept, json.dumps(metrics)]) + "\n")
+    write_text(path, "\n".join([*kept, json.dumps(metrics)]) + "\n")
 
 
 def _read_metrics(out: Path) -> dict[str, Any]:

@@ -42,9 +42,9 @@ class _TargetLogProbs(torch.autograd.Function):
         for rows in _chunks(len(x)):
             # d log p(y) / d logits = one_hot(y) - softmax(logits)
             logits = F.linear(x[rows], weight, bias).to(wide)
-            grad = logits.sub_(normalisers[rows, None]).exp_().neg_()
-            ones = torch.ones_like(grad[:, :1])
-            grad.scatter_add_(1, targets[rows, None], ones).mul_(grads[0][rows, None])
+            upstream = grads[0][rows, None]
+            grad = logits.sub_(normalisers[rows, None]).exp_().mul_(-upstream)
+            grad.scatter_add_(1, targets[rows, None], upstream)
             grad_bias += grad.sum(0)
             narrow = grad.to(x.dtype)
             grad_x[rows] = narrow @ weight

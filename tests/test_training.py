@@ -1,5 +1,6 @@
 """Training: the loss is the right one, resumed runs repeat whole ones, processes agree."""
 
+import dataclasses
 import json
 import math
 import os
@@ -147,6 +148,33 @@ def test_killed_run_resumes_to_the_same_result(
     assert_same_weights(whole, halves)
 
 
+def test_model_is_replaced_in_one_step(
+    options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power lost while a better model is being written: the earlier one is still whole."""
+    from fusion_model import FusionLMForCausalLM
+
+    out = tmp_path / "run"
+    original, saves = FusionLMForCausalLM.save_pretrained, []
+
+    def half_written(self, folder):
+        saves.append(1)
+        original(self, folder)
+        if len(saves) == 2:
+            path = Path(folder) / "model.safetensors"
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FusionLMForCausalLM, "save_pretrained", half_written)
+    with pytest.raises(CheckpointError, match="run the same command to go on"):
+        train(options(), out)
+    assert weights(out)
+    monkeypatch.undo()
+    train(options(), out)
+    train(options(), tmp_path / "whole")
+    assert_same_weights(out, tmp_path / "whole")
+
+
 def test_finished_run_is_not_repeated(options, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = train(options(), out)
@@ -206,19 +234,18 @@ def test_shared_store_is_encoded_once(
 def test_two_processes_give_the_loss_of_one(options, tmp_path: Path) -> None:
     chosen = options(dropout=0.0, prefix_dropout=0.0)
     train(chosen, tmp_path / "one")
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import json, sys\nfrom pathlib import Path\n"
-        "from fusion_model.options import TrainingOptions\n"
-        "from fusion_model.training import train\n"
-        "fields = json.loads(Path(sys.argv[1]).read_text())\n"
-        "fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}\n"
-        "train(TrainingOptions(**fields), Path(sys.argv[2]))\n"
-    )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    arguments = ["-m", "fusion_model.cli", "train", "--out", str(tmp_path / "two")]
+    for field in dataclasses.fields(chosen):
+        value, name = getattr(chosen, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments += [f"--{name}"] if value else []
+        else:
+            values = value if isinstance(value, tuple) else [value]
+            arguments += [part for v in values for part in (f"--{name}", str(v))]
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "one" / "training.json"), str(tmp_path / "two")],
+        [*launch, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
