@@ -184,7 +184,7 @@ class OnnxFusionLM:
         if streamer is not None and (len(prompts), chosen.num_beams) != (1, 1):
             raise ExportError("a streamer follows one row: give one prompt and no beams")
         rows = [[self.tokenizer.bos_token_id or 0, *self._ids(p)] for p in prompts]
-        steps = self._steps(prefix_embeds)
+        steps = self.steps(prefix_embeds)
         if streamer is not None:
             streamer.put(np.array(rows[0]))
         out = generate_rows(
@@ -205,7 +205,12 @@ class OnnxFusionLM:
         ]
         return ids
 
-    def _steps(self, vector: np.ndarray | None) -> Steps:
+    def steps(self, vector: np.ndarray | None) -> Steps:
+        """Generation's inner loop, for a loop of one's own.
+
+        Args:
+            vector: [E], instead of the prefixes' own embeddings.
+        """
         if self._step_session is None:
             self._step_session = self._open(STEP)
         if self.model["fusion"] == "none":

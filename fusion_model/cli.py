@@ -173,9 +173,13 @@ def _output(path: Path | None) -> Iterator[TextIO]:
 @command
 def demo() -> None:
     """What the model does, on real sentences: surprisal, a continuation, perplexity, latency."""
-    from fusion_model.demo import run_demo
+    from fusion_model.demo import MODEL, run_demo
 
     run_demo()
+    if _installed("onnxruntime") and _installed("onnx"):
+        from fusion_model.export.demo import show_export
+
+        show_export(MODEL)
 
 
 @command

@@ -13,6 +13,7 @@ from conftest import ARCHITECTURES, SENTENCES
 from fusion_model.export import export_model
 from fusion_model.export import exporter as exporter_module
 from fusion_model.export import language_graphs as graphs_module
+from fusion_model.export.demo import show_export
 from fusion_model.export.encoder import BagVectors, OnnxEncoder
 from fusion_model.export.text_tokenizer import TextTokenizer, describe_tokenizer
 from onnx_cases import saved_model, session
@@ -200,3 +201,12 @@ def test_tokenizer_is_the_same_without_transformers(bpe, tmp_path: Path) -> None
     assert len(light) == len(bpe)
     assert light.get_vocab() == bpe.get_vocab()
     assert (light.bos_token_id, light.eos_token_id, light.pad_token_id) == (1, 2, 0)
+
+
+def test_the_demo_shows_an_export(model_folder: Path, capsys) -> None:
+    show_export(str(model_folder))
+    shown = capsys.readouterr().out
+    rows = {line.split()[0] + line.split()[1]: line.split() for line in shown.splitlines()[2:5]}
+    assert rows["PyTorch" + rows["ONNXfp32"][2]][0] == "PyTorch"  # the same bits
+    assert float(rows["ONNXint8"][3]) > 0
+    assert "PyTorch fp32" in shown

@@ -116,7 +116,7 @@ def test_rows_end_at_eos_and_the_others_go_on(bert_pair) -> None:
     options, generator = GenerationOptions(max_new_tokens=12), np.random.default_rng(0)
 
     def rows(eos: int | None) -> list[list[int]]:
-        return generate_rows(lm._steps(None), prompts, options, eos, generator)
+        return generate_rows(lm.steps(None), prompts, options, eos, generator)
 
     whole = rows(None)
     assert [len(row) for row in whole] == [len(p) + 12 for p in prompts]
