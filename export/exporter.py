@@ -29,7 +29,7 @@ from fusion_model.export.sequences import Sequences
 from fusion_model.export.session import open_session, runtime
 from fusion_model.export.steps import Steps
 from fusion_model.export.text_tokenizer import describe_tokenizer
-from fusion_model.export.verify import check_encoder, check_graph, check_parity
+from fusion_model.export.verify import check_encoder, check_graph, check_parity, clone
 
 import fusion_model
 from fusion_model.encoders import BAGS, load_encoder
@@ -79,17 +79,7 @@ def export_model(
     out = Path(out)
     _check_request(out, precision, opset)
     runtime()
-    if isinstance(model, FusionLM):
-        network, tokenizer = model.model, model.tokenizer
-        source = None if model.planner is None else model.planner.encoder
-    else:
-        network, tokenizer = load_model(model)
-        source = None
-        if encoder and network.config.fusion != "none":
-            lm = load(model, encoder=encoder_path)
-            assert lm.planner is not None
-            source = lm.planner.encoder
-    network = network.float().cpu().eval()
+    network, tokenizer, source = _load(model, encoder, encoder_path)
     work = out.with_name(out.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -115,6 +105,19 @@ def export_model(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return contents
+
+
+def _load(
+    model: str | FusionLM, with_encoder: bool, encoder_path: str | None
+) -> tuple[FusionLMForCausalLM, Any, Any]:
+    """Weights in float32 on the CPU, tokenizer, and the encoder where it is wanted and there."""
+    if isinstance(model, str):
+        network, tokenizer = load_model(model)
+        if not with_encoder or network.config.fusion == "none":
+            return network.eval(), tokenizer, None
+        model = load(model, encoder=encoder_path)
+    source = None if model.planner is None else model.planner.encoder
+    return clone(model.model, torch.float32), model.tokenizer, source
 
 
 def _check_request(out: Path, precision: str, opset: int) -> None:

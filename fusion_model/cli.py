@@ -61,9 +61,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except FusionLMError as error:
             _fail(str(error))
         except ModuleNotFoundError as error:
-            if error.name not in ("torch", "transformers"):
+            extras = {"torch": "", "transformers": "", "onnx": "[onnx]", "onnxscript": "[onnx]"}
+            if error.name not in extras:
                 raise
-            _fail(f"this needs {error.name}, which is not installed: pip install fusion-lm")
+            package = f'"fusion-lm{extras[error.name]}"'
+            _fail(f"this needs {error.name}, which is not installed: pip install {package}")
         except KeyboardInterrupt:
             _fail("interrupted; what was finished is kept", 130)
         except BrokenPipeError:
@@ -134,21 +136,19 @@ def _open(
     """A model, or an exported one; of the latter, what was settled at export cannot be chosen."""
     from fusion_model.errors import FusionLMError
 
-    if (model is None) == (onnx is None):
-        raise FusionLMError("name a model, or an exported one with --onnx: one of the two")
-    if onnx is None:
+    if onnx is None and model is not None:
         if threads is not None:
             raise FusionLMError("--threads goes with --onnx; PyTorch takes OMP_NUM_THREADS")
-        assert model is not None
         return _load(model, device, dtype, encoder, encoder_dtype, backend)
-    chosen = {
-        "--dtype": dtype != "float32",
-        "--encoder": encoder is not None,
-        "--encoder-dtype": encoder_dtype != "float32",
-        "--backend": backend != "auto",
-    }
-    for option, given in chosen.items():
-        if given:
+    if onnx is None or model is not None:
+        raise FusionLMError("name a model, or an exported one with --onnx: one of the two")
+    for option, value, default in (
+        ("--dtype", dtype, "float32"),
+        ("--encoder", encoder, None),
+        ("--encoder-dtype", encoder_dtype, "float32"),
+        ("--backend", backend, "auto"),
+    ):
+        if value != default:
             raise FusionLMError(f"{option} does not go with --onnx: it was settled at export")
     from fusion_model.export import OnnxFusionLM
 

@@ -73,6 +73,12 @@ def test_a_loaded_model_exports_and_its_figures_are_within_limits(
     assert [(o.domain, o.version) for o in opsets] == [("", 21)]
 
 
+def test_exporting_leaves_the_model_as_it_was(model_folder: Path, tmp_path: Path) -> None:
+    lm = fusion_model.load(str(model_folder), dtype="bfloat16")
+    export_model(lm, tmp_path / "out")
+    assert lm.model.dtype == torch.bfloat16
+
+
 def test_an_export_that_disagrees_with_pytorch_is_not_kept(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,21 @@ def test_what_needs_pytorch_says_so_in_one_line(text: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_export_names_the_extra_that_is_missing(missing: str, export: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from fusion_model.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "export", export.parent, tmp_path / "out", "--encoder"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last.startswith(f"error: this needs {missing}")
+    assert '"fusion-lm[onnx]"' in last
+    assert "Traceback" not in done.stderr
+
+
 def test_names_are_lazy_and_the_auto_classes_know_the_model() -> None:
     code = (
         "import fusion_model; from transformers import AutoConfig; "
