@@ -1,6 +1,7 @@
 """Imports point one way, and the README is true."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -83,3 +84,15 @@ def test_readme_names_commands_that_exist() -> None:
     for name, command in re.findall(r"fusion-lm (\w+)([^\n`]*)", README):
         options = set(re.findall(r"--[\w-]+", command))
         assert options <= {o for p in known[name].params for o in p.opts}, (name, options)
+
+
+def test_readme_table_is_the_measured_one() -> None:
+    from fusion_model.benchmarks.summary import table, where
+
+    shown = re.search(
+        r"<!-- from (benchmarks/results/\S+) -->\n(.*?)\n<!-- end -->", README, re.DOTALL
+    )
+    assert shown is not None
+    results = json.loads((ROOT / shown[1]).read_text())
+    assert shown[2].startswith(table(results))
+    assert where(results) in shown[2]

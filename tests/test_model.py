@@ -177,16 +177,22 @@ def test_greedy_generation_is_argmax_one_prefix_at_a_time(fusion: str) -> None:
     assert out[0].tolist() == tokens
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("how", ["greedy", "beam"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_left_padded_batch_generates_what_each_row_does_alone(fusion: str, how: str) -> None:
+def test_padded_batch_generates_what_each_row_does_alone(fusion: str, how: str, side: str) -> None:
     model = small_model(fusion=fusion).double()
     model.prefix_encoder = ToyEncoder()
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": 5, "pad_token_id": 0, **GENERATION[how]}
     rows = [torch.randint(3, 30, (n,)) for n in (2, 5)]
-    padded = torch.stack([torch.nn.functional.pad(r, (5 - len(r), 0)) for r in rows])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(r), (5 - len(r), 0)) for r in rows])
+
+    def pad(row: torch.Tensor) -> torch.Tensor:
+        amount = (5 - len(row), 0) if side == "left" else (0, 5 - len(row))
+        return torch.nn.functional.pad(row, amount)
+
+    padded = torch.stack([pad(r) for r in rows])
+    mask = torch.stack([pad(torch.ones_like(r)) for r in rows])
     together = model.generate(padded, attention_mask=mask, **options)
     for row, tokens in enumerate(rows):
         alone = model.generate(tokens[None], attention_mask=torch.ones(1, len(tokens)), **options)
