@@ -76,7 +76,7 @@ def export_model(
             that is not sound or does not agree with PyTorch (nothing is written then).
         CheckpointError, EncoderError: see `fusion_model.load`.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     _check_request(out, precision, opset)
     runtime()
     network, tokenizer, source = _load(model, encoder, encoder_path)

@@ -9,7 +9,13 @@ from fusion_model.export.encoder import open_encoder
 from fusion_model.export.generation import GenerationOptions, generate_rows
 from fusion_model.export.manifest import SEQUENCE, STEP, TOKENIZER, read_manifest
 from fusion_model.export.sequences import Sequences, VectorRows
-from fusion_model.export.session import choose_device, default_threads, open_session
+from fusion_model.export.session import (
+    check_version,
+    choose_device,
+    default_threads,
+    open_session,
+    runtime,
+)
 from fusion_model.export.steps import Steps
 from fusion_model.export.text_tokenizer import TextTokenizer
 
@@ -61,6 +67,7 @@ class OnnxFusionLM:
         self.device = choose_device(device)
         self.threads = default_threads() if threads is None else threads
         self.manifest = read_manifest(self.folder)
+        check_version(runtime().__version__, self.manifest["oldest_onnxruntime"])
         self.model: dict[str, Any] = self.manifest["model"]
         described = self.manifest["tokenizer"]
         self.tokenizer = TextTokenizer(self.folder / TOKENIZER, described)

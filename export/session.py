@@ -37,11 +37,11 @@ def runtime() -> Any:
     return onnxruntime
 
 
-def check_version(version: str) -> None:
-    """Raise `ExportError` for an ONNX Runtime older than `OLDEST_RUNTIME`."""
-    if _numbers(version) < _numbers(OLDEST_RUNTIME):
+def check_version(version: str, oldest: str = OLDEST_RUNTIME) -> None:
+    """Raise `ExportError` for an ONNX Runtime older than `oldest`."""
+    if _numbers(version) < _numbers(oldest):
         raise ExportError(
-            f"ONNX Runtime {version} is too old: {OLDEST_RUNTIME} or later is needed "
+            f"ONNX Runtime {version} is too old: {oldest} or later is needed "
             "(pip install --upgrade onnxruntime)"
         )
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import SENTENCES, wordpiece
 from fusion_model.export import OnnxFusionLM, export_model
-from fusion_model.export import session as session_module
 from fusion_model.export.generation import GenerationOptions, generate_rows, probabilities
 from fusion_model.export.manifest import read_manifest
 from fusion_model.export.session import check_placement, check_version
@@ -298,8 +297,13 @@ def test_an_old_or_missing_runtime_is_refused(export: Path, monkeypatch) -> None
     for old in ("1.21.9", "1.9.0", "0.5"):
         with pytest.raises(ExportError, match=f"ONNX Runtime {old} is too old"):
             check_version(old)
-    monkeypatch.setattr(session_module, "OLDEST_RUNTIME", "99.0")
+    manifest = json.loads((export / "manifest.json").read_text())
+    changed = json.dumps(manifest | {"oldest_onnxruntime": "99.0"})
+    (export / "manifest.json").write_text(changed)
     with pytest.raises(ExportError, match=r"is too old: 99\.0"):
+        OnnxFusionLM(export)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.5.1")
+    with pytest.raises(ExportError, match=r"ONNX Runtime 1\.5\.1 is too old"):
         OnnxFusionLM(export)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExportError, match="pip install onnxruntime"):
