@@ -4,11 +4,14 @@ Notation: B sequences, T steps, R prefix rows, D input width, H hidden width, V 
 L layers. Gates are in PyTorch's order: input, forget, cell, output.
 """
 
-from fusion_model.kernels.backend import BACKENDS, resolve_backend
-from fusion_model.kernels.dropout import dropout
-from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence
-from fusion_model.kernels.prefix_lstm import prefix_lstm
-from fusion_model.kernels.surprisal import target_log_probs
+# Python run in the repository's root finds this folder as `kernels`, too, and transformers then
+# imports it, taking it for the PyPI package of that name: under that name it is empty.
+if __name__ != "kernels":
+    from fusion_model.kernels.backend import BACKENDS, resolve_backend
+    from fusion_model.kernels.dropout import dropout
+    from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence
+    from fusion_model.kernels.prefix_lstm import prefix_lstm
+    from fusion_model.kernels.surprisal import target_log_probs
 
 __all__ = [
     "BACKENDS",

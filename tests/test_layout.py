@@ -59,6 +59,11 @@ def test_import_needs_no_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_transformers_can_be_imported_first_in_the_repository() -> None:
+    code = "from transformers import BertModel; import fusion_model; fusion_model.FusionLM"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
