@@ -45,9 +45,9 @@ class Graph:
         )
         return name
 
-    def ints(self, *values: int, name: str = "") -> str:
+    def ints(self, *values: int) -> str:
         """A constant of integers, [len(values)] int64."""
-        name = name or "ints_" + "_".join(str(v) for v in values).replace("-", "m")
+        name = "ints_" + "_".join(str(v) for v in values).replace("-", "m")
         self._weights[name] = numpy_helper.from_array(np.array(values, dtype=np.int64), name)
         return name
 
