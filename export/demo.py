@@ -32,12 +32,11 @@ def show_export(model: str) -> None:
     """
     console = Console()
     lm = load(model)
-    title = "5. Exported to ONNX, one thread, embeddings already computed"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     table.add_column("engine")
     for name in ("bits, one sentence", "LSTM p50 ms/token", "MB"):
         table.add_column(name, justify="right")
-    vector = np.zeros(lm.model.config.prefix_size, dtype=np.float32)
+    vector = np.full(lm.model.config.prefix_size, 0.1, dtype=np.float32)
     source = lm.encode_corpus(Corpus.from_documents([Document("demo", [SENTENCE])], lm.tokenizer))
     batch = source.batch([0])
     e = None if batch.prefix_embeds is None else batch.prefix_embeds.numpy()
@@ -61,6 +60,7 @@ def show_export(model: str) -> None:
             p50 = median_ms(lambda steps=steps: steps.advance([5], [0]))  # type: ignore[misc]
             table.add_row(f"ONNX {precision}", f"{bits:.2f}", f"{p50:.2f}", f"{size:.1f}")
             checks = checks or report(manifest)  # of fp32
+    console.print("\n[bold]5. Exported to ONNX, one thread, embeddings already computed[/]")
     console.print(table)
     for line in checks:
         console.print(f"   {line}", highlight=False)

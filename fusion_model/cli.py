@@ -180,6 +180,7 @@ def demo() -> None:
         from fusion_model.export.demo import show_export
 
         show_export(MODEL)
+    print(f"\nNext: fusion-lm score {MODEL} --text YOUR.txt, or fusion-lm train --help")
 
 
 @command

@@ -34,7 +34,8 @@ def run_demo() -> None:
     sentences = split_sentences(read_text(SAMPLE))
     shown = " ".join(sentences[:2])
     pair = (fused.score(shown), unfused.score(shown))
-    console.print(surprisal_table(*pair, title="1. Surprisal of each word, in bits"))
+    console.print("[bold]1. Surprisal of each word, in bits[/]")
+    console.print(surprisal_table(*pair))
 
     console.print("\n[bold]2. A continuation[/]")
     text = fused.generate(
@@ -46,21 +47,21 @@ def run_demo() -> None:
     started = time.perf_counter()
     with_fusion = fused.perplexity(document)
     seconds = time.perf_counter() - started
-    console.print()
+    console.print(
+        f"\n[bold]3. Perplexity of {SAMPLE.name}, {with_fusion.words} words unseen in training[/]",
+        highlight=False,
+    )
     console.print(perplexity_table(with_fusion, unfused.perplexity(document)))
     console.print(
         f"   scored with exact prefix embeddings: {with_fusion.tokens / seconds:,.0f} tokens/s"
     )
-    console.print()
+    console.print("\n[bold]4. Generation, one token at a time[/]")
     console.print(latency_table(measure_latency(fused, PROMPT), measure_latency(unfused, PROMPT)))
-    console.print(
-        "\nNext: fusion-lm score fusion-lm-small --text YOUR.txt, or fusion-lm train --help"
-    )
 
 
-def surprisal_table(fused: list[WordScore], unfused: list[WordScore], title: str) -> Table:
+def surprisal_table(fused: list[WordScore], unfused: list[WordScore]) -> Table:
     """A row a word: both models' bits, and the fused model's as a bar."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     table.add_column("word")
     table.add_column("unfused", justify="right")
     table.add_column("fused", justify="right")
@@ -73,8 +74,7 @@ def surprisal_table(fused: list[WordScore], unfused: list[WordScore], title: str
 
 def perplexity_table(fused: Perplexity, unfused: Perplexity) -> Table:
     """Both models on the sample."""
-    title = f"3. Perplexity of {SAMPLE.stem}.txt ({fused.words} words, unseen in training)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     table.add_column("model")
     for name in ("per token", "per word", "bits per character"):
         table.add_column(name, justify="right")
@@ -110,8 +110,7 @@ def measure_latency(lm: FusionLM, prompt: str, tokens: int = 60, warmup: int = 5
 
 def latency_table(fused: Latency, unfused: Latency) -> Table:
     """Tokens a second and percentiles in milliseconds a token."""
-    title = "4. Generation, one token at a time"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     table.add_column("model")
     for name in ("tokens/s", "p50 ms", "p99 ms", "of it encoder", "of it LSTM"):
         table.add_column(name, justify="right")

@@ -34,6 +34,8 @@ def plot_metrics(metrics: Path, out: Path) -> None:
     axes.set(xlabel="epoch", ylabel="perplexity (per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter("{x:.0f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(out, dpi=150)

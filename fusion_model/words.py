@@ -145,7 +145,7 @@ def sum_words(
         counts[at] += 1
         first_token[at] = min(first_token[at], token)
     nats[-1], counts[-1] = float(scores.tokens[-1]), 1
-    total = math.fsum(float(nats) for nats in scores.tokens)
+    total = math.fsum(scores.tokens.tolist())
     if scores.boundary is not None:
         for i in range(1, len(nats)):
             space = float(scores.boundary[first_token[i]])
@@ -177,7 +177,7 @@ def text_perplexity(
 ) -> Perplexity:
     """Perplexity of documents from the scores of their sentences."""
     return Perplexity(
-        nats=math.fsum(float(nats) for s in scores for nats in s.tokens),
+        nats=math.fsum(nats for s in scores for nats in s.tokens.tolist()),
         tokens=sum(len(s.tokens) for s in scores),
         words=sum(len(s.split()) for d in documents for s in d.sentences),
         characters=corpus.characters,
