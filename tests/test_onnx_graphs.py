@@ -1,11 +1,13 @@
 """The exported graphs against float64 computations of their own, PyTorch, and one another."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import small_model
 from fusion_model.export import sequences as sequences_module
 from fusion_model.export.language_graphs import sequence_graph, step_graph
@@ -21,6 +23,15 @@ from fusion_model import FUSIONS
 from fusion_model.errors import ExportError
 
 OPSET = 20
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On busy cores, PyTorch's threads wait for one another at each of 256 small steps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
