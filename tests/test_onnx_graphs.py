@@ -1,13 +1,11 @@
 """The exported graphs against float64 computations of their own, PyTorch, and one another."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from conftest import small_model
 from fusion_model.export import sequences as sequences_module
 from fusion_model.export.language_graphs import sequence_graph, step_graph
@@ -16,6 +14,7 @@ from fusion_model.export.verify import check_graph, step_log_probs
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_cases import EARLY, NO_BOUNDARY, inputs, pytorch_log_probs, sequences, steps
+from onnx_cases import one_thread as one_thread
 from onnx_oracle import concat_fusion_logits
 from oracle import all_logits
 
@@ -23,15 +22,6 @@ from fusion_model import FUSIONS
 from fusion_model.errors import ExportError
 
 OPSET = 20
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On busy cores, PyTorch's threads wait for one another at each of 256 small steps."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
