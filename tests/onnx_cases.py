@@ -1,11 +1,13 @@
 """What the ONNX tests share: saved models, sessions in memory, and PyTorch's answers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 import torch
 from conftest import SENTENCES, small_model
 from fusion_model.export.sequences import Sequences
@@ -14,6 +16,16 @@ from fusion_model.export.steps import Steps
 from fusion_model import FusionLMForCausalLM
 from fusion_model.encoders import BagEncoder
 from fusion_model.hf_encoder import HFEncoder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On busy cores, PyTorch's threads wait for one another at every small step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 EARLY = ("init_hidden", "init_cell", "init_both")
 NO_BOUNDARY = np.zeros(1, dtype=np.int64)

@@ -17,6 +17,7 @@ from fusion_model.export import language_graphs as graphs_module
 from fusion_model.export.demo import show_export
 from fusion_model.export.encoder import BagVectors, OnnxEncoder
 from fusion_model.export.text_tokenizer import TextTokenizer, describe_tokenizer
+from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model, session
 from test_cli import fails, run
 

@@ -14,6 +14,7 @@ from fusion_model.export.verify import check_graph, step_log_probs
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_cases import EARLY, NO_BOUNDARY, inputs, pytorch_log_probs, sequences, steps
+from onnx_cases import one_thread as one_thread
 from onnx_oracle import concat_fusion_logits
 from oracle import all_logits
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import small_model
 from fusion_model.export import OnnxFusionLM, export_model
+from onnx_cases import one_thread as one_thread
 
 from fusion_model import FusionLM
 from fusion_model.corpus import BatchSource, Corpus

@@ -18,6 +18,7 @@ from fusion_model.export.generation import GenerationOptions, generate_rows, pro
 from fusion_model.export.manifest import read_manifest
 from fusion_model.export.session import check_placement, check_version
 from fusion_model.export.steps import Steps
+from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model
 from test_cli import fails, run
 from transformers.generation.logits_process import (

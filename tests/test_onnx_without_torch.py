@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import SENTENCES
 from fusion_model.export import export_model
+from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model
 
 import fusion_model
