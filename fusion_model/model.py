@@ -5,17 +5,17 @@ V vocabulary. Position t predicts token t + 1 from tokens 0..t and from `prefix_
 the embedding of tokens 0..t (arXiv 2208.02402).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from fusion_model.config import EARLY, LATE, FusionLMConfig
+from fusion_model.generation import PrefixEncoder, StatefulGenerationMixin
 from fusion_model.kernels import (
     dropout,
     lstm_sequence,
@@ -23,10 +23,6 @@ from fusion_model.kernels import (
     resolve_backend,
     target_log_probs,
 )
-
-PrefixEncoder = Callable[[Tensor, Tensor, int], Tensor]
-"""(input_ids [B, T], attention_mask [B, T], start) -> embeddings of the prefixes that end at
-positions start..T-1, [B, T - start, E]."""
 
 
 @dataclass
@@ -46,7 +42,7 @@ class FusionLMOutput(ModelOutput):
     state: tuple[Tensor, Tensor] | None = None
 
 
-class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
+class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
     """LSTM language model that fuses prefix embeddings (arXiv 2208.02402, section 3).
 
     The published input layer is a table plus a bias; the bias is part of the table here, since
@@ -57,7 +53,6 @@ class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = FusionLMConfig
     config: FusionLMConfig
     main_input_name = "input_ids"
-    _is_stateful = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: FusionLMConfig) -> None:
@@ -312,41 +307,3 @@ class FusionLMForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             features, targets = features.flatten(0, 1), targets.flatten()
         return target_log_probs(features, self.lm_head.weight, self.lm_head.bias, targets)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state is our own; a DynamicCache beside it breaks beam search
-
-    def _reorder_cache(
-        self, state: tuple[Tensor, Tensor], beam_idx: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        first, second = (s.index_select(0, beam_idx.to(s.device)) for s in state)
-        return first, second
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        prefix_embeds: Tensor | None = None,
-        state: tuple[Tensor, Tensor] | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """The next call's inputs: new tokens only where there is a state, prefixes encoded."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        start = input_ids.shape[1] - 1 if state is not None else 0
-        if self.config.fusion != "none" and (prefix_embeds is None or prefix_embeds.dim() == 3):
-            if self.prefix_encoder is None:
-                raise ValueError(
-                    f"generate with fusion={self.config.fusion!r} needs an encoder for the "
-                    "prefixes that it makes: load the model with fusion_model.load, or pass "
-                    f"prefix_embeds [B, {self.config.prefix_size}], one vector a sequence"
-                )
-            prefix_embeds = self.prefix_encoder(input_ids, mask, start)
-        return {
-            "input_ids": input_ids[:, start:],
-            "attention_mask": mask,
-            "prefix_embeds": prefix_embeds,
-            "state": state,
-            "use_cache": use_cache,
-        }

@@ -71,7 +71,7 @@ def lstm_sequence(
         dropout: probability between layers (not after the last); 0 outside training.
         backend: one of `BACKENDS`.
     """
-    backend = resolve_backend(backend, x.device)
+    backend = resolve_backend(backend, x.device, x.shape[1])
     if backend == "reference" or mask is not None:
         return lstm_sequence_reference(x, state, weights, mask, dropout)
     device = x.device.type

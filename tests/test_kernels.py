@@ -198,6 +198,14 @@ def test_low_precision_logits_are_normalised_in_float32() -> None:
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 
 
+def test_choice_of_backend() -> None:
+    assert resolve_backend("auto", "cpu") == resolve_backend("auto", "cpu", 2) == "torch"
+    assert resolve_backend("auto", "cpu", 1) == "reference"
+    assert resolve_backend("auto", "cuda", 1) == "torch"
+    for named in ("torch", "reference"):
+        assert resolve_backend(named, "cpu", 1) == resolve_backend(named, "cuda", 9) == named
+
+
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match=r"unknown backend 'cudann'.*auto, torch, reference"):
         resolve_backend("cudann", "cpu")

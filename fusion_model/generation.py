@@ -1,0 +1,60 @@
+"""What transformers' `generate` needs of a model whose memory is a state, not a cache of keys."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from fusion_model.config import FusionLMConfig
+
+PrefixEncoder = Callable[[Tensor, Tensor, int], Tensor]
+"""(input_ids [B, T], attention_mask [B, T], start) -> embeddings of the prefixes that end at
+positions start..T-1, [B, T - start, E]."""
+
+
+class StatefulGenerationMixin(GenerationMixin):
+    """`generate` with a state of two batch-first tensors, and prefixes encoded as they grow."""
+
+    config: FusionLMConfig
+    prefix_encoder: PrefixEncoder | None
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the state is our own; a DynamicCache beside it breaks beam search
+
+    def _reorder_cache(
+        self, state: tuple[Tensor, Tensor], beam_idx: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        first, second = (s.index_select(0, beam_idx.to(s.device)) for s in state)
+        return first, second
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
+        state: tuple[Tensor, Tensor] | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The next call's inputs: new tokens only where there is a state, prefixes encoded."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        start = input_ids.shape[1] - 1 if state is not None else 0
+        if self.config.fusion != "none" and (prefix_embeds is None or prefix_embeds.dim() == 3):
+            if self.prefix_encoder is None:
+                raise ValueError(
+                    f"generate with fusion={self.config.fusion!r} needs an encoder for the "
+                    "prefixes that it makes: load the model with fusion_model.load, or pass "
+                    f"prefix_embeds [B, {self.config.prefix_size}], one vector a sequence"
+                )
+            prefix_embeds = self.prefix_encoder(input_ids, mask, start)
+        return {
+            "input_ids": input_ids[:, start:],
+            "attention_mask": mask,
+            "prefix_embeds": prefix_embeds,
+            "state": state,
+            "use_cache": use_cache,
+        }
