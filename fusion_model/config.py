@@ -24,7 +24,7 @@ class FusionLMConfig(PreTrainedConfig):
         prefix_dropout: probability on the prefix embeddings.
         encoder: Hugging Face name or path, `minilm`, `tfidf`, `counts` or `zeros`.
         encoder_sha256: content hash of the encoder that the model was trained with.
-        pooling: see `fusion_model.encoders.POOLINGS`; several are joined by `+`.
+        pooling: see `fusion_model.items.POOLINGS`; several are joined by `+`.
         view: what the encoder is shown, see `fusion_model.prefixes.VIEWS`.
         shuffle: control, `none`, `sentence` or `corpus`.
         shares_vocabulary: tokens are pieces of the encoder's own vocabulary, so that prefixes go

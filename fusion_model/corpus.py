@@ -11,10 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusion_model.planning import Batching
-from fusion_model.planning import Corpus as Corpus
-from fusion_model.planning import PrefixPlanner as PrefixPlanner
-from fusion_model.planning import embed_corpus as embed_corpus
+from fusion_model.planning import Batching, Corpus
 from fusion_model.store import Vectors
 
 

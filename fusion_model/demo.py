@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fusion_model.language_model import FusionLM, load
-from fusion_model.scoring import Perplexity, WordScore
 from fusion_model.text import Document, read_text, split_sentences
+from fusion_model.words import Perplexity, WordScore
 
 SAMPLE = Path(__file__).parent / "samples" / "thursday.txt"  # G. K. Chesterton, 1908
 PROMPT = "The old gentleman with the white beard"

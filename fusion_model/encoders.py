@@ -17,29 +17,19 @@ import torch
 from torch import Tensor
 
 from fusion_model.errors import EncoderError
-from fusion_model.items import POOLINGS as POOLINGS
-from fusion_model.items import Progress as Progress
-from fusion_model.items import parse_pooling as parse_pooling
+from fusion_model.items import Progress
+from fusion_model.planning import TextEncoder
 
 BAGS = ("tfidf", "counts")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-class Encoder(Protocol):
-    """What the rest of the package needs of an encoder."""
+class Encoder(TextEncoder, Protocol):
+    """What training and scoring need of an encoder."""
 
     name: str
     pooling: str
-    dim: int
     content_sha256: str
-    mask_token: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Content, pooling and precision: vectors of equal fingerprints are equal."""
-
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        """One item a text."""
 
     def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
         """Vectors, [len(items), dim] float32 on the CPU."""

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set
 
 from fusion_model import progress
 from fusion_model.config import FusionLMConfig
-from fusion_model.corpus import BatchSource, Corpus, PrefixPlanner, embed_corpus
+from fusion_model.corpus import BatchSource
 from fusion_model.encoders import load_encoder
 from fusion_model.errors import CheckpointError, EncoderError, FusionLMError
 from fusion_model.hf_encoder import resolve_dtype
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.planning import PrefixVectors, check_causal
+from fusion_model.planning import Corpus, PrefixPlanner, PrefixVectors, check_causal, embed_corpus
 from fusion_model.prefixes import CAUSAL_VIEWS, shuffle_rows
 from fusion_model.scoring import score_articles, score_sentences, word_boundary_ids
 from fusion_model.store import EmbeddingStore, MemoryStore, Vectors
@@ -94,7 +94,7 @@ class FusionLM:
             text: plain text, split into sentences here, or documents.
             context: `sentence`, as the model is trained, or `article`: the LSTM's state goes
                 on through each document.
-            whitespace_correction: see `fusion_model.scoring.sum_words`.
+            whitespace_correction: see `fusion_model.words.sum_words`.
 
         Raises:
             FusionLMError: unknown context; a correction that the vocabulary does not allow; a

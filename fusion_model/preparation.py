@@ -10,12 +10,13 @@ from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fusion_model import progress
-from fusion_model.corpus import BatchSource, Corpus, PrefixPlanner, embed_corpus
+from fusion_model.corpus import BatchSource
 from fusion_model.encoders import BAGS, BagEncoder, Encoder, load_encoder
 from fusion_model.errors import EncoderError
 from fusion_model.hf_encoder import HFEncoder
 from fusion_model.language_model import load_model
 from fusion_model.options import TrainingOptions
+from fusion_model.planning import Corpus, PrefixPlanner, embed_corpus
 from fusion_model.prefixes import shuffle_rows
 from fusion_model.store import EmbeddingStore
 from fusion_model.text import read_documents

@@ -8,11 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fusion_model.corpus import Batch, BatchSource
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.words import CONTEXTS as CONTEXTS
-from fusion_model.words import Perplexity as Perplexity
-from fusion_model.words import SentenceScores, boundary_ids
-from fusion_model.words import WordScore as WordScore
-from fusion_model.words import sum_words as sum_words
+from fusion_model.words import (
+    SentenceScores,
+    boundary_ids,
+)
 
 
 @torch.inference_mode()

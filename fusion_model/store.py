@@ -21,22 +21,15 @@ from torch import Tensor
 
 from fusion_model.errors import StoreError
 from fusion_model.files import write_text
-from fusion_model.planning import KEY_BYTES
-from fusion_model.planning import digest as digest
+from fusion_model.planning import KEY_BYTES, KeyedRows
 
 FORMAT = 1
 
 
-class Vectors(Protocol):
+class Vectors(KeyedRows, Protocol):
     """Vectors by key; `EmbeddingStore` keeps them on disk, `MemoryStore` in memory."""
 
     dim: int
-
-    def row(self, key: bytes) -> int:
-        """Row of a key, -1 where there is none."""
-
-    def append(self, keys: Sequence[bytes], vectors: Tensor) -> None:
-        """Add rows, [len(keys), dim]."""
 
     def gather(self, rows: np.ndarray) -> Tensor:
         """Vectors of rows, [*rows.shape, dim] float32."""

@@ -201,13 +201,13 @@ def test_unknown_choices_are_named(text_file: Path, trained: Path, tmp_path: Pat
 
 
 def test_output_appears_whole_or_not_at_all(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    from fusion_model import scoring
+    from fusion_model import words
 
     def full(self) -> float:
         raise OSError(28, "No space left on device", "scores.tsv")
 
     out = tmp_path / "scores.tsv"
-    monkeypatch.setattr(scoring.WordScore, "bits", property(full))
+    monkeypatch.setattr(words.WordScore, "bits", property(full))
     line = fails("score", trained / "none", "--text", trained / "text.txt", "--out", out)
     assert "the disk is full" in line
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 from fusion_model import encoders, hf_encoder
 from fusion_model.encoders import load_encoder, minilm_path
 from fusion_model.errors import EncoderError
+from fusion_model.items import POOLINGS
 
 TEXTS = ["", "The", *SENTENCES[:6], "The cat", "", "the CAT sat"]
 
@@ -36,7 +37,7 @@ def pooled(model, tokenizer, text: str, pooling: str) -> torch.Tensor:
     }[pooling]
 
 
-@pytest.mark.parametrize("pooling", encoders.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_batched_is_one_at_a_time(
     name: str, pooling: str, encoder_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,8 @@ from fusion_model.export import OnnxFusionLM, export_model
 from onnx_cases import one_thread as one_thread
 
 from fusion_model import FusionLM
-from fusion_model.corpus import BatchSource, Corpus
+from fusion_model.corpus import BatchSource
+from fusion_model.planning import Corpus
 from fusion_model.text import Document, read_text, split_sentences
 from fusion_model.tokenizer import train_bpe
 

@@ -8,9 +8,10 @@ import torch
 from conftest import SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model.corpus import BatchSource, Corpus, PrefixPlanner, embed_corpus
+from fusion_model.corpus import BatchSource
 from fusion_model.encoders import BagEncoder, ZeroEncoder, load_encoder
 from fusion_model.errors import FusionLMError
+from fusion_model.planning import Corpus, PrefixPlanner, embed_corpus
 from fusion_model.prefixes import parse_view, prefix_texts, shuffle_rows, view_ids, view_texts
 from fusion_model.store import MemoryStore
 from fusion_model.text import Document

@@ -11,10 +11,10 @@ from conftest import SENTENCES
 
 from fusion_model import planning as planning_module
 from fusion_model import store as store_module
-from fusion_model.corpus import Corpus, PrefixPlanner, embed_corpus
 from fusion_model.encoders import load_encoder
 from fusion_model.errors import StoreError
-from fusion_model.store import EmbeddingStore, MemoryStore, digest
+from fusion_model.planning import Corpus, PrefixPlanner, digest, embed_corpus
+from fusion_model.store import EmbeddingStore, MemoryStore
 from fusion_model.text import Document
 
 KEYS = [digest(str(i).encode()) for i in range(10)]
