@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
         split="lines",
         encoder="counts",
         precision="bfloat16",
-        tokens_per_batch=4096,
+        tokens_per_batch=16_384,
         epochs=1,
     )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -76,7 +76,7 @@ def test_training_published(benchmark: Any, run: TrainingRun, published: Publish
 
 @pytest.mark.benchmark(group="training")
 def test_training_fusion_lm(benchmark: Any, run: TrainingRun) -> None:
-    plan = run.plan(0)[:25]
+    plan = run.plan(0)[:6]
     run.model.train()
 
     def loop() -> None:

@@ -128,13 +128,19 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         holds = not use_cache and bool((mask[:, 1:] <= mask[:, :-1]).all())
         step_mask = None if holds or bool(mask.all()) else mask
         if e is not None:
-            e = dropout(e.to(self.dtype), self.config.prefix_dropout, self.training)
+            e = dropout(e.to(self._compute_dtype()), self.config.prefix_dropout, self.training)
         if per_prefix:
             assert e is not None
             hidden, new_state = self._run_prefixes(input_ids, mask, step_mask is not None, e, state)
         else:
             hidden, new_state = self._run_sequence(input_ids, step_mask, e, state)
         return self.projection(self._fuse(hidden, e)), new_state if use_cache else None
+
+    def _compute_dtype(self) -> torch.dtype:
+        device = self.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.dtype
 
     def _check_prefix_embeds(
         self,

@@ -1,8 +1,8 @@
 """Log-probability of each target under a vocabulary projection, without the [N, V] logits.
 
-The logits exist for `CHUNK` positions at a time, in the forward and again in the backward pass,
-which computes them anew: that costs one more matrix product and saves every pass over [N, V]
-numbers in memory, of which softmax and its gradient make six.
+The logits exist for `CHUNK` positions at a time. Where a gradient will be wanted it is taken in
+the same pass, for an upstream gradient of ones: a loss is nearly always a sum or a mean, so that
+the backward pass has only to scale it. Any other upstream gradient runs the pass again.
 
 Notation: N positions, D features, V vocabulary.
 """
@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 256  # 8 MB of logits at V = 8192 in fp32: they stay in a CPU's cache
+CHUNK = 512  # positions a product: large enough to be efficient
+ROWS = 64  # positions a softmax on a CPU: 2 MB at V = 8192 in fp32, which stay in its cache
+
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class _TargetLogProbs(torch.autograd.Function):
@@ -22,39 +25,51 @@ class _TargetLogProbs(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
         # x [N, D], weight [V, D], bias [V], targets [N] -> [N]
-        wide = _accumulation_dtype(x)
-        out = torch.empty(len(x), dtype=wide, device=x.device)
-        normalisers = torch.empty_like(out)
-        for rows in _chunks(len(x)):
-            logits = F.linear(x[rows], weight, bias).to(wide)
-            normalisers[rows] = torch.logsumexp(logits, dim=-1)
-            out[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalisers[rows]
-        ctx.save_for_backward(x, weight, bias, targets, normalisers)
+        out, gradients = _pass(x, weight, bias, targets, x.new_ones(len(x)))
+        ctx.save_for_backward(x, weight, bias, targets, *(gradients or ()))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, targets, normalisers = ctx.saved_tensors
-        wide = normalisers.dtype
+        x, weight, bias, targets, *gradients = ctx.saved_tensors
+        upstream = grads[0]
+        scale = upstream[:1]
+        if bool((upstream != scale).any()):
+            scale = torch.ones_like(scale)
+            gradients = _pass(x, weight, bias, targets, upstream)[1]
+        of_x, of_weight, of_bias = (g * scale.to(g.dtype) for g in gradients)
+        return of_x, of_weight.to(weight.dtype), None if bias is None else of_bias.to(x.dtype), None
+
+
+def _pass(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, upstream: Tensor | None
+) -> tuple[Tensor, Gradients | None]:
+    """log p [N], and, given an upstream gradient [N], the gradients of x, weight and bias."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.empty(len(x), dtype=wide, device=x.device)
+    if upstream is not None:
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device)
-        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=x.device)
-        for rows in _chunks(len(x)):
-            # d log p(y) / d logits = one_hot(y) - softmax(logits)
-            logits = F.linear(x[rows], weight, bias).to(wide)
-            upstream = grads[0][rows, None]
-            grad = logits.sub_(normalisers[rows, None]).exp_().mul_(-upstream)
-            grad.scatter_add_(1, targets[rows, None], upstream)
-            grad_bias += grad.sum(0)
-            narrow = grad.to(x.dtype)
-            grad_x[rows] = narrow @ weight
-            grad_weight += narrow.t() @ x[rows]
-        return (
-            grad_x,
-            grad_weight.to(weight.dtype),
-            None if bias is None else grad_bias.to(bias.dtype),
-            None,
-        )
+        grad_bias = torch.zeros(len(weight), dtype=wide, device=x.device)
+    for chunk in _parts(len(x), CHUNK):
+        logits = F.linear(x[chunk], weight, bias)
+        y, log_probs = targets[chunk, None], out[chunk]
+        for rows in _parts(len(logits), ROWS if x.device.type == "cpu" else CHUNK):
+            z = logits[rows].to(wide)
+            of_target = z.gather(1, y[rows])
+            greatest = z.amax(dim=-1, keepdim=True)
+            total = z.sub_(greatest).exp_().sum(-1, keepdim=True)
+            log_probs[rows] = (of_target - greatest - total.log())[:, 0]
+            if upstream is not None:
+                # d log p(y) / d logits = one_hot(y) - softmax(logits)
+                g = upstream[chunk][rows, None].to(wide)
+                z.mul_(-g / total).scatter_add_(1, y[rows], g)
+                grad_bias += z.sum(0)
+                logits[rows] = z
+        if upstream is not None:
+            torch.mm(logits, weight, out=grad_x[chunk])
+            grad_weight += logits.t() @ x[chunk]
+    return out, None if upstream is None else (grad_x, grad_weight, grad_bias)
 
 
 def target_log_probs(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -72,14 +87,13 @@ def target_log_probs(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    inputs = (x, weight, bias)
     with torch.autocast(device, enabled=False):
-        out: Tensor = _TargetLogProbs.apply(x, weight, bias, targets)
-    return out
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            out: Tensor = _TargetLogProbs.apply(*inputs, targets)
+            return out
+        return _pass(*inputs, targets, None)[0]
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _chunks(n: int) -> list[slice]:
-    return [slice(start, start + CHUNK) for start in range(0, n, CHUNK)]
+def _parts(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

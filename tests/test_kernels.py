@@ -119,6 +119,7 @@ def test_gradients() -> None:
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 9])
 def test_target_log_probs(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surprisal_module, "CHUNK", 4)
+    monkeypatch.setattr(surprisal_module, "ROWS", 3)
     x, w, b = torch.randn(n, 5), torch.randn(11, 5), torch.randn(11)
     y = torch.randint(11, (n,))
     wide = torch.log_softmax(x.double() @ w.double().T + b.double(), -1)
@@ -137,6 +138,7 @@ def test_target_log_probs(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_target_log_probs_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surprisal_module, "CHUNK", 4)
+    monkeypatch.setattr(surprisal_module, "ROWS", 3)
     x, w, b = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9, 5), (11, 5), (11,))
     )
