@@ -28,7 +28,10 @@ setup(
         "fusion_model.export": "export",
         "fusion_model.benchmarks": "benchmarks",
     },
-    package_data={"fusion_model": ["py.typed", "checkpoints/*/*", "samples/*"]},
+    package_data={
+        "fusion_model": ["py.typed", "checkpoints/*/*", "samples/*"],
+        "fusion_model.benchmarks": ["*.txt"],
+    },
     entry_points={"console_scripts": ["fusion-lm=fusion_model.cli:main"]},
     install_requires=[
         "torch>=2.11",
