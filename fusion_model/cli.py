@@ -64,7 +64,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             extras = {"torch": "", "transformers": "", "onnx": "[onnx]", "onnxscript": "[onnx]"}
             if error.name not in extras:
                 raise
-            package = f'"fusion-lm{extras[error.name]}"'
+            package = f'-e ".{extras[error.name]}" -c constraints.txt, in the repository'
             _fail(f"this needs {error.name}, which is not installed: pip install {package}")
         except KeyboardInterrupt:
             _fail("interrupted; what was finished is kept", 130)

@@ -100,7 +100,7 @@ def test_export_names_the_extra_that_is_missing(missing: str, export: Path, tmp_
     assert done.returncode == 1
     *_, last = done.stderr.splitlines()
     assert last.startswith(f"error: this needs {missing}")
-    assert '"fusion-lm[onnx]"' in last
+    assert 'pip install -e ".[onnx]" -c constraints.txt' in last
     assert "Traceback" not in done.stderr
 
 
