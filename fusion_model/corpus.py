@@ -4,7 +4,7 @@ A sentence `BOS x1 … xn EOS` has n + 2 tokens and n + 1 positions: the last to
 nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +61,3 @@ class BatchSource(Batching):
         if rows is not None and self._store is not None:
             embeds = self._store.gather(rows)
         return Batch(torch.from_numpy(ids), torch.from_numpy(lengths), embeds)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """All sentences once, in batches for evaluation."""
-        for indices in self.plan(16_384):
-            yield self.batch(indices)

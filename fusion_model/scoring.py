@@ -34,18 +34,19 @@ def score_sentences(
     results: dict[int, SentenceScores] = {}
     for indices in source.plan(8192 if boundary_ids is None else 2048):
         batch = source.batch(indices).to(model.device)
-        surprisals = token_surprisals(model, batch)
-        for row, index in enumerate(indices):
-            results[int(index)] = SentenceScores(surprisals[row])
         if boundary_ids is None:
+            surprisals = token_surprisals(model, batch)
+            results.update(zip(indices.tolist(), map(SentenceScores, surprisals), strict=True))
             continue
         features, _ = model.features(
             batch.input_ids[:, :-1], None, batch.prefix_embeds, use_cache=False
         )
-        for row, index in enumerate(indices):
-            own = features[row, : int(batch.lengths[row]) - 1]
-            boundary = _boundary_surprisals(model, own, boundary_ids)
-            results[int(index)] = SentenceScores(surprisals[row], boundary)
+        for row, index in enumerate(indices.tolist()):
+            end = int(batch.lengths[row])
+            targets = batch.input_ids[row, 1:end]
+            results[index] = _sentence_scores(
+                model, features[row, : end - 1], targets, boundary_ids
+            )
     return [results[i] for i in range(len(source.lengths))]
 
 
@@ -72,17 +73,18 @@ def score_articles(
         features, state = model.features(
             batch.input_ids, prefix_embeds=e, state=None if first else state
         )
-        log_probs = torch.log_softmax(model.lm_head(features[0, :-1]).float(), dim=-1)
-        tokens = -log_probs.gather(1, batch.input_ids[0, 1:, None])[:, 0].cpu()
-        boundary = None
-        if boundary_ids is not None:
-            boundary = -log_probs[:, boundary_ids].logsumexp(dim=-1).cpu()
-        yield SentenceScores(tokens, boundary)
+        yield _sentence_scores(model, features[0, :-1], batch.input_ids[0, 1:], boundary_ids)
 
 
-def _boundary_surprisals(model: FusionLMForCausalLM, features: Tensor, ids: Tensor) -> Tensor:
+def _sentence_scores(
+    model: FusionLMForCausalLM, features: Tensor, targets: Tensor, boundary_ids: Tensor | None
+) -> SentenceScores:
+    """Scores of one sentence from features [n + 1, D] and targets [n + 1]."""
     log_probs = torch.log_softmax(model.lm_head(features).float(), dim=-1)
-    return -log_probs[:, ids].logsumexp(dim=-1).cpu()
+    tokens = -log_probs.gather(1, targets[:, None])[:, 0].cpu()
+    if boundary_ids is None:
+        return SentenceScores(tokens)
+    return SentenceScores(tokens, -log_probs[:, boundary_ids].logsumexp(dim=-1).cpu())
 
 
 def word_boundary_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
