@@ -1,173 +1,32 @@
 """The command line. Each command imports what it needs, so that `--help` answers at once."""
 
-import errno
-import functools
-import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    name="fusion-lm",
-    help="LSTM language models that fuse embeddings of the prefix from a pretrained encoder.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+from fusion_model.command_line import (
+    Backend,
+    Device,
+    Dtype,
+    EncoderDtype,
+    EncoderPath,
+    Model,
+    ModelOrNone,
+    Onnx,
+    Split,
+    Store,
+    TextFiles,
+    Threads,
+    app,
+    command,
+    installed,
+    load_model,
+    open_model,
+    output,
+    resolve_device,
 )
-
-MODEL_HELP = "folder, hub name, or fusion-lm-small, which ships"
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-TextFiles = Annotated[
-    list[str],
-    typer.Option("--text", help="text file, folder of .txt files, or hf:NAME; repeatable"),
-]
-Split = Annotated[str, typer.Option(help="how text becomes sentences: sentences, lines")]
-EncoderPath = Annotated[str | None, typer.Option(help="where the encoder lies now, if it moved")]
-EncoderDtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, auto")]
-Dtype = Annotated[str, typer.Option(help="of the LSTM: float32, bfloat16, float16, auto")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto: a GPU if there is one")]
-Store = Annotated[Path | None, typer.Option(help="folder that keeps the prefix embeddings")]
-ModelOrNone = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
-Onnx = Annotated[
-    Path | None,
-    typer.Option(help="instead of a model: folder that fusion-lm export wrote; needs no PyTorch"),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="with --onnx (default: all cores)")]
-Backend = Annotated[str, typer.Option(help="of the recurrence: auto, torch, reference")]
-
-
-def _fail(message: str, code: int = 1) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command; a user's mistake becomes one line and a non-zero exit."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        from fusion_model.errors import FusionLMError
-
-        try:
-            _quiet_transformers()
-            function(*args, **kwargs)
-        except FusionLMError as error:
-            _fail(str(error))
-        except ModuleNotFoundError as error:
-            extras = {"torch": "", "transformers": "", "onnx": "[onnx]", "onnxscript": "[onnx]"}
-            if error.name not in extras:
-                raise
-            package = f'-e ".{extras[error.name]}" -c constraints.txt, in the repository'
-            _fail(f"this needs {error.name}, which is not installed: pip install {package}")
-        except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept", 130)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            if error.errno is None:
-                raise
-            full = error.errno == errno.ENOSPC
-            where = f": {error.filename}" if error.filename else ""
-            _fail(f"{'the disk is full: make room' if full else error.strerror}{where}")
-
-    return app.command()(wrapped)
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _quiet_transformers() -> None:
-    if not _installed("transformers"):
-        return  # an exported model runs without
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _device(name: str) -> str:
-    import torch
-
-    from fusion_model.errors import FusionLMError
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise FusionLMError(f"the device {name!r} cannot be used here: {reason}") from None
-    return name
-
-
-def _load(
-    model: str, device: str, dtype: str, encoder: str | None, encoder_dtype: str, backend: str
-) -> Any:
-    import fusion_model
-
-    return fusion_model.load(
-        model,
-        device=_device(device),
-        dtype=dtype,
-        encoder=encoder,
-        encoder_dtype=encoder_dtype,
-        backend=backend,
-    )
-
-
-def _open(
-    model: str | None,
-    onnx: Path | None,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    encoder: str | None,
-    encoder_dtype: str,
-    backend: str,
-) -> Any:
-    """A model, or an exported one; of the latter, what was settled at export cannot be chosen."""
-    from fusion_model.errors import FusionLMError
-
-    if onnx is None and model is not None:
-        if threads is not None:
-            raise FusionLMError("--threads goes with --onnx; PyTorch takes OMP_NUM_THREADS")
-        return _load(model, device, dtype, encoder, encoder_dtype, backend)
-    if onnx is None or model is not None:
-        raise FusionLMError("name a model, or an exported one with --onnx: one of the two")
-    for option, value, default in (
-        ("--dtype", dtype, "float32"),
-        ("--encoder", encoder, None),
-        ("--encoder-dtype", encoder_dtype, "float32"),
-        ("--backend", backend, "auto"),
-    ):
-        if value != default:
-            raise FusionLMError(f"{option} does not go with --onnx: it was settled at export")
-    from fusion_model.export import OnnxFusionLM
-
-    return OnnxFusionLM(onnx, device=device, threads=threads)
-
-
-@contextmanager
-def _output(path: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears only once it is whole."""
-    if path is None:
-        yield sys.stdout
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @command
@@ -176,7 +35,7 @@ def demo() -> None:
     from fusion_model.demo import MODEL, run_demo
 
     run_demo()
-    if _installed("onnxruntime") and _installed("onnx"):
+    if installed("onnxruntime") and installed("onnx"):
         from fusion_model.export.demo import show_export
 
         show_export(MODEL)
@@ -202,7 +61,7 @@ def evaluate(
     from fusion_model.text import read_documents
 
     documents = read_documents(text, split)
-    lm = _load(model, device, dtype, encoder, encoder_dtype, backend)
+    lm = load_model(model, device, dtype, encoder, encoder_dtype, backend)
     with lm.open_store(store) as vectors:
         result = lm.perplexity(documents, vectors)
     table = Table("measure", "value", title=f"{model} on {', '.join(text)}")
@@ -248,7 +107,7 @@ def score(
     from fusion_model.text import read_documents
 
     documents = read_documents(text, split)
-    lm = _open(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
+    lm = open_model(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
     options: dict[str, Any] = {"context": context, "whitespace_correction": whitespace_correction}
     if onnx is None:
         with lm.open_store(store) as vectors:
@@ -257,7 +116,7 @@ def score(
         raise FusionLMError("--store does not go with --onnx: its embeddings are kept in memory")
     else:
         words = lm.score(documents, **options)
-    with _output(out) as file:
+    with output(out) as file:
         print("document\tsentence\tword\ttext\tbits\tnats\ttokens", file=file)
         for w in words:
             print(
@@ -285,7 +144,7 @@ def generate(
     backend: Backend = "auto",
 ) -> None:
     """Continue a prompt; the text appears as it is made (beam search: at the end)."""
-    lm = _open(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
+    lm = open_model(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beam}
     if beam == 1 and temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -366,7 +225,7 @@ def embed(
         vocab_size=vocab_size,
         encoder_dtype=encoder_dtype,
         store_dtype=store_dtype,
-        device=_device(device),
+        device=resolve_device(device),
     )
     print(f"{out}: {found.vectors:,} vectors for {found.positions:,} positions")
 
@@ -382,7 +241,7 @@ def train(out: Path, store: Path | None, **options: Any) -> None:
         print(f"{out}: dev perplexity {best['dev_perplexity']:.2f} in epoch {best['epoch']}")
 
 
-if _installed("torch"):  # without it, only what runs an exported model is offered
+if installed("torch"):  # without it, only what runs an exported model is offered
     from fusion_model.training_parameters import give_training_options
 
     give_training_options(train)
