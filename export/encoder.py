@@ -33,7 +33,13 @@ class OnnxEncoder(TokenItems):
 
     def __init__(self, folder: Path, described: dict[str, Any], device: str, threads: int) -> None:
         tokenizer = TextTokenizer(folder / ENCODER_TOKENIZER, described["tokenizer"])
-        super().__init__(described["name"], tokenizer, described["pooling"], described["window"])
+        super().__init__(
+            described["name"],
+            tokenizer,
+            described["pooling"],
+            described["window"],
+            described.get("policy", "every"),
+        )
         self.dim: int = described["dim"]
         self.content_sha256: str = described["content_sha256"]
         self._budget = TOKENS_PER_BATCH[device]
@@ -64,8 +70,8 @@ class ZeroVectors:
 
     mask_token, fingerprint = "", "zeros"
 
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
+    def __init__(self, dim: int, policy: str = "every") -> None:
+        self.dim, self.policy = dim, policy
 
     def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
         """One item for all texts."""
@@ -86,7 +92,8 @@ class BagVectors:
     mask_token = ""
     _words = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, policy: str = "every") -> None:
+        self.policy = policy
         saved = json.loads(path.read_text(encoding="utf-8"))
         self.fingerprint = path.stem
         self._vocabulary: dict[str, int] = saved["vocabulary"]
@@ -122,8 +129,9 @@ def open_encoder(folder: Path, manifest: dict[str, Any], device: str, threads: i
             f"{folder} was exported without its encoder ({name}): export again with --encoder, or "
             "pass prefix embeddings to token_log_probs"
         )
+    policy = described.get("policy", "every")
     if described["kind"] == "zeros":
-        return ZeroVectors(described["dim"])
+        return ZeroVectors(described["dim"], policy)
     if described["kind"] == "bag":
-        return BagVectors(folder / f"{name}.json")
+        return BagVectors(folder / f"{name}.json", policy)
     return OnnxEncoder(folder, described, device, threads)

@@ -38,12 +38,12 @@ def export_encoder(encoder: HFEncoder, path: Path, opset: int) -> None:
     Raises:
         ExportError: PyTorch's exporter cannot express this encoder.
     """
-    static = encoder.poolings == ("static",)
+    static = encoder.pooling == "static"
     count, length = TRACED
     example = torch.zeros(count, 1 if static else length, dtype=torch.int64)
     axes: dict[int, object] = {0: torch.export.Dim("items", min=1)}
     if not static:
-        most = encoder.window - ("mask" in encoder.poolings)
+        most = encoder.window - any(p.name == "mask" for p in encoder.poolings)
         axes[1] = torch.export.Dim("length", min=len(encoder.specials), max=most)
     try:
         with torch.inference_mode(), _quiet():

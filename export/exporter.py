@@ -35,6 +35,7 @@ import fusion_model
 from fusion_model.encoders import BAGS, load_encoder
 from fusion_model.errors import ExportError
 from fusion_model.hf_encoder import HFEncoder
+from fusion_model.incremental import IncrementalEncoder
 from fusion_model.language_model import FusionLM, load, load_model
 from fusion_model.model import FusionLMForCausalLM
 
@@ -48,7 +49,7 @@ SAMPLE = (
 ERRORS = {"sequence": "sequence", "step": "step by step", "pytorch": "PyTorch fp32"}
 FACTS = (
     *("fusion", "vocab_size", "embedding_size", "hidden_size", "num_layers", "prefix_size"),
-    *("encoder", "encoder_sha256", "pooling", "view", "shuffle", "shares_vocabulary"),
+    *("encoder", "encoder_sha256", "pooling", "view", "policy", "shuffle", "shares_vocabulary"),
 )
 
 
@@ -155,9 +156,15 @@ def _write_encoder(encoder: Any, folder: Path, opset: int) -> dict[str, Any] | N
         return None
     if not isinstance(encoder, HFEncoder):
         encoder.save(folder)
-        return {"kind": "bag" if encoder.name in BAGS else "zeros", "dim": encoder.dim}
+        kind = "bag" if encoder.name in BAGS else "zeros"
+        return {"kind": kind, "dim": encoder.dim, "policy": encoder.policy}
+    if isinstance(encoder, IncrementalEncoder):
+        raise ExportError(
+            "the encoder of a model trained with policy 'incremental' cannot be exported yet: "
+            "export without --encoder, and pass prefix embeddings yourself"
+        )
     if encoder.model.dtype != torch.float32 or encoder.model.device.type != "cpu":
-        encoder = load_encoder(encoder.name, encoder.pooling)
+        encoder = load_encoder(encoder.name, encoder.pooling, policy=encoder.policy)
     export_encoder(encoder, folder / ENCODER, opset)
     onnx.checker.check_model(str(folder / ENCODER), full_check=True)
     tokenizer = encoder.tokenizer
@@ -168,6 +175,7 @@ def _write_encoder(encoder: Any, folder: Path, opset: int) -> dict[str, Any] | N
         "pooling": encoder.pooling,
         "dim": encoder.dim,
         "window": encoder.window,
+        "policy": encoder.policy,
         "content_sha256": encoder.content_sha256,
         "precision": "fp32",
         "tokenizer": describe_tokenizer(tokenizer),

@@ -25,11 +25,11 @@ from fusion_model.planning import (
     Batching,
     Corpus,
     PrefixPlanner,
-    PrefixVectors,
     check_causal,
     embed_corpus,
 )
 from fusion_model.prefixes import shuffle_rows
+from fusion_model.streaming import PrefixStream
 from fusion_model.text import Document, split_sentences
 from fusion_model.words import (
     Perplexity,
@@ -74,7 +74,7 @@ class OnnxFusionLM:
         self._sequences = Sequences(self._open(SEQUENCE), self.model)
         self._step_session: Any = None  # opened when something is generated
         self._planner: PrefixPlanner | None = None
-        self._cache: PrefixVectors | None = None
+        self._cache: PrefixStream | None = None
 
     def _open(self, name: str) -> Any:
         return open_session(self.folder / name, self.device, self.threads)
@@ -237,7 +237,7 @@ class OnnxFusionLM:
         check_causal(self.planner)
         if self._cache is None:
             assert self.planner is not None
-            self._cache = PrefixVectors(self.planner)
+            self._cache = PrefixStream(self.planner)
         cache = self._cache
 
         def of_prefixes(rows: Sequence[Sequence[int]], last: int) -> np.ndarray:

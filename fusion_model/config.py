@@ -26,6 +26,7 @@ class FusionLMConfig(PreTrainedConfig):
         encoder_sha256: content hash of the encoder that the model was trained with.
         pooling: see `fusion_model.items.POOLINGS`; several are joined by `+`.
         view: what the encoder is shown, see `fusion_model.prefixes.VIEWS`.
+        policy: how often the encoder runs, one of `fusion_model.policies.POLICIES`.
         shuffle: control, `none`, `sentence` or `corpus`.
         shares_vocabulary: tokens are pieces of the encoder's own vocabulary, so that prefixes go
             to the encoder as tokens and not as text.
@@ -54,6 +55,7 @@ class FusionLMConfig(PreTrainedConfig):
     encoder_sha256: str | None = None
     pooling: str = "cls"
     view: str = "prefix"
+    policy: str = "every"
     shuffle: str = "none"
     shares_vocabulary: bool = False
     use_cache: bool = True

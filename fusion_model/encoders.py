@@ -19,6 +19,7 @@ from torch import Tensor
 from fusion_model.errors import EncoderError
 from fusion_model.items import Progress
 from fusion_model.planning import TextEncoder
+from fusion_model.policies import parse_policy
 
 BAGS = ("tfidf", "counts")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -43,8 +44,8 @@ class ZeroEncoder:
 
     name, pooling, content_sha256, mask_token = "zeros", "zeros", "zeros", ""
 
-    def __init__(self, dim: int = 768) -> None:
-        self.dim = dim
+    def __init__(self, dim: int = 768, policy: str = "every") -> None:
+        self.dim, self.policy = dim, policy
 
     @property
     def fingerprint(self) -> str:
@@ -65,22 +66,25 @@ class BagEncoder:
 
     mask_token = ""
 
-    def __init__(self, name: str, vectorizer: Any) -> None:
+    def __init__(self, name: str, vectorizer: Any, policy: str = "every") -> None:
         self.name = self.pooling = name
+        self.policy = policy
         self._vectorizer = vectorizer
         self.dim = len(vectorizer.vocabulary_)
         self.content_sha256 = hashlib.sha256(self._to_json().encode()).hexdigest()
 
     @classmethod
-    def fit(cls, name: str, sentences: Sequence[str], dim: int = 768) -> "BagEncoder":
+    def fit(
+        cls, name: str, sentences: Sequence[str], dim: int = 768, policy: str = "every"
+    ) -> "BagEncoder":
         """Learn vocabulary and document frequencies from the training sentences."""
         try:
-            return cls(name, _vectorizer(name, max_features=dim).fit(sentences))
+            return cls(name, _vectorizer(name, max_features=dim).fit(sentences), policy)
         except ValueError as error:
             raise EncoderError(f"cannot fit {name} on this text: {error}") from error
 
     @classmethod
-    def load(cls, name: str, directory: Path) -> "BagEncoder":
+    def load(cls, name: str, directory: Path, policy: str = "every") -> "BagEncoder":
         """What `save` wrote."""
         path = directory / f"{name}.json"
         try:
@@ -94,7 +98,7 @@ class BagEncoder:
             raise EncoderError(
                 f"cannot load the {name} encoder from {path}: {error}; train the model again"
             ) from error
-        return cls(name, vectorizer)
+        return cls(name, vectorizer, policy)
 
     def _to_json(self) -> str:
         vocabulary = {word: int(i) for word, i in sorted(self._vectorizer.vocabulary_.items())}
@@ -154,6 +158,7 @@ def load_encoder(
     device: str | torch.device = "cpu",
     directory: Path | None = None,
     dim: int = 768,
+    policy: str = "every",
 ) -> Encoder:
     """An encoder by name.
 
@@ -163,16 +168,22 @@ def load_encoder(
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where it is fast.
         directory: where a bag of words was saved; it has no other home.
         dim: width of `zeros`.
+        policy: one of `fusion_model.policies.POLICIES`, see there.
 
     Raises:
-        EncoderError: unknown, not installed, or not loadable.
+        EncoderError: unknown, not installed, not loadable, or not able to follow the policy.
     """
+    incremental = parse_policy(policy).name == "incremental"
+    if incremental and name in (*BAGS, "zeros"):
+        raise EncoderError(f"the encoder {name!r} cannot be incremental: use another policy")
     if name == "zeros":
-        return ZeroEncoder(dim)
+        return ZeroEncoder(dim, policy)
     if name in BAGS:
         if directory is None:
             raise EncoderError(f"the {name} encoder is fitted while training: it has no weights")
-        return BagEncoder.load(name, directory)
+        return BagEncoder.load(name, directory, policy)
     from fusion_model.hf_encoder import HFEncoder
+    from fusion_model.incremental import IncrementalEncoder
 
-    return HFEncoder.load(name, pooling, dtype=dtype, device=device)
+    kind = IncrementalEncoder if incremental else HFEncoder
+    return kind.load(name, pooling, dtype=dtype, device=device, policy=policy)

@@ -1,23 +1,27 @@
-"""Any Hugging Face encoder: equal lengths batched together, several poolings in one pass.
+"""Any Hugging Face encoder: texts of all lengths batched without padding, several poolings in one
+pass.
 
 Notation: N items, L tokens each, E width of the encoder.
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from fusion_model.encoder_layers import AllToAll, EncoderLayers
 from fusion_model.encoders import minilm_path
 from fusion_model.errors import EncoderError
-from fusion_model.items import Progress, TokenItems, equal_lengths, parse_pooling
+from fusion_model.items import Pooling, Progress, TokenItems, parse_pooling, shared_batches
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-TOKENS_PER_BATCH = {"cpu": 4096}
+TOKENS_PER_BATCH = {"cpu": 2048}
 TOKENS_PER_BATCH_GPU = 65536
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
@@ -39,14 +43,25 @@ def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
 class HFEncoder(TokenItems):
     """A pretrained encoder with a pooling; see `fusion_model.encoders.Encoder`."""
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, pooling: str = "cls") -> None:
-        super().__init__(name, tokenizer, pooling, _window(model.config))
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, pooling: str = "cls", policy: str = "every"
+    ) -> None:
+        super().__init__(name, tokenizer, pooling, _window(model.config), policy)
         self.model = model.eval()
         self.dim = model.config.hidden_size * len(self.poolings)
-        if "mask" in self.poolings and tokenizer.mask_token_id is None:
+        names = {p.name for p in self.poolings}
+        if "mask" in names and tokenizer.mask_token_id is None:
             raise EncoderError(f"{name} has no mask token: pooling 'mask' cannot be used")
-        if "pooler" in self.poolings and getattr(model, "pooler", None) is None:
+        if "pooler" in names and getattr(model, "pooler", None) is None:
             raise EncoderError(f"{name} has no pooler: choose another pooling")
+        self.depth: int = model.config.num_hidden_layers
+        for p in self.poolings:
+            if (p.layer or 0) > self.depth:
+                raise EncoderError(
+                    f"{name} has {self.depth} layers: there is no {p.name}@{p.layer}"
+                )
+        self._layers: EncoderLayers | None = None
+        self._tried = False
         self.content_sha256 = _content_sha256(model, tokenizer)
 
     @classmethod
@@ -57,6 +72,7 @@ class HFEncoder(TokenItems):
         *,
         dtype: str = "float32",
         device: str | torch.device = "cpu",
+        policy: str = "every",
     ) -> "HFEncoder":
         """By hub name, local path or `minilm`: safetensors only, no remote code.
 
@@ -76,7 +92,7 @@ class HFEncoder(TokenItems):
                 "model.safetensors and a tokenizer, a hub name, or minilm)"
             ) from error
         # The hash is taken before the cast: it names the weights, not the precision.
-        encoder = cls(name, model, tokenizer, pooling)
+        encoder = cls(name, model, tokenizer, pooling, policy)
         encoder.model = encoder.model.to(device=device, dtype=torch_dtype)
         return encoder
 
@@ -90,45 +106,170 @@ class HFEncoder(TokenItems):
 
     @torch.inference_mode()
     def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
-        """Vectors, [N, dim] float32 on the CPU, in the order of `items`; duplicates run once."""
+        """Vectors, [N, dim] float32 on the CPU, in the order of `items`; duplicates run once.
+
+        Raises:
+            EncoderError: the encoder gave NaN or infinity.
+        """
         places: dict[bytes, int] = {}
         inverse = [places.setdefault(item, len(places)) for item in items]
-        unique = list(places)
-        out = torch.empty(len(unique), self.dim)
-        budget = TOKENS_PER_BATCH.get(self.model.device.type, TOKENS_PER_BATCH_GPU)
-        done = 0
-        for rows, ids in equal_lengths(unique, budget):
-            out[rows] = self.pooled(torch.from_numpy(ids).to(self.model.device)).float().cpu()
-            done += len(rows)
-            if progress:
-                progress(done, len(unique))
+        out = self._encode_unique(list(places), progress)
         if not bool(torch.isfinite(out).all()):
             raise EncoderError(
                 f"{self.name} gave NaN or infinity in {self.model.dtype}: encode in float32"
             )
-        return out if len(unique) == len(items) else out[inverse]
+        return out if len(places) == len(items) else out[inverse]
+
+    def _encode_unique(self, items: list[bytes], progress: Progress | None) -> Tensor:
+        out = torch.empty(len(items), self.dim)
+        done = 0
+        for batch in shared_batches(items, self.budget):
+            groups = [torch.from_numpy(ids).to(self.model.device) for _, ids in batch]
+            rows = [row for group, _ in batch for row in group]
+            out[rows] = self._pooled_batch(groups).float().cpu()
+            done += len(rows)
+            if progress:
+                progress(done, len(items))
+        return out
+
+    @property
+    def budget(self) -> int:
+        """Most tokens in a batch."""
+        return TOKENS_PER_BATCH.get(self.model.device.type, TOKENS_PER_BATCH_GPU)
+
+    def _pooled_batch(self, groups: list[Tensor]) -> Tensor:
+        """Groups of texts of one length, [N, L] each -> [sum of N, dim].
+
+        The first batch is tried both ways: see `fusion_model.encoder_layers`.
+        """
+        if not self._tried:
+            self._tried = True
+            self._layers = self._proven_layers(groups[-1][:4])
+        if self._layers is None:
+            return torch.cat([self.pooled(ids) for ids in groups])
+        return self._pooled_together(groups, self._layers)
+
+    def _proven_layers(self, ids: Tensor) -> EncoderLayers | None:
+        """Our own pass, if these texts [N, L] get the same vectors as from transformers."""
+        try:
+            layers = EncoderLayers(self.model)
+        except ValueError:
+            return None
+        expected = self.pooled(ids).float()
+        found = self._pooled_together([ids], layers).float()
+        tolerance = 1e-5 if self.model.dtype == torch.float32 else 2**-4
+        scale = expected.abs().max().clamp(min=1)
+        if bool(expected.isfinite().all()) and float((found - expected).abs().max()) > float(
+            tolerance * scale
+        ):
+            warnings.warn(
+                f"{self.name}: our own pass differs from transformers', which is used instead",
+                stacklevel=2,
+            )
+            return None
+        return layers
+
+    def _pooled_together(self, groups: list[Tensor], layers: EncoderLayers) -> Tensor:
+        static = [self._static(ids) for ids in groups]
+        columns = {Pooling("static"): torch.cat(static)}
+        if self.holds:
+            groups = [ids[:, :-1] for ids in groups]
+        for masked in (False, True):
+            parts = [
+                p for p in self.poolings if p.name != "static" and (p.name == "mask") == masked
+            ]
+            if parts:
+                texts = [self._with_mask(ids) for ids in groups] if masked else groups
+                columns |= self._read(parts, texts, layers)
+        return torch.cat([columns[p] for p in self.poolings], dim=-1)
+
+    def _read(
+        self, parts: list[Pooling], groups: list[Tensor], layers: EncoderLayers
+    ) -> dict[Pooling, Tensor]:
+        """One pass for several poolings, each [sum of N, E]."""
+        wanted = sorted({self.layer_of(p) for p in parts})
+        hidden = torch.cat([layers.embed(ids).flatten(0, 1) for ids in groups])
+        top = [p for p in parts if self.layer_of(p) == wanted[-1]]
+        rows = None
+        if wanted[-1] and all(p.name != "mean" for p in top) and not layers.relative:
+            rows = self._nodes(top, groups)  # all that is read of the highest layer
+        hidden = padded(hidden)
+        attend = AllToAll([(ids.shape[0], ids.shape[1]) for ids in groups], layers)
+        outputs = dict(zip(wanted, layers.run(hidden, wanted, attend, rows), strict=True))
+        found = {}
+        for p in parts:
+            output = outputs[self.layer_of(p)]
+            if p.name == "mean":
+                sizes = [ids.numel() for ids in groups]
+                texts = zip(groups, output[: sum(sizes)].split(sizes), strict=True)
+                found[p] = torch.cat([part.view(*ids.shape, -1).mean(1) for ids, part in texts])
+                continue
+            if rows is not None and p in top:
+                node = output.view(-1, len(top), output.shape[-1])[:, top.index(p)]
+            else:
+                node = output[self._nodes([p], groups)]
+            found[p] = self.model.pooler(node[:, None]) if p.name == "pooler" else node
+        return found
+
+    def _nodes(self, parts: list[Pooling], groups: list[Tensor]) -> Tensor:
+        """Where the nodes that poolings read lie, text after text, [sum of N · len(parts)]."""
+        found, start = [], 0
+        for ids in groups:
+            count, length = ids.shape
+            last = length - self._after - 1
+            at = {"cls": 0, "pooler": 0, "last": last, "mask": last, "sep": last + 1}
+            own = torch.tensor([at[p.name] for p in parts])
+            found.append((start + length * torch.arange(count)[:, None] + own).flatten())
+            start += ids.numel()
+        return torch.cat(found).to(self.model.device)
+
+    def layer_of(self, pooling: Pooling) -> int:
+        """The layer that a pooling reads."""
+        return self.depth if pooling.layer is None else pooling.layer
 
     def pooled(self, ids: Tensor) -> Tensor:
-        """ids [N, L] -> [N, dim]."""
+        """ids [N, L] -> [N, dim], by transformers alone."""
+        static = self._static(ids)
+        ids = ids[:, :-1] if self.holds else ids
         output = None
-        if set(self.poolings) - {"static", "mask"}:
-            output = self.model(input_ids=ids)
-        return torch.cat([self._pool(p, ids, output) for p in self.poolings], dim=-1)
+        if {p.name for p in self.poolings} - {"static", "mask"}:
+            output = self.model(input_ids=ids, output_hidden_states=True)
+        parts = [
+            static if p.name == "static" else self._pool(p, ids, output) for p in self.poolings
+        ]
+        return torch.cat(parts, dim=-1)
 
-    def _pool(self, pooling: str, ids: Tensor, output: Any) -> Tensor:
-        last = ids.shape[1] - self._after - 1  # the text's last token; [CLS] if it is empty
-        if pooling == "static":
-            return self.model.get_input_embeddings()(ids[:, max(last, 0)])
-        if pooling == "mask":
-            mask = ids.new_full((ids.shape[0], 1), self.tokenizer.mask_token_id)
-            ids = torch.cat([ids[:, : last + 1], mask, ids[:, last + 1 :]], dim=1)
-            return self.model(input_ids=ids).last_hidden_state[:, last + 1]
-        if pooling == "pooler":
-            return output.pooler_output
-        hidden = output.last_hidden_state
-        if pooling == "mean":
+    def _static(self, ids: Tensor) -> Tensor:
+        # of the text's last token; of [CLS] if it is empty
+        last = -1 if self.holds else max(ids.shape[1] - self._after - 1, 0)
+        vectors: Tensor = self.model.get_input_embeddings()(ids[:, last])
+        return vectors
+
+    def _with_mask(self, ids: Tensor) -> Tensor:
+        end = ids.shape[1] - self._after
+        mask = ids.new_full((ids.shape[0], 1), self.tokenizer.mask_token_id)
+        return torch.cat([ids[:, :end], mask, ids[:, end:]], dim=1)
+
+    def _pool(self, pooling: Pooling, ids: Tensor, output: Any) -> Tensor:
+        last = ids.shape[1] - self._after - 1
+        if pooling.name == "pooler":
+            pooler: Tensor = output.pooler_output
+            return pooler
+        if pooling.name == "mask":
+            output, last = self.model(self._with_mask(ids), output_hidden_states=True), last + 1
+        hidden: Tensor = output.hidden_states[self.layer_of(pooling)]
+        if pooling.name == "mean":
             return hidden.mean(dim=1)
-        return hidden[:, {"cls": 0, "last": last, "sep": last + 1}[pooling]]
+        return hidden[:, {"cls": 0, "last": last, "mask": last, "sep": last + 1}[pooling.name]]
+
+
+def padded(nodes: Tensor) -> Tensor:
+    """Nodes [M, E] with zeros behind, so that few M occur: oneDNN prepares for each anew."""
+    count = len(nodes)
+    if nodes.device.type != "cpu":
+        return nodes
+    step = 512 if count > 512 else max(16, 2 ** (count - 1).bit_length())
+    return F.pad(nodes, (0, 0, 0, -count % step))
 
 
 def _window(config: Any) -> int:

@@ -1,38 +1,52 @@
 """What an encoder is given: items, and which of them run together.
 
 An item is the encoder's input ids, special tokens included, as little-endian int32 bytes; for
-pooling `static` alone, which reads nothing else, the last token only. Batches hold items of one
-length, so there is neither padding nor a mask. Nothing here needs PyTorch.
+pooling `static` alone, which reads nothing else, the last token only. Two policies have items of
+their own, see `TokenItems.held` and `TokenItems.grown`. Nothing here needs PyTorch.
 """
 
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusion_model.errors import EncoderError
+from fusion_model.policies import HOLDING, parse_policy
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static")
+WORD = re.compile(r"\s*\S+")
 
 
-def parse_pooling(pooling: str) -> tuple[str, ...]:
-    """`static+mean` -> ("static", "mean").
+class Pooling(NamedTuple):
+    """One vector of a text: `name` of `POOLINGS`, of the encoder's last layer or an earlier one."""
+
+    name: str
+    layer: int | None = None
+
+
+def parse_pooling(pooling: str) -> tuple[Pooling, ...]:
+    """`static+mean@3` -> (Pooling("static"), Pooling("mean", 3)).
 
     Raises:
         EncoderError: a pooling that does not exist.
     """
-    parts = tuple(pooling.split("+"))
-    for part in parts:
-        if part not in POOLINGS:
+    parts = []
+    for part in pooling.split("+"):
+        name, at, layer = part.partition("@")
+        layered = at and layer.isdecimal() and name not in ("static", "pooler")
+        if name not in POOLINGS or bool(at) != bool(layered):
             raise EncoderError(
-                f"unknown pooling {part!r}: choose from {', '.join(POOLINGS)}, or join some: "
-                "static+mean"
+                f"unknown pooling {part!r}: choose from {', '.join(POOLINGS)}, with @N those of "
+                "the encoder's N-th layer, or join some: static+mean"
             )
-    return parts
+        parts.append(Pooling(name, int(layer) if layered else None))
+    return tuple(parts)
 
 
 class TokenItems:
@@ -43,14 +57,19 @@ class TokenItems:
         tokenizer: called with texts it gives their `input_ids`, special tokens included.
         pooling: see `POOLINGS`.
         window: most tokens that the encoder reads.
+        policy: see `fusion_model.policies`.
 
     Raises:
         EncoderError: the tokenizer adds no special tokens.
     """
 
-    def __init__(self, name: str, tokenizer: Any, pooling: str, window: int) -> None:
+    def __init__(
+        self, name: str, tokenizer: Any, pooling: str, window: int, policy: str = "every"
+    ) -> None:
         self.name, self.tokenizer, self.pooling, self.window = name, tokenizer, pooling, window
-        self.poolings = parse_pooling(pooling)
+        self.poolings, self.policy = parse_pooling(pooling), policy
+        joined = Pooling("static") in self.poolings and len(set(self.poolings)) > 1
+        self.holds = joined and parse_policy(policy).name in HOLDING
         self.mask_token = tokenizer.mask_token or ""
         empty = tokenizer([""])["input_ids"][0]
         filled = tokenizer(["a"])["input_ids"][0]
@@ -62,28 +81,100 @@ class TokenItems:
                 f"{name} adds no special tokens, so the empty prefix has no embedding: use an "
                 "encoder such as BERT, RoBERTa or MiniLM"
             )
+        self._pieces: dict[str, list[int]] | None = None  # ids of words
+        self._by_word = True
 
     def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
         """Tokenise; a text longer than the encoder's window is refused."""
         if not texts:
             return []
-        ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        return [self._item(i, text) for i, text in zip(ids, texts, strict=True)]
+        return [self._item(ids, text) for ids, text in zip(self._ids(texts), texts, strict=True)]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, special tokens included; each word is tokenised once, where that is all
+        the tokenizer does (it is tried on the first texts)."""
+        if self._pieces is None:
+            whole = self._tokenized(texts)
+            if len(texts) < 8:
+                return whole
+            self._pieces = {}
+            if self._joined(texts) != whole:
+                warnings.warn(
+                    f"the tokenizer of {self.name} does not go word by word: texts are tokenised "
+                    "whole, which takes longer",
+                    stacklevel=2,
+                )
+                self._by_word = False
+            return whole
+        return self._joined(texts) if self._by_word else self._tokenized(texts)
+
+    def _tokenized(self, texts: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)[
+            "input_ids"
+        ]
+        return found
+
+    def _joined(self, texts: Sequence[str]) -> list[list[int]]:
+        assert self._pieces is not None
+        known, cut = self._pieces, self._before
+        split = [WORD.findall(text) for text in texts]
+        new = list({word for words in split for word in words} - known.keys())
+        if len(known) + len(new) > 1_000_000:
+            known.clear()
+            new = list({word for words in split for word in words})
+        if new:
+            for word, ids in zip(new, self._tokenized(new), strict=True):
+                known[word] = ids[cut : len(ids) - self._after]
+        before, after = self.specials[:cut], self.specials[cut:]
+        return [[*before, *(i for w in words for i in known[w]), *after] for words in split]
 
     def items_from_ids(self, sequences: Sequence[Sequence[int]]) -> list[bytes]:
         """Items from the encoder's own token ids, special tokens not included."""
         before, after = self.specials[: self._before], self.specials[self._before :]
         return [self._item([*before, *ids, *after]) for ids in sequences]
 
+    def held(self, context: bytes, own: bytes) -> bytes:
+        """The item whose vectors are those of `context`, but `static` of the text of `own`.
+
+        With `static` among other poolings it is the context's ids and the last of the text's.
+        """
+        if not self.holds:
+            return own if self.poolings == (Pooling("static"),) else context
+        end = max(len(own) - 4 * (self._after + 1), 0)
+        return context + own[end : end + 4]
+
+    def grown(self, anchor: bytes | None, own: bytes) -> bytes:
+        """The item of an exact encoding, continued token by token.
+
+        It is the number of tokens that are encoded exactly, and the text's ids without special
+        tokens. What the texts of both items begin with is encoded exactly: all of the anchor,
+        unless a word that was cut there is now split otherwise.
+
+        Args:
+            anchor: None for the empty text.
+        """
+        if self.poolings == (Pooling("static"),):
+            return own
+        ids = self._content(own)
+        first = ids[:0] if anchor is None else self._content(anchor)
+        shorter = min(len(first), len(ids))
+        same = first[:shorter] == ids[:shorter]
+        common = shorter if same.all() else int(same.argmin())
+        return np.concatenate([[common], ids]).astype("<i4").tobytes()
+
+    def _content(self, item: bytes) -> np.ndarray:
+        ids = np.frombuffer(item, dtype="<i4")
+        return ids[self._before : len(ids) - self._after]
+
     def _item(self, ids: Sequence[int], text: str | None = None) -> bytes:
-        room = self.window - ("mask" in self.poolings)
+        room = self.window - any(p.name == "mask" for p in self.poolings)
         if len(ids) > room:
             shown = "" if text is None else f", starting {text[:40]!r}"
             raise EncoderError(
                 f"a prefix of {len(ids)} encoder tokens does not fit the window of {room} of "
                 f"{self.name}{shown}: split the sentence, or cut it with --max-tokens"
             )
-        if self.poolings == ("static",):
+        if self.poolings == (Pooling("static"),):
             ids = [ids[len(ids) - self._after - 1]]
         return np.asarray(ids, dtype="<i4").tobytes()
 
@@ -107,3 +198,23 @@ def equal_lengths(items: Sequence[bytes], budget: int) -> Iterator[tuple[list[in
             chunk = rows[start : start + size]
             flat = np.frombuffer(b"".join(items[i] for i in chunk), dtype="<i4")
             yield chunk, flat.astype(np.int64).reshape(len(chunk), length)
+
+
+def shared_batches(
+    items: Sequence[bytes], budget: int
+) -> Iterator[list[tuple[list[int], np.ndarray]]]:
+    """`equal_lengths`, but batches of several lengths fill the budget together."""
+    batch: list[tuple[list[int], np.ndarray]] = []
+    room = budget
+    for rows, ids in equal_lengths(items, budget):
+        while len(rows):
+            take = room // ids.shape[1] or (0 if batch else 1)
+            if take:
+                batch.append((rows[:take], ids[:take]))
+                room -= ids[:take].size
+            rows, ids = rows[take:], ids[take:]
+            if len(rows):
+                yield batch
+                batch, room = [], budget
+    if batch:
+        yield batch

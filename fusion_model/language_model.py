@@ -17,18 +17,19 @@ from fusion_model.encoders import load_encoder
 from fusion_model.errors import CheckpointError, EncoderError, FusionLMError
 from fusion_model.hf_encoder import resolve_dtype
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.planning import Corpus, PrefixPlanner, PrefixVectors, check_causal, embed_corpus
+from fusion_model.planning import Corpus, PrefixPlanner, check_causal, embed_corpus
 from fusion_model.prefixes import CAUSAL_VIEWS, shuffle_rows
 from fusion_model.scoring import score_articles, score_sentences, word_boundary_ids
 from fusion_model.store import EmbeddingStore, MemoryStore, Vectors
+from fusion_model.streaming import PrefixStream
 from fusion_model.text import Document, split_sentences
 from fusion_model.words import Perplexity, WordScore, check_context, text_perplexity, word_scores
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
-class PrefixCache(PrefixVectors):
-    """`PrefixVectors` as the model calls them: with tensors."""
+class PrefixCache(PrefixStream):
+    """`PrefixStream` as the model calls them: with tensors."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, start: int) -> Tensor:
         """See `fusion_model.model.PrefixEncoder`."""
@@ -72,7 +73,9 @@ class FusionLM:
         if path is None or self.planner is None:
             return nullcontext()
         encoder = self.planner.encoder
-        return EmbeddingStore(path, encoder.fingerprint, self.planner.view, encoder.dim)
+        return EmbeddingStore(
+            path, encoder.fingerprint, self.planner.view, encoder.dim, policy=encoder.policy
+        )
 
     def perplexity(self, documents: Sequence[Document], store: Vectors | None = None) -> Perplexity:
         """How well the model predicts these documents, sentence by sentence."""
@@ -181,6 +184,7 @@ def load(
         device=device,
         directory=Path(name),
         dim=config.prefix_size,
+        policy=config.policy,
     )
     if found.content_sha256 != config.encoder_sha256:
         raise EncoderError(

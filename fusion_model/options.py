@@ -9,6 +9,7 @@ from fusion_model.encoders import BAGS
 from fusion_model.errors import FusionLMError
 from fusion_model.hf_encoder import DTYPES
 from fusion_model.kernels import BACKENDS
+from fusion_model.policies import POLICIES, parse_policy
 from fusion_model.prefixes import SHUFFLES, VIEWS, parse_view
 from fusion_model.text import SPLITS
 
@@ -36,6 +37,7 @@ class TrainingOptions:
     encoder: str = _option("minilm, a Hugging Face name or path, tfidf, counts or zeros", "minilm")
     pooling: str = _option("cls, mean, pooler, last, sep, mask, static; joined by +", "static+mean")
     view: str = _option(f"what the encoder sees: {', '.join(VIEWS)}", "prefix")
+    policy: str = _option(f"how often the encoder runs: {', '.join(POLICIES)}", "every")
     shuffle: str = _option(f"control, embeddings shuffled: {', '.join(SHUFFLES)}", "none")
     split: str = _option(f"how text becomes sentences: {', '.join(SPLITS)}", "sentences")
     detokenize: bool = _option("undo WikiText's spacing first", False)
@@ -96,6 +98,7 @@ class TrainingOptions:
         if self.learning_rate <= 0:
             raise FusionLMError("learning rate must be above 0")
         parse_view(self.view)
+        parse_policy(self.policy)
         if self.vocabulary == "encoder" and self.encoder in (*BAGS, "zeros"):
             raise FusionLMError(f"the encoder {self.encoder!r} has no vocabulary: use bpe")
 

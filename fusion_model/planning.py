@@ -5,7 +5,6 @@ nothing. Nothing here needs PyTorch: vectors are whatever encoder and store agre
 """
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import numpy as np
 
 from fusion_model.errors import FusionLMError
 from fusion_model.items import Progress, TokenItems
+from fusion_model.policies import parse_policy
 from fusion_model.prefixes import CAUSAL_VIEWS, prefix_texts, view_ids, view_texts
 from fusion_model.text import Document
 from fusion_model.tokenizer import encode_sentences, encoder_ids
@@ -32,6 +32,7 @@ class TextEncoder(Protocol):
 
     dim: int
     mask_token: str
+    policy: str
 
     @property
     def fingerprint(self) -> str:
@@ -95,10 +96,13 @@ class PrefixPlanner:
     """Which items the encoder needs for the positions of sentences.
 
     Args:
-        encoder: where the items go.
+        encoder: where the items go; it knows the policy.
         tokenizer: the language model's.
         view: one of `fusion_model.prefixes.VIEWS`.
         shares_vocabulary: the tokenizer was cut from the encoder's vocabulary.
+
+    Raises:
+        FusionLMError: a policy that does not go with the view.
     """
 
     def __init__(
@@ -109,6 +113,11 @@ class PrefixPlanner:
         shares_vocabulary: bool = False,
     ) -> None:
         self.encoder, self.tokenizer, self.view = encoder, tokenizer, view
+        self.policy = parse_policy(encoder.policy)
+        if view != "prefix" and self.policy.name != "every":
+            raise FusionLMError(
+                f"policy {encoder.policy!r} goes with view 'prefix' only, not with {view!r}"
+            )
         self.special_ids = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
         self._map: np.ndarray | None = None
         if shares_vocabulary and isinstance(encoder, TokenItems):
@@ -122,28 +131,92 @@ class PrefixPlanner:
         Args:
             sentences: token ids; special tokens are left out of what the encoder sees. n tokens
                 of text give n + 1 items.
-            previous: the sentence before each, for the view `previous`.
+            previous: the sentence before each, for view and policy of that name.
         """
-        if previous is None:
-            previous = [()] * len(sentences)
-        pairs = zip(map(self._content, sentences), map(self._content, previous), strict=True)
+        contents = [self._content(ids) for ids in sentences]
+        before = [self._content(ids) for ids in previous or [()] * len(sentences)]
+        own = self._exact_items(contents, before)
+        if self.policy.name == "sentence":
+            contexts = self._exact_items([[]] * len(before), before, "previous")
+            repeated = [c for c, ids in zip(contexts, contents, strict=True) for _ in (*ids, 0)]
+            return [self._held(c, item) for c, item in zip(repeated, own, strict=True)]
+        if self.policy.name == "every":
+            return own
+        items, start = [], 0
+        for ids in contents:
+            mine = own[start : start + len(ids) + 1]
+            items += [
+                self._of_policy(mine[anchor], item)
+                for anchor, item in zip(self._anchors(ids), mine, strict=True)
+            ]
+            start += len(mine)
+        return items
+
+    def last_items(self, ids: Sequence[int], start: int) -> list[bytes]:
+        """The items of one sentence's positions from `start` on, counted from the end if negative.
+
+        The same as the last of `items([ids])`, without making the others.
+        """
+        content = self._content(ids)
+        positions = range(len(content) + 1)[start:]
+        anchors = self._anchors(content)
+        needed = sorted({*positions, *(anchors[t] for t in positions)})
+        if self.view != "prefix" or self.policy.name == "sentence" or len(needed) > len(content):
+            return self.items([ids])[start:]
+        if self._map is not None:
+            assert isinstance(self.encoder, TokenItems)
+            own = self.encoder.items_from_ids([self._map[content[:t]].tolist() for t in needed])
+        else:
+            texts = [str(self.tokenizer.decode(content[:t])).rstrip("�").strip() for t in needed]
+            own = self.encoder.items_from_texts(texts)
+        known = dict(zip(needed, own, strict=True))
+        return [self._of_policy(known[anchors[t]], known[t]) for t in positions]
+
+    def _of_policy(self, anchor: bytes, own: bytes) -> bytes:
+        if self.policy.name != "incremental":
+            return self._held(anchor, own)
+        assert isinstance(self.encoder, TokenItems)
+        return self.encoder.grown(anchor if self.policy.k else None, own)
+
+    def _held(self, context: bytes, own: bytes) -> bytes:
+        if isinstance(self.encoder, TokenItems):
+            return self.encoder.held(context, own)
+        return context
+
+    def _anchors(self, content: Sequence[int]) -> list[int]:
+        pieces = self.tokenizer.convert_ids_to_tokens(list(content))
+        if self._map is not None:  # word pieces
+            return self.policy.anchors([not piece.startswith("##") for piece in pieces])
+        space = "\u0120"  # of byte-level BPE
+        return self.policy.anchors(
+            [t == 0 or p[0] == space or not p[0].isalnum() for t, p in enumerate(pieces)]
+        )
+
+    def _exact_items(
+        self,
+        contents: Sequence[list[int]],
+        previous: Sequence[list[int]],
+        view: str | None = None,
+    ) -> list[bytes]:
+        """Items of each position's own text under a view (default: the planner's)."""
+        view = view or self.view
         if self._map is not None:
             assert isinstance(self.encoder, TokenItems)
             mask_id, to_encoder = self.encoder.tokenizer.mask_token_id, self._map
             return self.encoder.items_from_ids(
                 [
                     ids
-                    for now, before in pairs
+                    for now, before in zip(contents, previous, strict=True)
                     for ids in view_ids(
-                        to_encoder[now].tolist(), self.view, mask_id, to_encoder[before].tolist()
+                        to_encoder[now].tolist(), view, mask_id, to_encoder[before].tolist()
                     )
                 ]
             )
         texts = []
-        for now, before in pairs:
-            earlier = str(self.tokenizer.decode(before)) if self.view == "previous" else ""
+        for now, before in zip(contents, previous, strict=True):
+            earlier = str(self.tokenizer.decode(before)) if view == "previous" else ""
             own = prefix_texts(self.tokenizer, now)
-            texts += view_texts(own, self.view, self.encoder.mask_token, earlier)
+            texts += view_texts(own, view, self.encoder.mask_token, earlier)
         unique = list(dict.fromkeys(texts))
         known = dict(zip(unique, self.encoder.items_from_texts(unique), strict=True))
         return [known[text] for text in texts]
@@ -159,42 +232,6 @@ def check_causal(planner: PrefixPlanner | None) -> None:
             f"view {planner.view!r} sees the future: this model can score whole "
             "sentences and cannot generate"
         )
-
-
-class PrefixVectors:
-    """Embeddings of the prefixes that a model meets while it generates; the latest are kept.
-
-    Args:
-        planner: what to encode, with one of `CAUSAL_VIEWS`.
-        size: most vectors kept.
-    """
-
-    def __init__(self, planner: PrefixPlanner, size: int = 65_536) -> None:
-        self._planner, self._size = planner, size
-        self._vectors: OrderedDict[bytes, Any] = OrderedDict()
-
-    def of_rows(self, rows: Sequence[Sequence[int]], start: int) -> list[Any]:
-        """Vectors [E] of the prefixes that end at tokens start..T-1, row after row.
-
-        Args:
-            rows: token ids; special tokens are not part of the text.
-            start: counted from the end where negative: then rows may differ in length.
-        """
-        special = set(self._planner.special_ids)
-        items: list[bytes] = []
-        for row in rows:
-            of_row = self._planner.items([row])
-            counts = np.cumsum([token not in special for token in row])[start:]
-            items += [of_row[count] for count in counts]
-        new = {digest(i): i for i in items if digest(i) not in self._vectors}
-        encoded = self._planner.encoder.encode(list(new.values()))
-        self._vectors.update(zip(new, encoded, strict=True))
-        for item in items:
-            self._vectors.move_to_end(digest(item))
-        vectors = [self._vectors[digest(item)] for item in items]
-        while len(self._vectors) > self._size:
-            self._vectors.popitem(last=False)
-        return vectors
 
 
 def embed_corpus(

@@ -69,7 +69,7 @@ def _encoder(
     options: TrainingOptions, out: Path, sentences: list[str], accelerator: Accelerator
 ) -> Encoder:
     if options.encoder in BAGS:
-        bag = BagEncoder.fit(options.encoder, sentences)
+        bag = BagEncoder.fit(options.encoder, sentences, policy=options.policy)
         if accelerator.is_main_process:
             bag.save(out)
         return bag
@@ -78,6 +78,7 @@ def _encoder(
         options.pooling,
         dtype=options.encoder_dtype,
         device=accelerator.device,
+        policy=options.policy,
     )
 
 
@@ -121,7 +122,12 @@ def _embed(
 
     def embed(writable: bool) -> tuple[EmbeddingStore, list[np.ndarray]]:
         store = EmbeddingStore(
-            path, encoder.fingerprint, options.view, encoder.dim, writable=writable
+            path,
+            encoder.fingerprint,
+            options.view,
+            encoder.dim,
+            policy=options.policy,
+            writable=writable,
         )
         rows = []
         try:
@@ -158,6 +164,7 @@ def embed_text(
     model: str | None = None,
     pooling: str = "static+mean",
     view: str = "prefix",
+    policy: str = "every",
     split: str = "sentences",
     detokenize: bool = False,
     max_tokens: int = 128,
@@ -175,7 +182,7 @@ def embed_text(
         store_dtype: `float16` (default) or `float32`; an existing store keeps its own.
     """
     documents = read_documents(text, split, detokenize)
-    encoder = load_encoder(encoder_name, pooling, dtype=encoder_dtype, device=device)
+    encoder = load_encoder(encoder_name, pooling, dtype=encoder_dtype, device=device, policy=policy)
     limit: int | None = max_tokens
     if model is None:
         sentences = [s for d in documents for s in d.sentences]
@@ -186,7 +193,9 @@ def embed_text(
         shares, limit = trained.config.shares_vocabulary, None
     corpus = Corpus.from_documents(documents, tokenizer, limit)
     planner = PrefixPlanner(encoder, tokenizer, view, shares)
-    with EmbeddingStore(out, encoder.fingerprint, view, encoder.dim, dtype=store_dtype) as store:
+    with EmbeddingStore(
+        out, encoder.fingerprint, view, encoder.dim, policy=policy, dtype=store_dtype
+    ) as store:
         with progress.track("prefix embeddings", sum(corpus.positions)) as update:
             embed_corpus(corpus, planner, store, update)
         return Embedded(len(store), sum(corpus.positions))

@@ -58,13 +58,14 @@ class MemoryStore:
 
 
 class EmbeddingStore:
-    """Vectors on disk for one encoder, pooling, precision and view.
+    """Vectors on disk for one encoder, pooling, precision, view and policy.
 
     Args:
         path: folder, made if missing.
         fingerprint: `Encoder.fingerprint`.
         view: one of `fusion_model.prefixes.VIEWS`.
         dim: width of the vectors.
+        policy: one of `fusion_model.policies.POLICIES`.
         dtype: `float16` or `float32` on disk (default: what is there, else `float16`).
         writable: take the store's lock and allow `append`.
 
@@ -80,6 +81,7 @@ class EmbeddingStore:
         view: str,
         dim: int,
         *,
+        policy: str = "every",
         dtype: str | None = None,
         writable: bool = True,
     ) -> None:
@@ -91,6 +93,7 @@ class EmbeddingStore:
             "fingerprint": fingerprint,
             "view": view,
             "dim": dim,
+            "policy": policy,
         }
         if dtype is not None:
             self._meta["dtype"] = dtype
@@ -127,6 +130,7 @@ class EmbeddingStore:
         try:
             manifest: dict[str, Any] = json.loads(path.read_text())
             chunks: list[list[int]] = manifest["chunks"]
+            manifest.setdefault("policy", "every")  # stores made before there were others
             self._meta.setdefault("dtype", str(np.dtype(manifest["dtype"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(

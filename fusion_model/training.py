@@ -117,9 +117,10 @@ def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
     """A folder belongs to one run: its options are kept in `training.json`."""
     path = out / "training.json"
     wanted = json.loads(json.dumps(dataclasses.asdict(options)))
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}  # newer than the run
     if path.exists():
         try:
-            found = json.loads(path.read_text())
+            found = defaults | json.loads(path.read_text())
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged ({error}): choose another --out") from None
         changed = sorted(k for k in wanted if found.get(k) != wanted[k])
@@ -288,6 +289,7 @@ def model_config(options: TrainingOptions, prepared: Prepared) -> FusionLMConfig
             "encoder_sha256": encoder.content_sha256,
             "pooling": encoder.pooling,
             "view": options.view,
+            "policy": options.policy,
             "shuffle": options.shuffle,
         }
     return FusionLMConfig(
