@@ -23,6 +23,7 @@ from fusion_model.items import Pooling, Progress, TokenItems, parse_pooling, sha
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 TOKENS_PER_BATCH = {"cpu": 2048}
 TOKENS_PER_BATCH_GPU = 65536
+HELD_KEPT = 4096  # latest vectors of contexts that may be needed again
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
 
@@ -62,6 +63,7 @@ class HFEncoder(TokenItems):
                 )
         self._layers: EncoderLayers | None = None
         self._tried = False
+        self._held_vectors: dict[bytes, Tensor] = {}
         self.content_sha256 = _content_sha256(model, tokenizer)
 
     @classmethod
@@ -121,6 +123,25 @@ class HFEncoder(TokenItems):
         return out if len(places) == len(items) else out[inverse]
 
     def _encode_unique(self, items: list[bytes], progress: Progress | None) -> Tensor:
+        if not self.holds:
+            return self._encode_batches(items, progress)
+        contexts = [item[:-4] for item in items]
+        new = [c for c in dict.fromkeys(contexts) if c not in self._held_vectors]
+        # Any last token will do here: `static` is put in below, of each item's own.
+        found = self._encode_batches([c + c[-4:] for c in new], progress)
+        self._held_vectors.update(zip(new, found, strict=True))
+        out = torch.stack([self._held_vectors[c] for c in contexts])
+        for context in list(self._held_vectors)[: -HELD_KEPT or None]:
+            del self._held_vectors[context]
+        last = torch.tensor([int.from_bytes(item[-4:], "little") for item in items])
+        static = self.model.get_input_embeddings()(last.to(self.model.device)).float().cpu()
+        width = static.shape[1]
+        for number, p in enumerate(self.poolings):
+            if p.name == "static":
+                out[:, number * width : (number + 1) * width] = static
+        return out
+
+    def _encode_batches(self, items: list[bytes], progress: Progress | None) -> Tensor:
         out = torch.empty(len(items), self.dim)
         done = 0
         for batch in shared_batches(items, self.budget):

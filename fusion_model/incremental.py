@@ -74,9 +74,10 @@ class IncrementalEncoder(HFEncoder):
 
     def parse(self, item: bytes) -> tuple[list[int], list[int]]:
         """The head with its special tokens, and the tokens after it."""
-        count, *ids = np.frombuffer(item, dtype="<i4").tolist()
+        ids = np.frombuffer(item, dtype="<i4").tolist()
+        end = ids[0] + 1
         before, after = self.specials[: self._before], self.specials[self._before :]
-        return [*before, *ids[:count], *after], ids[count:]
+        return [*before, *ids[1:end], *after], ids[end:]
 
     @property
     def after(self) -> int:

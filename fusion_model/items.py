@@ -20,6 +20,7 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static")
+TRIED = 256  # texts
 WORD = re.compile(r"\s*\S+")
 
 
@@ -81,8 +82,8 @@ class TokenItems:
                 f"{name} adds no special tokens, so the empty prefix has no embedding: use an "
                 "encoder such as BERT, RoBERTa or MiniLM"
             )
-        self._pieces: dict[str, list[int]] | None = None  # ids of words
-        self._by_word = True
+        self._pieces: dict[str, list[int]] = {}  # ids of words
+        self._by_word: bool | None = None  # until it was tried
 
     def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
         """Tokenise; a text longer than the encoder's window is refused."""
@@ -92,20 +93,16 @@ class TokenItems:
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts, special tokens included; each word is tokenised once, where that is all
-        the tokenizer does (it is tried on the first texts)."""
-        if self._pieces is None:
-            whole = self._tokenized(texts)
-            if len(texts) < 8:
-                return whole
-            self._pieces = {}
-            if self._joined(texts) != whole:
+        the tokenizer does: some of the first texts are tried both ways."""
+        if self._by_word is None and len(texts) >= 8:
+            some = texts[:: max(len(texts) // TRIED, 1)]
+            self._by_word = self._joined(some) == self._tokenized(some)
+            if not self._by_word:
                 warnings.warn(
                     f"the tokenizer of {self.name} does not go word by word: texts are tokenised "
                     "whole, which takes longer",
                     stacklevel=2,
                 )
-                self._by_word = False
-            return whole
         return self._joined(texts) if self._by_word else self._tokenized(texts)
 
     def _tokenized(self, texts: Sequence[str]) -> list[list[int]]:
@@ -115,7 +112,6 @@ class TokenItems:
         return found
 
     def _joined(self, texts: Sequence[str]) -> list[list[int]]:
-        assert self._pieces is not None
         known, cut = self._pieces, self._before
         split = [WORD.findall(text) for text in texts]
         new = list({word for words in split for word in words} - known.keys())

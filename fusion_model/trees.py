@@ -29,28 +29,31 @@ class Tree:
     ends: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
+    _latest: tuple[list[int], int] = ([], -1)
 
-    def shared(self, tail: Sequence[int]) -> int:
-        """How many of these tokens, from the first on, are there already."""
-        node = -1
-        for count, token in enumerate(tail):
-            found = self._children.get((node, token))
+    def find(self, tail: list[int]) -> tuple[int, int]:
+        """How many of these tokens, from the first on, are there already; the last one's node."""
+        count, node = 0, -1
+        latest, end = self._latest
+        if tail[: len(latest)] == latest:  # most texts go on from the one before
+            count, node = len(latest), end
+        while count < len(tail):
+            found = self._children.get((node, tail[count]))
             if found is None:
-                return count
-            node = found
-        return len(tail)
+                break
+            count, node = count + 1, found
+        return count, node
 
-    def add(self, tail: Sequence[int]) -> None:
+    def add(self, tail: list[int]) -> None:
         """A text that goes on from the head or the past with these tokens."""
-        node = -1
-        for token in tail:
-            found = self._children.get((node, token))
-            if found is None:
-                found = self._children[node, token] = len(self.tokens)
-                self.tokens.append(token)
-                self.parents.append(node)
-            node = found
+        count, node = self.find(tail)
+        for token in tail[count:]:
+            self._children[node, token] = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(node)
+            node = len(self.tokens) - 1
         self.ends.append(node)
+        self._latest = tail, node
 
     def __len__(self) -> int:
         return len(self.head) + len(self.tokens)
@@ -107,7 +110,7 @@ def grow_trees(
     rows: list[int] = []
     for row, (head, tail) in enumerate(texts):
         if tree is not None:
-            shared = tree.shared(tail)
+            shared = tree.find(tail)[0]
             apart = tree.tokens and 2 * shared < len(tail)
             full = len(tree.tokens) + len(tail) - shared > NODES_PER_TREE
             if apart or full or tree.head != head:

@@ -236,6 +236,19 @@ def test_held_vectors(policy: str, pooling: str, bert_folder: Path, small_bpe) -
     assert start == len(found)
 
 
+def test_a_held_context_is_encoded_once(bert_folder: Path, small_bpe) -> None:
+    encoder = load_encoder(str(bert_folder), "static+mean", policy="stride:4")
+    planner = PrefixPlanner(encoder, small_bpe)
+    row = [1, *small_bpe(TEXTS[3])["input_ids"]]
+    stream = PrefixStream(planner)
+    stream.step([row[:1]])  # the first batch is run twice, to prove our own pass
+    calls = []
+    encoder.model.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    for t in range(2, len(row) + 1):
+        stream.step([row[:t]])
+    assert len(calls) == (len(row) - 1) // 4
+
+
 @pytest.mark.parametrize(
     "policy", ["every", "word", "stride:3", "sentence", "incremental", "incremental+refresh:4"]
 )
