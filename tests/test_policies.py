@@ -1,0 +1,122 @@
+"""A model under each policy, from training to text, as a user meets it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SENTENCES
+from test_cli import SMALL, fails, run
+
+import fusion_model
+from fusion_model.planning import Corpus
+
+POLICIES = ("word", "stride:3", "sentence", "incremental", "incremental+refresh:4")
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def trained(
+    request, tmp_path_factory: pytest.TempPathFactory, bert_folder: Path
+) -> tuple[str, Path]:
+    """Trained on the command line, twice: the second run finds its store full."""
+    folder = tmp_path_factory.mktemp("policy")
+    text = folder / "text.txt"
+    text.write_text("\n".join(SENTENCES) + "\n")
+    files = ["--train-file", text, "--dev-file", text, "--policy", request.param]
+    encoder = ["--encoder", bert_folder, "--pooling", "static+mean", "--store", folder / "store"]
+    for out in ("first", "model"):
+        options = [*files, *encoder, *SMALL, "--epochs", "2", "--learning-rate", "0.03"]
+        code, _, _ = run("train", *options, "--out", folder / out)
+        assert code == 0
+    return request.param, folder
+
+
+def test_a_saved_model_knows_its_policy(trained: tuple[str, Path]) -> None:
+    policy, folder = trained
+    assert json.loads((folder / "model" / "config.json").read_text())["policy"] == policy
+    lm = fusion_model.load(str(folder / "model"))
+    assert lm.planner.encoder.policy == policy
+    assert json.loads((folder / "store" / "manifest.json").read_text())["policy"] == policy
+
+
+def test_generated_text_is_what_whole_sentences_predict(trained: tuple[str, Path]) -> None:
+    """Token by token the encoder streams; scoring takes sentences whole."""
+    lm = fusion_model.load(str(trained[1] / "model"))
+    ids = lm.prompt_ids("The cat")
+    options = {"max_new_tokens": 12, "num_beams": 1, "do_sample": False, "eos_token_id": None}
+    row = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+    source = lm.encode_corpus(Corpus([[*row.tolist(), 2]], [True], 1))
+    batch = source.batch([0])
+    with torch.no_grad():
+        logits = lm.model(row[None], prefix_embeds=batch.prefix_embeds).logits[0]
+    predicted = logits.argmax(-1)[ids.shape[1] - 1 : -1]
+    assert row[ids.shape[1] :].tolist() == predicted.tolist()
+    beams = lm.model.generate(
+        ids, attention_mask=torch.ones_like(ids), **options | {"num_beams": 3}
+    )
+    again = lm.model.generate(
+        ids, attention_mask=torch.ones_like(ids), **options | {"num_beams": 3, "use_cache": False}
+    )
+    assert beams.tolist() == again.tolist()
+
+
+def test_scores_and_perplexity_agree(trained: tuple[str, Path], text_file: Path) -> None:
+    _, folder = trained
+    model = folder / "model"
+    code, stdout, _ = run("score", model, "--text", text_file, "--split", "lines")
+    assert code == 0
+    rows = [line.split("\t") for line in stdout.splitlines()[1:]]
+    nats = sum(float(r[5]) for r in rows) / sum(int(r[6]) for r in rows)
+    code, stdout, _ = run(
+        "evaluate", model, "--text", text_file, "--split", "lines", "--store", folder / "store"
+    )
+    assert code == 0
+    shown = re.search(r"nats per token\s+\S\s+([\d.]+)", stdout)
+    assert shown
+    assert float(shown[1]) == pytest.approx(nats, abs=2e-3)  # the store rounds to float16
+
+
+def test_a_store_of_another_policy_is_refused(trained: tuple[str, Path], text_file: Path) -> None:
+    policy, folder = trained
+    message = fails(
+        *("embed", "--text", text_file, "--encoder", "minilm", "--out", folder / "store"),
+        *("--model", folder / "model", "--policy", "stride:7"),
+    )
+    assert "has" in message
+    assert "name another store" in message
+    model = fusion_model.load(str(folder / "model"))
+    model.planner.encoder.policy = "stride:7"
+    with pytest.raises(fusion_model.errors.StoreError, match=f"has policy '{policy[:4]}"):
+        model.open_store(folder / "store")
+
+
+def test_an_export_keeps_the_policy(trained: tuple[str, Path], text_file: Path) -> None:
+    policy, folder = trained
+    model, out = folder / "model", folder / "onnx"
+    if policy.startswith("incremental"):
+        message = fails("export", model, out, "--encoder")
+        assert "policy 'incremental' cannot be exported yet" in message
+        return
+    code, _, _ = run("export", model, out, "--encoder")
+    assert code == 0
+    arguments = ["--text", text_file, "--split", "lines"]
+    (_, ours, _), (_, exported, _) = (
+        run("score", *where, *arguments) for where in ((model,), ("--onnx", out))
+    )
+    for a, b in zip(ours.splitlines()[1:], exported.splitlines()[1:], strict=True):
+        assert a.split("\t")[:4] == b.split("\t")[:4]
+        assert float(a.split("\t")[5]) == pytest.approx(float(b.split("\t")[5]), abs=1e-4)
+
+
+def test_an_unknown_policy_is_one_line(text_file: Path, tmp_path: Path) -> None:
+    message = fails(
+        *("train", "--train-file", text_file, "--dev-file", text_file, "--out", tmp_path / "x"),
+        *("--policy", "sometimes"),
+    )
+    assert "unknown policy 'sometimes': choose one of every, word, stride:K" in message
+    message = fails(
+        *("train", "--train-file", text_file, "--dev-file", text_file, "--out", tmp_path / "y"),
+        *("--policy", "incremental", "--encoder", "zeros"),
+    )
+    assert "'zeros' cannot be incremental" in message
