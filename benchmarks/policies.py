@@ -1,0 +1,223 @@
+"""What each encoding policy costs: prefixes a second, encoder tokens a prefix, memory; and the
+time of a generated token against its position.
+
+    python -m fusion_model.benchmarks.policies [--text FILE] [--out DIR] [--quick]
+
+The prefixes are those of the text's tokens under `fusion-lm-small`, all-MiniLM-L6-v2, pooling
+`mean` (`last@3+mean@3` where it says so). All ways run in turn in one process; a way's result is
+held against the encoder called one prefix at a time, where its policy is exact.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from fusion_model.benchmarks.encoding import one_at_a_time, sentence_transformers
+from fusion_model.benchmarks.machine import describe, where
+from fusion_model.benchmarks.work import Unavailable
+
+from fusion_model.encoders import load_encoder
+from fusion_model.files import write_text
+from fusion_model.hf_encoder import HFEncoder
+from fusion_model.language_model import load_model
+from fusion_model.planning import Corpus, PrefixPlanner
+from fusion_model.prefixes import prefix_texts
+from fusion_model.progress import note
+from fusion_model.streaming import PrefixStream
+from fusion_model.text import Document, read_text, split_sentences
+
+TEXT = Path(__file__).parent / "thursday.txt"
+DTYPES = ("float32", "bfloat16")
+BATCHES = (8, 32, 128)
+POLICIES = (
+    ("every", "mean"),
+    ("word", "mean"),
+    ("stride:4", "mean"),
+    ("sentence", "mean"),
+    ("incremental", "mean"),
+    ("incremental", "last@3+mean@3"),
+    ("incremental+refresh:16", "mean"),
+)
+GENERATED = ("every", "incremental", "incremental+refresh:16")
+ONE_AT_A_TIME = 400  # prefixes of them, spread over the text
+
+
+def measure_encoding(text: str, dtype: str, quick: bool = False) -> list[dict[str, Any]]:
+    """A row for each way: `way`, `pooling`, prefixes a second, tokens a prefix, peak memory."""
+    tokenizer = load_model("fusion-lm-small")[1]
+    corpus = Corpus.from_documents([Document("text", split_sentences(text))], tokenizer)
+    texts = [
+        t.strip() for s in corpus.sentences for t in prefix_texts(tokenizer, s[1:-1])
+    ]
+    few = texts[:: max(len(texts) // (40 if quick else ONE_AT_A_TIME), 1)]
+    alone = one_at_a_time(dtype, "cpu")
+    rows = [_row("one at a time", "mean", len(few), None, *_timed(lambda: alone(few)))]
+    expected = alone(few)
+    for size in BATCHES:
+        try:
+            theirs = sentence_transformers(dtype, "cpu", size)
+        except Unavailable as error:
+            note(str(error))
+            break
+        _agree(theirs(few), expected, dtype)
+        way = f"sentence-transformers, batch {size}"
+        rows.append(_row(way, "mean", len(texts), None, *_timed(lambda t=theirs: t(texts))))
+    for policy, pooling in POLICIES:
+        encoder = load_encoder("minilm", pooling, dtype=dtype, policy=policy)
+        assert isinstance(encoder, HFEncoder)
+        planner = PrefixPlanner(encoder, tokenizer)
+        previous: list[Sequence[int]] = [(), *corpus.sentences[:-1]]
+
+        def encode(planner: PrefixPlanner = planner) -> torch.Tensor:
+            found: torch.Tensor = planner.encoder.encode(
+                planner.items(corpus.sentences, previous)
+            )
+            return found
+
+        if policy == "every":
+            step = max(len(texts) // (40 if quick else ONE_AT_A_TIME), 1)
+            _agree(encode()[::step], expected, dtype)
+        encoder.encode(planner.items(corpus.sentences[:1]))  # the trial of the first batch
+        with _counted(encoder) as tokens:
+            timed = _timed(encode)
+        rows.append(_row(policy, pooling, len(texts), sum(tokens), *timed))
+    return rows
+
+
+def measure_generation(text: str, tokens: int) -> dict[str, list[float]]:
+    """Milliseconds to encode the prefix of each further token of one long sentence, by policy."""
+    tokenizer = load_model("fusion-lm-small")[1]
+    ids = [1, *tokenizer(" ".join(text.split()), verbose=False)["input_ids"][:tokens]]
+    found = {}
+    for policy in GENERATED:
+        encoder = load_encoder("minilm", "static+mean", policy=policy)
+        stream = PrefixStream(PrefixPlanner(encoder, tokenizer))
+        stream.of_rows([ids[:5]], 0)
+        times = []
+        for t in range(6, len(ids) + 1):
+            began = time.perf_counter()
+            stream.step([ids[:t]])
+            times.append((time.perf_counter() - began) * 1e3)
+        found[policy] = times
+    return found
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, float | None]:
+    """Seconds, and the peak of the process's memory in MB (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    except OSError:
+        pass
+    began = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - began
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return seconds, None
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return seconds, int(peak.split()[1]) / 1024
+
+
+def _row(
+    way: str, pooling: str, prefixes: int, tokens: int | None, seconds: float, peak: float | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"way": way, "pooling": pooling, "prefixes_per_second": prefixes / seconds}
+    found["tokens_per_prefix"] = None if tokens is None else tokens / prefixes
+    note(f"{way} {pooling}: {prefixes / seconds:.0f} prefixes/s")
+    return found | {"peak_mb": peak}
+
+
+@contextmanager
+def _counted(encoder: HFEncoder) -> Iterator[list[int]]:
+    """The tokens of each of the encoder's calls."""
+    sizes: list[int] = []
+    hook = encoder.model.embeddings.register_forward_hook(
+        lambda module, args, kwargs, out: sizes.append(kwargs["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: both dtypes side by side, ratios to the best of sentence-transformers."""
+    lines = [
+        "| way | pooling | encoder tokens a prefix | "
+        + " | ".join(f"{d}: prefixes/s | ratio | peak MB" for d in results["encoding"])
+        + " |",
+        "|---|---|--:" + "|--:|--:|--:" * len(results["encoding"]) + "|",
+    ]
+    best = {
+        dtype: max(
+            (r["prefixes_per_second"] for r in rows if r["way"].startswith("sentence-")),
+            default=rows[0]["prefixes_per_second"],
+        )
+        for dtype, rows in results["encoding"].items()
+    }
+    for group in zip(*results["encoding"].values(), strict=True):
+        row = group[0]
+        tokens = row["tokens_per_prefix"]
+        cells = [row["way"], row["pooling"], "" if tokens is None else f"{tokens:.2f}"]
+        for dtype, of_dtype in zip(best, group, strict=True):
+            rate = of_dtype["prefixes_per_second"]
+            peak = of_dtype["peak_mb"]
+            cells += [f"{rate:,.0f}", f"{rate / best[dtype]:.2f}×", f"{peak:,.0f}" if peak else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot_generation(results: dict[str, Any], path: Path) -> None:
+    """Time of a token's prefix against its position."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for policy, times in results["generation"].items():
+        smooth = [float(np.median(times[max(i - 5, 0) : i + 6])) for i in range(len(times))]
+        axes.plot(range(6, 6 + len(smooth)), smooth, label=policy)
+    axes.set_xlabel("position in the sentence (tokens)")
+    axes.set_ylabel("encoding one prefix (ms, median of 11)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.set_title(where(results["machine"]), fontsize=9)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(
+    text: Annotated[Path, typer.Option(help="plain text")] = TEXT,
+    out: Annotated[Path, typer.Option(help="folder of the results")] = Path("policies"),
+    quick: Annotated[bool, typer.Option(help="the text's first 3 000 characters only")] = False,
+) -> None:
+    """Measure, and write `policies.json`, `policies.md` and `policies.svg`."""
+    read = read_text(text)
+    read = read[:3000] if quick else read
+    results: dict[str, Any] = {
+        "machine": describe("cpu"),
+        "text": text.name,
+        "encoding": {dtype: measure_encoding(read, dtype, quick) for dtype in DTYPES},
+        "generation": measure_generation(read, 60 if quick else 400),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "policies.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "policies.md", f"{table(results)}\n\n{where(results['machine'])}\n")
+    plot_generation(results, out / "policies.svg")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)
