@@ -30,7 +30,7 @@ setup(
     },
     package_data={
         "fusion_model": ["py.typed", "checkpoints/*/*", "samples/*"],
-        "fusion_model.benchmarks": ["*.txt"],
+        "fusion_model.benchmarks": ["*.txt", "*.css", "*.json"],
     },
     entry_points={"console_scripts": ["fusion-lm=fusion_model.cli:main"]},
     install_requires=[

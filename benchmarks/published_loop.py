@@ -10,22 +10,28 @@ from torch import Tensor, nn
 
 
 class PublishedLM(nn.Module):
-    """One-hot -> 512 -> LSTM 768 -> [h ; e] -> 512 -> vocabulary."""
+    """One-hot -> D -> LSTM H -> [h ; e] -> D -> vocabulary; the defaults are the published ones."""
 
-    def __init__(self, vocab_size: int, prefix_size: int = 768) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        prefix_size: int = 768,
+        embedding_size: int = 512,
+        hidden_size: int = 768,
+    ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.embedding = nn.Linear(vocab_size, 512)
-        self.lstm = nn.LSTM(512, 768, batch_first=True)
-        self.projection = nn.Linear(768 + prefix_size, 512)
-        self.output = nn.Linear(512, vocab_size)
+        self.embedding = nn.Linear(vocab_size, embedding_size)
+        self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True)
+        self.projection = nn.Linear(hidden_size + prefix_size, embedding_size)
+        self.output = nn.Linear(embedding_size, vocab_size)
 
     def forward(self, tokens: Tensor, e: Tensor) -> Tensor:
         """Logits of tokens 1..n, [n, V], from `tokens` [n + 1] and `e` [n, E]."""
         n = len(tokens) - 1
-        rows = torch.zeros(n, n, self.vocab_size)
+        rows = torch.zeros(n, n, self.vocab_size, device=tokens.device)
         for i in range(n):
-            rows[i, : i + 1] = F.one_hot(tokens[: i + 1], self.vocab_size).float()
+            rows[i, : i + 1] = F.one_hot(tokens[: i + 1], self.vocab_size)
         hidden, _ = self.lstm(self.embedding(rows))
         last = hidden[torch.arange(n), torch.arange(n)]
         return self.output(self.projection(torch.cat([last, e], dim=1)))

@@ -249,6 +249,8 @@ if installed("torch"):  # without it, only what runs an exported model is offere
     give_training_options(train)
     command(train)
 
+    import fusion_model.cli_benchmarks  # noqa: F401  (its commands)
+
 
 def main() -> None:
     """Entry point of `fusion-lm`."""

@@ -1,0 +1,97 @@
+"""Runs cases: builds, checks against the reference, times, and gives records.
+
+A record is a dict that JSON can hold: see `fusion_model.benchmarks.results`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from fusion_model.benchmarks import on_text, recurrence, training_step
+from fusion_model.benchmarks.cases import EAGER, ON_TEXT, Case
+from fusion_model.benchmarks.machine import Ceilings
+from fusion_model.benchmarks.timing import Timing, measure_in_turns, peak_memory
+from fusion_model.benchmarks.work import Context, Unavailable, Work, WrongResult
+
+Record = dict[str, Any]
+KEPT = 200  # samples a record keeps, evenly over all of them
+
+
+def build(case: Case, context: Context) -> Work:
+    """The case, ready.
+
+    Raises:
+        Unavailable: this machine cannot run it.
+    """
+    if case.operation in ON_TEXT:
+        return on_text.build(case, context)
+    if case.operation in ("head", "training"):
+        return training_step.build(case, context)
+    return recurrence.build(case, context)
+
+
+def run(
+    cases: Sequence[Case],
+    context: Context,
+    ceilings: Ceilings,
+    budget: float,
+    progress: Callable[[int, str], None] = lambda done, text: None,
+) -> Iterator[Record]:
+    """Measure group by group; each case gives one record, measured, skipped or wrong.
+
+    Args:
+        budget: seconds of samples for each case.
+        progress: called with the number of cases done and what comes now.
+    """
+    done = 0
+    for group, members in groupby(cases, key=lambda case: case.group):
+        progress(done, group)
+        ready: dict[Case, Work] = {}
+        for case in list(members):
+            try:
+                work = build(case, context)
+                work.check()
+                ready[case] = work
+            except Unavailable as reason:
+                yield {"kind": "skip", "reason": str(reason)} | case.facts()
+            except WrongResult as reason:
+                yield {"kind": "wrong", "reason": str(reason)} | case.facts()
+            done += 1
+        runs = {case.backend: work.run for case, work in ready.items()}
+        timings = measure_in_turns(runs, context.device, budget)
+        for case, work in ready.items():
+            yield record(case, work, timings, ceilings, context.device)
+        context.forget()
+    progress(done, "")
+
+
+def record(
+    case: Case, work: Work, timings: dict[str, Timing], ceilings: Ceilings, device: str
+) -> Record:
+    """What is kept of a measured case; times in milliseconds, rates in items a second."""
+    timing = timings[case.backend]
+    p50, p90, p99 = (timing.percentile(q) for q in (50, 90, 99))
+    floor, bound = ceilings.floor(work.counts, case.dtype)
+    step = max(1, len(timing.seconds) // KEPT)
+    found = case.facts() | {
+        "kind": "case",
+        "p50_ms": round(1e3 * p50, 5),
+        "p90_ms": round(1e3 * p90, 5),
+        "p99_ms": round(1e3 * p99, 5),
+        "samples": len(timing.seconds),
+        "first_ms": round(1e3 * timing.first, 3),
+        "items": work.items,
+        "per_second": round(work.items / p50, 1),
+        "flops": work.counts.flops,
+        "bytes": work.counts.bytes,
+        "floor_ms": float(f"{1e3 * floor:.4g}"),
+        "bound": bound,
+        "of_floor": round(floor / p50, 4),
+        "peak_bytes": None if case.backend.startswith("onnx") else peak_memory(work.run, device),
+        "times_ms": [float(f"{1e3 * s:.4g}") for s in timing.seconds[::step]],
+    }
+    if EAGER in timings:
+        found["speedup"] = round(timings[EAGER].percentile(50) / p50, 4)
+    if timing.host:
+        found["host_ms"] = round(1e3 * sorted(timing.host)[len(timing.host) // 2], 5)
+    return found
