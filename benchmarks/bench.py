@@ -59,9 +59,7 @@ def opening(sentences: Sequence[str], words: int) -> list[str]:
     return found
 
 
-def context_of(
-    model: str, text: Sequence[str], device: str, suite: str, scratch: Path
-) -> Context:
+def context_of(model: str, text: Sequence[str], device: str, suite: str, scratch: Path) -> Context:
     """What the cases share; the text defaults to the sample that ships."""
     import fusion_model
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fusion_model.errors import FusionLMError
 from fusion_model.kernels import BACKENDS as OURS
+
+from fusion_model.errors import FusionLMError
 
 EAGER = "eager"  # what every other backend of a group is compared with
 

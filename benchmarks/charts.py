@@ -11,7 +11,6 @@ from html import escape
 WIDTH = 720
 
 
-
 def colour(backend: str) -> str:
     """CSS class of a backend."""
     return "k-" + backend.replace(".", "-")
@@ -35,9 +34,7 @@ def milliseconds(x: float) -> str:
 
 def _svg(height: float, parts: Sequence[str], label: str, width: int = WIDTH) -> str:
     body = "".join(parts)
-    return (
-        f'<svg viewBox="0 0 {width} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
-    )
+    return f'<svg viewBox="0 0 {width} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:

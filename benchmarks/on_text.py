@@ -139,7 +139,9 @@ def of_encoder(encoder: HFEncoder, dtype: str, tokens: float, calls: int) -> Cou
     return Counts(2.0 * weights * tokens, float(weights * SIZE[dtype] * calls))
 
 
-def counts(lm: FusionLM, dtype: str, lengths: Sequence[int], items: set[bytes], calls: int) -> Counts:
+def counts(
+    lm: FusionLM, dtype: str, lengths: Sequence[int], items: set[bytes], calls: int
+) -> Counts:
     """Of the whole model over sentences of `lengths` predictions, with their distinct prefixes.
 
     Args:
@@ -282,7 +284,9 @@ def _generation(case: Case, context: Context) -> Work:
 
     made: list[int] = context.once((case.group, "made"), lambda: _greedy(exact, row, options))
     greedy = exact.tokenizer.decode([*row, *made], skip_special_tokens=True)
-    count = counts(lm, case.dtype, [len(row) + len(made) - 1], _items(lm, [row, row + made]), len(made))
+    count = counts(
+        lm, case.dtype, [len(row) + len(made) - 1], _items(lm, [row, row + made]), len(made)
+    )
     tolerance = 0.0 if _is_exact(case) else 0.25
     return Work(run, result, lambda: ids_of(greedy), len(made), count, tolerance)
 

@@ -19,10 +19,9 @@ from fusion_model.benchmarks.work import (
     check_backend,
     no_gradients,
 )
-from torch import Tensor, nn
-
 from fusion_model.kernels import lstm_sequence, prefix_lstm
 from fusion_model.kernels.lstm import lstm_cell
+from torch import Tensor, nn
 
 
 class Inputs:

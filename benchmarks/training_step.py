@@ -12,10 +12,10 @@ from fusion_model.benchmarks.cases import EAGER, Case
 from fusion_model.benchmarks.counts import of_case
 from fusion_model.benchmarks.published_loop import PublishedLM
 from fusion_model.benchmarks.work import TOLERANCE, Context, Work, check_backend, no_gradients
+from fusion_model.kernels import target_log_probs
 from torch import Tensor, nn
 
 from fusion_model.config import FusionLMConfig
-from fusion_model.kernels import target_log_probs
 from fusion_model.model import FusionLMForCausalLM
 
 RATE = 1e-5  # the paper's
@@ -64,9 +64,7 @@ class _Plain(nn.Module):
 
 def _published(ours: FusionLMForCausalLM, case: Case) -> PublishedLM:
     """The published model with the same function: its bias on the input is zero here."""
-    model = PublishedLM(
-        case.vocab_size, case.prefix_size, case.embedding_size, case.hidden_size
-    )
+    model = PublishedLM(case.vocab_size, case.prefix_size, case.embedding_size, case.hidden_size)
     with torch.no_grad():
         model.embedding.weight.copy_(ours.embed_tokens.weight.t())
         model.embedding.bias.zero_()

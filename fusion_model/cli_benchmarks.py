@@ -8,8 +8,17 @@ import typer
 
 from fusion_model.command_line import (
     MODEL_HELP,
+    Backend,
     Device,
+    Dtype,
+    EncoderDtype,
+    EncoderPath,
+    ModelOrNone,
+    Onnx,
+    TextFiles,
+    Threads,
     command,
+    open_model,
     resolve_device,
 )
 
@@ -78,3 +87,54 @@ def bench(
         print(f"report: {report}")
     if any(r["kind"] == "wrong" for r in outcome.records):
         raise FusionLMError("a backend gave wrong results, see above")
+
+
+@command
+def profile(
+    text: TextFiles,
+    model: ModelOrNone = None,
+    onnx: Onnx = None,
+    threads: Threads = None,
+    tokens: Annotated[int, typer.Option(min=3, help="made after each prompt")] = 48,
+    runs: Annotated[int, typer.Option(min=1, help="prompts, from the text")] = 12,
+    batch: Annotated[int, typer.Option(min=1, help="rows at a time")] = 1,
+    prompt_words: Annotated[int, typer.Option(min=1)] = 8,
+    json: Annotated[Path | None, typer.Option(help="all figures, for machines")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="for ui.perfetto.dev, chrome://tracing")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="latency by position: .svg, .png, .pdf")] = None,
+    encoder: EncoderPath = None,
+    encoder_dtype: EncoderDtype = "float32",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    backend: Backend = "auto",
+) -> None:
+    """Latency token by token, of generating and scoring: how long, and spent on what."""
+    from rich.console import Console
+
+    from fusion_model.benchmarks import latency_report
+    from fusion_model.benchmarks.latency import trace as to_trace
+    from fusion_model.benchmarks.profiler import Settings, profile_model
+
+    latency_report.check_plot(plot)
+    lm = open_model(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
+    engine = "torch" if onnx is None else "onnx"
+    where = resolve_device(device) if onnx is None else lm.device
+    settings = Settings(runs, tokens, batch, prompt_words)
+    found, passes = profile_model(lm, str(model or onnx), engine, where, text, settings)
+    console = Console()
+    console.print(found["title"], style="bold", highlight=False, soft_wrap=True)
+    for shown in latency_report.tables(found):
+        console.print(shown, "")
+    for line in latency_report.lines(found):
+        console.print(line, highlight=False, soft_wrap=True)
+    if json:
+        latency_report.write_json(json, found)
+    if trace:
+        latency_report.write_json(trace, to_trace(passes), indent=None)
+    if plot:
+        latency_report.plot(found, plot)
+    for path in (json, trace, plot):
+        if path:
+            print(f"wrote {path}")

@@ -1,0 +1,116 @@
+"""Named stretches of time, recorded by wrapping functions of live objects.
+
+The code under the clock stays as it is: an attribute is replaced while a block runs and put
+back after. Times are exclusive: what a nested span takes is not counted in the outer one.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of time, for a trace."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Recorder:
+    """Collects spans, and exclusive seconds by name since the last `take`.
+
+    Args:
+        clock: seconds.
+        synchronize: waits for the device, so that its work counts where it was asked for.
+        nvtx: also marks ranges for NVIDIA's profilers.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        synchronize: Callable[[], None] | None = None,
+        nvtx: bool = False,
+    ) -> None:
+        self._clock, self._synchronize, self._nvtx = clock, synchronize, nvtx
+        self._open: list[tuple[str, float]] = []
+        self._inner: list[float] = []  # seconds of what is nested in each open span
+        self._own: dict[str, float] = {}
+        self.spans: list[Span] = []
+
+    def now(self) -> float:
+        """Seconds, once the device has done what it was asked to."""
+        if self._synchronize:
+            self._synchronize()
+        return self._clock()
+
+    def open(self, name: str) -> None:
+        """A span begins."""
+        if self._nvtx:
+            import torch
+
+            torch.cuda.nvtx.range_push(name)
+        self._open.append((name, self.now()))
+        self._inner.append(0.0)
+
+    def close(self) -> None:
+        """The span that was opened last ends."""
+        end = self.now()
+        name, start = self._open.pop()
+        if self._nvtx:
+            import torch
+
+            torch.cuda.nvtx.range_pop()
+        self._own[name] = self._own.get(name, 0.0) + end - start - self._inner.pop()
+        if self._inner:
+            self._inner[-1] += end - start
+        self.spans.append(Span(name, start, end))
+
+    @property
+    def depth(self) -> int:
+        """Spans that are open."""
+        return len(self._open)
+
+    def take(self) -> dict[str, float]:
+        """Exclusive seconds by name of the spans that closed since the last call."""
+        own, self._own = self._own, {}
+        return own
+
+    def spanned(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function, with a span around each call."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.open(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.close()
+
+        return call
+
+    @contextmanager
+    def around(self, *targets: tuple[Any, str, str]) -> Iterator[None]:
+        """Spans around functions: (object or module, attribute, name of the span) of each."""
+        with ExitStack() as stack:
+            for owner, attribute, name in targets:
+                wrapped = self.spanned(getattr(owner, attribute), name)
+                stack.enter_context(replaced(owner, attribute, wrapped))
+            yield
+
+
+@contextmanager
+def replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
+    """An attribute of a live object is another while the block runs."""
+    own = attribute in vars(owner)
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, attribute, before)
+        else:
+            delattr(owner, attribute)
