@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 720
+WIDTH = 950
 
 
 def colour(backend: str) -> str:
@@ -17,12 +17,11 @@ def colour(backend: str) -> str:
 
 
 def number(x: float) -> str:
-    """Three digits, thousands and millions short."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    """Three digits and a unit."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= limit:
-            scaled = x / (1e3 if unit == "k" else limit)
-            return f"{scaled:.3g}{unit}" if scaled < 1000 else f"{scaled:.0f}{unit}"
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+            return f"{x / limit:.3g}{unit}"
+    return f"{x:.3g}"
 
 
 def milliseconds(x: float) -> str:
@@ -34,7 +33,8 @@ def milliseconds(x: float) -> str:
 
 def _svg(height: float, parts: Sequence[str], label: str, width: int = WIDTH) -> str:
     body = "".join(parts)
-    return f'<svg viewBox="0 0 {width} {height:g}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    box = f'viewBox="0 0 {width} {height:g}" role="img" aria-label="{escape(label)}"'
+    return f"<svg {box}>{body}</svg>"
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
@@ -56,7 +56,7 @@ class Bar:
 
 def bars(rows: Sequence[Bar], label: str) -> str:
     """Horizontal bars from zero; a thin line goes on to each whisker."""
-    left, right, pitch = 150, 170, 26
+    left, right, pitch = 170, 170, 27
     most = max(max(r.value, r.whisker or 0) for r in rows) or 1.0
     shown = min(most, 2.2 * max(r.value for r in rows))  # one wild p99 must not flatten the rest
     scale = (WIDTH - left - right) / shown
@@ -143,9 +143,10 @@ def curves(series: dict[str, list[tuple[float, float]]], x_title: str, y_title: 
         path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in line)
         parts.append(f'<path d="M{path}" class="{colour(name)} line"/>')
         for a, b in line:
+            tip = escape(f"{name}, {x_title} {number(a)}: {number(b)} {y_title}")
             parts.append(
                 f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.4" class="{colour(name)} fill dot">'
-                f"<title>{escape(name)}, {x_title} {number(a)}: {number(b)} {y_title}</title></circle>"
+                f"<title>{tip}</title></circle>"
             )
         last = line[-1]
         parts.append(
@@ -158,7 +159,7 @@ def curves(series: dict[str, list[tuple[float, float]]], x_title: str, y_title: 
 
 def distributions(rows: dict[str, Sequence[float]], label: str) -> str:
     """Every sample as a translucent tick on a shared logarithmic axis, p50, p90, p99 marked."""
-    left, pitch = 150, 44
+    left, pitch = 170, 40
     everything = sorted(t for times in rows.values() for t in times)
     top = everything[min(len(everything) - 1, int(0.998 * len(everything)))]
     x = Axis([everything[0], top], left, WIDTH - 20)
@@ -168,7 +169,7 @@ def distributions(rows: dict[str, Sequence[float]], label: str) -> str:
         parts.append(f'<path d="M{x(tick):.1f} 0V{height - 26}" class="grid"/>')
         parts.append(_text(x(tick), height - 10, milliseconds(tick), "tick", "middle"))
     for i, (name, times) in enumerate(rows.items()):
-        y, ordered = i * pitch + 6, sorted(times)
+        y, ordered = i * pitch + 2, sorted(times)
         parts.append(_text(left - 10, y + 18, name, "name", "end"))
         strokes = "".join(f"M{x(t):.1f} {y + 8}v16" for t in ordered if t <= top)
         parts.append(f'<path d="{strokes}" class="{colour(name)} sample"/>')
@@ -180,6 +181,39 @@ def distributions(rows: dict[str, Sequence[float]], label: str) -> str:
                     f'<path d="M{x(value):.1f} {y + 16 - reach}v{2 * reach}" '
                     f'class="mark m{q}"><title>{escape(tip)}</title></path>'
                 )
+    return _svg(height, parts, label)
+
+
+def ratios(rows: dict[str, list[tuple[str, float]]], names: Sequence[str], label: str) -> str:
+    """A row an operation: each backend a dot at its ratio, its figure beside the outermost ones."""
+    left, right, pitch, top = 190, 70, 36, 46
+    x = Axis([v for row in rows.values() for _, v in row] + [1.0], left + 20, WIDTH - right)
+    height = top + len(rows) * pitch + 26
+    bottom = height - 26
+    parts = []
+    at = float(left)
+    for name in names:
+        parts.append(f'<circle cx="{at:.1f}" cy="10" r="6" class="{colour(name)} fill"/>')
+        parts.append(_text(at + 11, 15, name, "name"))
+        at += 32 + 7.4 * len(name)
+    for tick in x.ticks():
+        kind = "axis" if tick == 1 else "grid"
+        parts.append(f'<path d="M{x(tick):.1f} {top - 10}V{bottom}" class="{kind}"/>')
+        parts.append(_text(x(tick), bottom + 19, f"{tick:g} ×", "tick", "middle"))
+    for i, (title, row) in enumerate(rows.items()):
+        y = top + i * pitch + 12
+        parts.append(_text(left - 14, y + 5, title, "name", "end"))
+        parts.append(f'<path d="M{left} {y}H{WIDTH - right + 10}" class="grid"/>')
+        for backend, ratio in sorted(row, key=lambda pair: names.index(pair[0]), reverse=True):
+            tip = escape(f"{title}, {backend}: {ratio:.2f} × plain PyTorch")
+            parts.append(
+                f'<circle cx="{x(ratio):.1f}" cy="{y}" r="7" class="{colour(backend)} fill dot">'
+                f"<title>{tip}</title></circle>"
+            )
+        values = [ratio for _, ratio in row]
+        parts.append(_text(x(max(values)) + 12, y + 5, f"{max(values):.2g}", "value"))
+        if min(values) < 0.8 * max(values):
+            parts.append(_text(x(min(values)) - 12, y + 5, f"{min(values):.2g}", "value", "end"))
     return _svg(height, parts, label)
 
 

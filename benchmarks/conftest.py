@@ -1,18 +1,76 @@
-"""Shared by the suites: threads as the user set them, and what machine this was."""
+"""Shared by the suites: which cases, what machine this is, and where results go."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fusion_model.benchmarks import results
+from fusion_model.benchmarks.bench import BUDGETS, context_of
+from fusion_model.benchmarks.cases import SUITES, cases
+from fusion_model.benchmarks.counts import SIZE
+from fusion_model.benchmarks.machine import Ceilings, describe, measure_ceilings
+from fusion_model.benchmarks.suite import with_speedups
+from fusion_model.benchmarks.work import Context
 from transformers.utils import logging
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--suite", choices=SUITES, help="shapes (default: quick; tiny if disabled)")
+    parser.addoption("--keep", type=Path, help="folder for results (default: benchmarks/results)")
+
+
+def suite_of(config: pytest.Config) -> str:
+    disabled = config.getoption("--benchmark-disable") and not config.getoption(
+        "--benchmark-enable"
+    )
+    chosen: str = config.getoption("--suite") or ("tiny" if disabled else "quick")
+    return chosen
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", cases(suite_of(metafunc.config)), ids=str)
 
 
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
+    machine_info |= describe(DEVICE)
     machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info["gpu"] = torch.cuda.get_device_name() if DEVICE == "cuda" else None
+
+
+@pytest.fixture(scope="session")
+def budget(request: pytest.FixtureRequest) -> float:
+    """Seconds of samples a case."""
+    return BUDGETS[suite_of(request.config)]
+
+
+@pytest.fixture(scope="session")
+def context(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Context:
+    scratch = tmp_path_factory.mktemp("bench")
+    return context_of("fusion-lm-small", (), DEVICE, suite_of(request.config), scratch)
+
+
+@pytest.fixture(scope="session")
+def ceilings(budget: float) -> Ceilings:
+    return measure_ceilings(DEVICE, tuple(SIZE)[:2], min(0.3, budget or 0.02))
+
+
+@pytest.fixture(scope="session")
+def records(request: pytest.FixtureRequest, ceilings: Ceilings) -> Iterator[list[dict[str, Any]]]:
+    """What was measured; appended to the results at the end."""
+    found: list[dict[str, Any]] = []
+    yield found
+    folder = request.config.getoption("--keep") or results.home()
+    if found and folder is not None:
+        command = "pytest " + " ".join(map(str, request.config.invocation_params.args))
+        suite = suite_of(request.config)
+        first = results.run_line(describe(DEVICE), ceilings, suite=suite, command=command)
+        results.append(folder, first, with_speedups(found))

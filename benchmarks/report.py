@@ -8,7 +8,7 @@ from typing import Any
 
 from fusion_model.benchmarks import charts
 from fusion_model.benchmarks.bench import glossary, ranked, remarks
-from fusion_model.benchmarks.cases import EAGER, OPERATIONS, UNITS
+from fusion_model.benchmarks.cases import EAGER, OPERATIONS
 from fusion_model.benchmarks.charts import milliseconds, number
 from fusion_model.benchmarks.machine import where
 from fusion_model.benchmarks.results import measured
@@ -17,7 +17,32 @@ from fusion_model.files import write_text
 
 Record = dict[str, Any]
 AXES = {"batch": "sequences a batch", "hidden_size": "hidden size", "length": "tokens a sequence"}
+TILES = {
+    "scoring": "scoring your text",
+    "generation": "writing, token by token",
+    "embedding": "prefix embeddings",
+    "training": "training",
+}
+COMPARED = {"auto": "fusion-lm", "fusion-lm": "fusion-lm"} | {
+    name: name
+    for name in ("onnx", "compile", "cuda-graph", "sentence-transformers", "published", "flashrnn")
+}
+OVERVIEW = {
+    "scoring": "scoring a text",
+    "generation": "generating text",
+    "embedding": "prefix embeddings",
+    "training": "training step",
+    "prefixes": "all prefixes, early fusion",
+    "head": "log-probabilities",
+    "sequence": "LSTM, sequences",
+    "step": "LSTM, one step",
+}
 FIXED = ("operation", "dtype", "batch", "length", "hidden_size", "embedding_size", "vocab_size")
+
+
+def capital(text: str) -> str:
+    """With a capital letter at the start, and all others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def write_report(path: Path, run: Record, records: Sequence[Record]) -> None:
@@ -48,40 +73,68 @@ def page(run: Record, records: Sequence[Record]) -> str:
 
 def _header(run: Record, timed: Sequence[Record]) -> str:
     tiles = []
-    for operation in ("scoring", "generation", "embedding", "training", "step"):
+    for operation in TILES:
         own = [r for r in timed if r["operation"] == operation and r["backend"] != EAGER]
         own = [r for r in own if r["backend"] in ("auto", "fusion-lm") and "speedup" in r][:1]
         for r in own:
             each = milliseconds(r["p50_ms"] / r["items"])
             tiles.append(
-                f'<li class="tile"><span>{escape(OPERATIONS[operation])}</span>'
-                f"<b>{number(r['per_second'])}/s</b><span>{UNITS.get(operation, 'tokens')}, {each} "
-                f"each; {r['speedup']:.2f} × plain PyTorch</span></li>"
+                f'<li class="tile"><span>{TILES[operation]}</span><b>{number(r["per_second"])}'
+                f" <small>{r['unit']}/s</small></b><span>{each} each, {r['speedup']:.2f} × plain "
+                "PyTorch</span></li>"
             )
     return (
         "<header><h1>How fast fusion-lm is here</h1>"
         f'<p class="soft">{escape(where(run["machine"]))}, commit '
         f"{escape(run['machine']['commit'] or 'unknown')}</p>"
-        f'<ul class="tiles">{"".join(tiles)}</ul></header>'
+        f'<ul class="tiles">{"".join(tiles)}</ul>'
+        f"{overview(timed)}"
+        '<p class="soft key">Below, bars show the median time of a call, and the thin line goes '
+        "on to p90; × is the speed relative to plain PyTorch (eager), above 1 is faster. B "
+        "sequences, T tokens each, H hidden units. Point at a mark for its figures.</p></header>"
     )
+
+
+def overview(timed: Sequence[Record]) -> str:
+    """Speed relative to plain PyTorch of the backends that matter most, on each first shape."""
+    rows: dict[str, list[tuple[str, float]]] = {}
+    for name, title in OVERVIEW.items():
+        groups = ranked([r for r in timed if r["operation"] == name])
+        members = groups[0][1] if groups else []
+        shown = [r for r in members if r["backend"] in COMPARED and "speedup" in r]
+        if shown:
+            rows[title] = [(COMPARED[r["backend"]], r["speedup"]) for r in shown]
+    if not rows:
+        return ""
+    used = [n for n in dict.fromkeys(COMPARED.values()) if any(n in dict(r) for r in rows.values())]
+    chart = charts.ratios(rows, used, "speed relative to plain PyTorch")
+    return f"<figure><h3>Speed relative to plain PyTorch</h3>{chart}</figure>"
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, with the colours it has on the page."""
+    style = resources.files("fusion_model.benchmarks").joinpath("report.css").read_text()
+    head = '<svg xmlns="http://www.w3.org/2000/svg" '
+    svg = svg[svg.index("<svg ") : svg.index("</svg>") + len("</svg>")]
+    return svg.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1) + "\n"
 
 
 def _bar(r: Record) -> charts.Bar:
     ratio = f"{r['speedup']:.2f} ×" if "speedup" in r and r["backend"] != EAGER else ""
-    label = f"{milliseconds(r['p50_ms'])}  {ratio}"
+    label = " · ".join(filter(None, (milliseconds(r["p50_ms"]), ratio)))
     tip = (
         f"{r['backend']}: p50 {milliseconds(r['p50_ms'])}, p90 {milliseconds(r['p90_ms'])}, "
         f"p99 {milliseconds(r['p99_ms'])}, {number(r['per_second'])} {r['unit']}/s, "
         f"{r['of_floor']:.1%} of the floor"
     )
-    return charts.Bar(r["backend"], r["p50_ms"], label, tip, r["p99_ms"])
+    return charts.Bar(r["backend"], r["p50_ms"], label, tip, r["p90_ms"])
 
 
 def _operation(name: str, timed: Sequence[Record]) -> str:
     own = [r for r in timed if r["operation"] == name]
     if not own:
         return ""
-    parts = [f"<section><h2>{escape(OPERATIONS[name].capitalize())}</h2>"]
+    parts = [f"<section><h2>{escape(capital(OPERATIONS[name]))}</h2>"]
     figures = [curve for axis in AXES if (curve := _curve(own, axis))]
     if figures:
         parts.append(f'<div class="pair">{"".join(figures)}</div>')
@@ -139,7 +192,7 @@ def _roofline(run: Record, timed: Sequence[Record]) -> str:
     if not timed:
         return ""
     bandwidth = run["ceilings"]["bandwidth"]
-    lines = [(f"{number(b)}B/s in {s >> 20 or 1} MiB", b) for s, b in (bandwidth[0], bandwidth[-1])]
+    lines = [(f"{number(b)}B/s from {number(s)}B", b) for s, b in (bandwidth[0], bandwidth[-1])]
     if lines[0][1] < 1.2 * lines[-1][1]:
         lines = lines[-1:]
     points = [
@@ -230,7 +283,8 @@ def _method(run: Record, records: Sequence[Record]) -> str:
         "libraries": versions,
         "commit": machine["commit"] or "unknown",
         "date": machine["date"],
-        "model and text": f"{run['model']}; {run['text']['words']} words of {run['text']['source']}",
+        "model": run["model"],
+        "text": f"{run['text']['words']} words of {run['text']['source']}",
     }
     table = "".join(f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
     names = "".join(

@@ -59,17 +59,15 @@ def run(
             done += 1
         runs = {case.backend: work.run for case, work in ready.items()}
         timings = measure_in_turns(runs, context.device, budget)
-        for case, work in ready.items():
-            yield record(case, work, timings, ceilings, context.device)
+        device = context.device
+        timed = [record(c, w, timings[c.backend], ceilings, device) for c, w in ready.items()]
+        yield from with_speedups(timed)
         context.forget()
     progress(done, "")
 
 
-def record(
-    case: Case, work: Work, timings: dict[str, Timing], ceilings: Ceilings, device: str
-) -> Record:
+def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: str) -> Record:
     """What is kept of a measured case; times in milliseconds, rates in items a second."""
-    timing = timings[case.backend]
     p50, p90, p99 = (timing.percentile(q) for q in (50, 90, 99))
     floor, bound = ceilings.floor(work.counts, case.dtype)
     step = max(1, len(timing.seconds) // KEPT)
@@ -90,8 +88,15 @@ def record(
         "peak_bytes": None if case.backend.startswith("onnx") else peak_memory(work.run, device),
         "times_ms": [float(f"{1e3 * s:.4g}") for s in timing.seconds[::step]],
     }
-    if EAGER in timings:
-        found["speedup"] = round(timings[EAGER].percentile(50) / p50, 4)
     if timing.host:
         found["host_ms"] = round(1e3 * sorted(timing.host)[len(timing.host) // 2], 5)
     return found
+
+
+def with_speedups(records: Sequence[Record]) -> list[Record]:
+    """The records of a run, each with its speed relative to the eager one of its group."""
+    eager = {r["group"]: r["p50_ms"] for r in records if r["backend"] == EAGER}
+    return [
+        r | ({"speedup": round(eager[r["group"]] / r["p50_ms"], 4)} if r["group"] in eager else {})
+        for r in records
+    ]

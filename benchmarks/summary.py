@@ -1,13 +1,22 @@
-"""The README's table, from what pytest-benchmark saved.
+"""The README's table and plot, from the results that it names.
 
-pytest benchmarks --benchmark-enable --benchmark-json=benchmarks/results/NAME.json
-python -m fusion_model.benchmarks.summary benchmarks/results/NAME.json
+    pytest benchmarks/test_*_*.py --benchmark-enable --benchmark-json=benchmarks/results/NAME.json
+    fusion-lm bench --quick                        # appends to benchmarks/results/*.jsonl
+    python -m fusion_model.benchmarks.summary      # in the clone: rewrites README.md and the plot
+
+The table is of what pytest-benchmark saved, the plot of the last run of a `.jsonl` file.
 """
 
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
+
+from fusion_model.benchmarks.machine import where as where_run
+from fusion_model.benchmarks.report import overview, standalone
+from fusion_model.benchmarks.results import measured, read
+
+from fusion_model.files import write_text
 
 RATES = ("tokens_per_second", "prefixes_per_second")
 ENCODING = "test_encoding[{dtype}-{way}]"
@@ -53,6 +62,52 @@ def where(results: dict[str, Any]) -> str:
     return f"{device}, torch {machine['torch']}, {results['datetime'][:10]}"
 
 
+def plot(results: Path) -> str:
+    """The overview of the last run of a file of results, as SVG."""
+    _, records = read(results)[-1]
+    return standalone(overview(measured(records)))
+
+
+def caption(results: Path) -> str:
+    """Where and when that run was made."""
+    return where_run(read(results)[-1][0]["machine"])
+
+
+TABLE = re.compile(r"(<!-- from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+PLOT = re.compile(r"(<!-- plot from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def renew(readme: str, root: Path) -> tuple[str, dict[Path, str]]:
+    """The README with table and plot as their results have them, and the plot's file.
+
+    Args:
+        root: folder that the README's paths start from.
+    """
+    plots: dict[Path, str] = {}
+
+    def table_of(found: re.Match[str]) -> str:
+        loaded = json.loads((root / found[2]).read_text(encoding="utf-8"))
+        return f"{found[1]}{table(loaded)}\n\n{where(loaded)}{found[3]}"
+
+    def plot_of(found: re.Match[str]) -> str:
+        results = root / found[2]
+        image = results.with_suffix(".svg")
+        plots[image] = plot(results)
+        path = image.relative_to(root).as_posix()
+        shown = f"![Speed of each backend relative to plain PyTorch]({path})"
+        return f"{found[1]}{shown}\n\n{caption(results)}{found[3]}"
+
+    return PLOT.sub(plot_of, TABLE.sub(table_of, readme)), plots
+
+
+def main() -> None:
+    """Bring README.md in the current folder up to date."""
+    root = Path.cwd()
+    readme, plots = renew((root / "README.md").read_text(encoding="utf-8"), root)
+    for path, text in {root / "README.md": readme, **plots}.items():
+        write_text(path, text)
+        print(f"wrote {path.relative_to(root)}")
+
+
 if __name__ == "__main__":
-    loaded = json.loads(Path(sys.argv[1]).read_text())
-    print(table(loaded) + "\n\n" + where(loaded))
+    main()

@@ -17,14 +17,19 @@ from fusion_model.preparation import prepare
 from fusion_model.scoring import score_sentences
 from fusion_model.training import TrainingRun
 
-SENTENCES = 8000
+SENTENCES, FEWER = 8000, 600  # FEWER where nothing is timed
 ROUNDS = 3
 
 
+def timed(config: pytest.Config) -> bool:
+    return config.getoption("--benchmark-enable") or not config.getoption("--benchmark-disable")
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     folder = tmp_path_factory.mktemp("throughput")
-    (folder / "text.txt").write_text("\n".join(zipf_sentences(SENTENCES)))
+    count = SENTENCES if timed(request.config) else FEWER
+    (folder / "text.txt").write_text("\n".join(zipf_sentences(count)))
     files = (str(folder / "text.txt"),)
     options = TrainingOptions(
         train_file=files,
@@ -37,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     prepared = prepare(options, folder, folder / "store", accelerator)
-    assert len(prepared.tokenizer) == 8192
+    assert len(prepared.tokenizer) == 8192 or count == FEWER
     return TrainingRun(options, folder, prepared, accelerator)
 
 
@@ -50,7 +55,7 @@ def published() -> PublishedLM:
 def sentences_of(run: TrainingRun, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A random sample of sentences with their embeddings, one by one."""
     generator = torch.Generator().manual_seed(1)
-    picked = torch.randperm(SENTENCES, generator=generator)[:count].tolist()
+    picked = torch.randperm(len(run.data.lengths), generator=generator)[:count].tolist()
     batches = [run.data.batch([i]) for i in picked]
     return [(b.input_ids[0], b.prefix_embeds[0]) for b in batches if b.prefix_embeds is not None]
 

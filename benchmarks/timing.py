@@ -131,9 +131,9 @@ def peak_memory(run: Run, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _silent_stderr():
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-            run()
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+    with _silent_stderr(), profiler:
+        run()
     held = most = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -1,0 +1,257 @@
+"""`fusion-lm bench`: cases, counts, the gate, results, the page, and mistakes."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SENTENCES
+from fusion_model.benchmarks import bench, gate, on_text, recurrence, results, suite, timing
+from fusion_model.benchmarks import cases as case_data
+from fusion_model.benchmarks.cases import EAGER, Case, cases
+from fusion_model.benchmarks.counts import Counts, of_case
+from fusion_model.benchmarks.machine import Ceilings, describe
+from fusion_model.benchmarks.report import page
+from fusion_model.benchmarks.work import Context, Unavailable, Work, WrongResult
+from fusion_model.kernels import BACKENDS
+from test_cli import fails, run
+
+from fusion_model.errors import FusionLMError
+
+CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 1e12}, [(2**20, 1e11), (2**28, 1e10)])
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context("cpu", "fusion-lm-small", SENTENCES[:1], tmp_path, new_tokens=3)
+
+
+def test_cases_are_unique_and_every_group_has_its_plain_one() -> None:
+    for name in case_data.SUITES:
+        found = cases(name)
+        assert len({str(c) for c in found}) == len(found)
+        assert {c.group for c in found} == {c.group for c in found if c.backend == EAGER}
+        assert {c.operation for c in found} == set(case_data.OPERATIONS)
+
+
+def test_cases_name_every_backend_of_ours_and_what_it_is() -> None:
+    for backend in BACKENDS:
+        assert any(c.backend == backend for c in cases("quick"))
+    assert {c.backend for c in cases("full")} <= set(case_data.MEANING)
+
+
+def test_only_chooses_operations_and_backends() -> None:
+    assert {c.operation for c in cases("quick", ["step", "head"])} == {"step", "head"}
+    assert {c.backend for c in cases("quick", ["onnx"])} == {"onnx", EAGER}
+    with pytest.raises(FusionLMError, match="unknown 'stepp'"):
+        cases("quick", ["stepp"])
+
+
+def test_counts_of_a_step_by_hand() -> None:
+    case = Case("step", EAGER, batch=2, hidden_size=3, embedding_size=5)
+    weights = 4 * 3 * 5 + 4 * 3 * 3 + 2 * 4 * 3
+    moved = weights + 2 * 5 + 2 * 3 + 4 * 2 * 3  # x, output, both states in and out
+    assert of_case(case) == Counts(2 * (2 * 4 * 3 * (5 + 3)), 4 * moved)
+
+
+def test_counts_of_prefixes_grow_with_the_square_of_the_length() -> None:
+    """Counted against the steps that the plain loop over prefixes takes."""
+    case = Case("prefixes", EAGER, batch=1, length=10, hidden_size=64, embedding_size=1)
+    steps = sum(range(1, 11))
+    assert of_case(case).flops == pytest.approx(2 * 4 * 64 * (64 * steps + 10))
+
+
+def test_a_wrong_backend_is_not_timed(context: Context, monkeypatch) -> None:
+    exact = recurrence.lstm_sequence
+
+    def wrong(*args: object, **kwargs: object):
+        out, state = exact(*args, **kwargs)
+        return out + 0.01 * (kwargs["backend"] == "torch"), state
+
+    monkeypatch.setattr(recurrence, "lstm_sequence", wrong)
+    records = list(suite.run(cases("tiny", ["step"]), context, CEILINGS, 0.0))
+    by_backend = {r["backend"]: r for r in records}
+    assert by_backend["torch"]["kind"] == "wrong"
+    assert "p50_ms" not in by_backend["torch"]
+    assert by_backend["reference"]["kind"] == "case"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 2.0])
+def test_check_refuses_nan_and_shapes(bad: float) -> None:
+    good = torch.ones(3)
+    work = Work(lambda: None, lambda: good * bad, lambda: good, 1, Counts(1, 1), 1e-4)
+    with pytest.raises(WrongResult):
+        work.check()
+    shape = Work(lambda: None, lambda: good[:2], lambda: good, 1, Counts(1, 1), 1e-4)
+    with pytest.raises(WrongResult, match="shape"):
+        shape.check()
+
+
+def test_absent_backends_are_skipped_with_a_reason(context: Context) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA graph can be had here")
+    records = list(suite.run(cases("tiny", ["cuda-graph"]), context, CEILINGS, 0.0))
+    assert {r["reason"] for r in records if r["kind"] == "skip"} == {"a CUDA graph needs a GPU"}
+    assert "skipped cuda-graph (3): a CUDA graph needs a GPU" in bench.remarks(records)
+
+
+def test_backends_take_turns_and_the_first_call_is_apart() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    timings = timing.measure_in_turns(runs, "cpu", 0.0, least=2)
+    assert order[:2] == ["a", "b"]
+    for name in "ab":
+        assert order.count(name) == len(timings[name].seconds) + 1  # budget 0: no warming call
+
+
+def test_peak_memory_is_what_a_call_holds_at_once() -> None:
+    def run() -> None:
+        for _ in range(3):
+            torch.empty(1_000_000, dtype=torch.uint8).fill_(1)
+
+    assert 1_000_000 <= timing.peak_memory(run, "cpu") < 1_100_000
+
+
+def test_floor_is_the_slower_of_memory_and_compute() -> None:
+    assert CEILINGS.floor(Counts(1e9, 10), "float32") == (0.01, "compute")
+    assert CEILINGS.floor(Counts(1, 1e9), "float32") == (0.1, "memory")
+    assert CEILINGS.floor(Counts(1, 1e6), "float32") == (1e-5, "memory")  # from the cache
+
+
+def outcome(tmp_path: Path, *only: str) -> bench.Outcome:
+    chosen = cases("tiny", only)
+    return bench.bench(chosen, "tiny", "fusion-lm-small", (), "cpu", tmp_path, "fusion-lm bench")
+
+
+def test_results_are_appended_and_read_back(tmp_path: Path) -> None:
+    first, second = outcome(tmp_path, "step"), outcome(tmp_path, "head")
+    assert first.kept == second.kept
+    assert first.kept is not None
+    runs = results.read(first.kept)
+    assert [run["run"] for run, _ in runs] == [first.run["run"], second.run["run"]]
+    assert [r["group"] for r in runs[0][1]] == [r["group"] for r in first.records]
+    for record in results.measured(runs[0][1]):
+        assert record["p50_ms"] <= record["p90_ms"] <= record["p99_ms"]
+        assert record["of_floor"] == pytest.approx(
+            record["floor_ms"] / record["p50_ms"], rel=0.01, abs=1e-4
+        )
+    machine = runs[0][0]["machine"]
+    assert {"name", "cpu_mhz", "versions", "commit", "date"} <= set(machine)
+
+
+def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"kind": "case"}\n')
+    with pytest.raises(FusionLMError, match="not a file of benchmark results"):
+        results.read(bad)
+
+
+def test_gate_sees_ratios_not_times(tmp_path: Path, capsys) -> None:
+    kept = outcome(tmp_path, "step").kept
+    assert kept is not None
+    baseline = tmp_path / "baseline.json"
+    assert gate.main([str(kept), "--baseline", str(baseline), "--write"]) == 0
+    assert gate.main([str(kept), "--baseline", str(baseline)]) == 0
+    (run, records), loaded = results.read(kept)[0], gate.load_baseline(baseline)
+    slower = [r | {"p50_ms": 10 * r["p50_ms"]} for r in records if r["kind"] == "case"]
+    assert gate.compare(run["machine"], suite.with_speedups(slower), loaded) == []
+    worse = [r | {"speedup": 0.1 * r["speedup"]} for r in slower if r["backend"] == "auto"]
+    (line,) = gate.compare(run["machine"], worse, loaded)
+    assert line.startswith("step B2 T1 H32 float32 auto: ")
+    with pytest.raises(FusionLMError, match="no baseline for another"):
+        gate.compare(run["machine"] | {"name": "another"}, records, loaded)
+
+
+def test_committed_baseline_has_ratios_of_cases_that_exist() -> None:
+    known = {f"{c.group} {c.backend}" for c in cases("full") + cases("quick")}
+    for ratios in gate.load_baseline().values():
+        assert set(ratios) <= known
+
+
+class Tags(HTMLParser):
+    """Fails on what would need a network; collects what is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.charts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe")
+        assert not {"src", "href"} & {name for name, _ in attrs}
+        self.charts += tag == "svg"
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
+    found = outcome(tmp_path, "step", "sequence", "head")
+    text = page(found.run | {"command": "fusion-lm bench <&>"}, found.records)
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert tags.charts >= 5
+    assert "http" not in text
+    assert "fusion-lm bench &lt;&amp;&gt;" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    for record in results.measured(found.records):
+        assert f"<td>{record['backend']}</td>" in text
+    backends = set(re.findall(r'class="(k-[\w-]+)', text))
+    assert all(f".{name} {{" in text or f".{name}, " in text for name in backends)
+
+
+def test_bench_command(tmp_path: Path) -> None:
+    report = tmp_path / "out.html"
+    shape = ["--hidden-size", 16, "--batch", 2, "--length", 3]
+    keep = ["--quick", "--results", tmp_path, "--report", report]
+    code, stdout, _ = run("bench", "--only", "step", *shape, "--backend", "reference", *keep)
+    assert code == 0
+    assert "step B2 T1 H16 float32" in stdout
+    assert report.read_text().startswith("<!doctype html>")
+    (file,) = tmp_path.glob("*.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert {r["backend"] for r in records} == {"reference", EAGER}
+
+
+def test_bench_takes_sizes_from_a_model() -> None:
+    chosen = bench.chosen_cases("quick", [], {"batch": 3}, None, "fusion-lm-small")
+    sizes = {(c.hidden_size, c.vocab_size, c.batch) for c in chosen if c.operation == "training"}
+    assert sizes == {(384, 8192, 3)}
+    assert "scoring" in {c.operation for c in chosen}
+
+
+def test_bench_mistakes_are_one_line(tmp_path: Path) -> None:
+    word = tmp_path / "word.txt"
+    word.write_text("Hello\n")
+    keep = ("--quick", "--results", tmp_path)
+    assert "unknown 'stepp'" in fails("bench", "--only", "stepp", *keep)
+    assert "unknown 'cudnn'" in fails("bench", "--backend", "cudnn", *keep)
+    assert "unknown dtype 'int4'" in fails("bench", "--dtype", "int4", *keep)
+    assert "no-such-model" in fails("bench", "no-such-model", *keep)
+    assert "1 word:" in fails("bench", "--only", "scoring", "--text", word, *keep)
+    assert "cannot read" in fails("bench", "--only", "scoring", "--text", tmp_path / "no", *keep)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_text_cases_refuse_what_they_are_not_written_for(context: Context) -> None:
+    from conftest import small_model
+
+    lm = type("LM", (), {"model": small_model(fusion="init_both"), "planner": None})()
+    with pytest.raises(Unavailable, match="late fusion"):
+        on_text.Plain(lm, restart=False)
+
+
+def test_machine_is_described() -> None:
+    machine = describe("cpu")
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["versions"]["torch"] == torch.__version__
+    assert re.fullmatch(r"[0-9a-f]{12}\+?|None", str(machine["commit"]))
