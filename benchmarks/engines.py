@@ -35,7 +35,8 @@ class Engine(Protocol):
 def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
     found = [(planning, "encode_sentences", TOKENISER)]
     if planner is not None:
-        found += [(planner, "items", TOKENISER), (planner.encoder, "encode", ENCODER)]
+        found += [(planner, name, TOKENISER) for name in ("items", "last_items")]
+        found.append((planner.encoder, "encode", ENCODER))
     return found
 
 
@@ -61,16 +62,13 @@ class TorchEngine:
         self.lm = lm
         self._recorder: Recorder | None = None
 
-    def _fresh(self) -> None:
-        type(self.lm)(self.lm.model, self.lm.tokenizer, self.lm.planner)  # attaches a new cache
-
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
         return max(int(self.lm.prompt_ids(p).shape[1]) for p in prompts)
 
     def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
         import torch
 
-        self._fresh()
+        type(self.lm)(self.lm.model, self.lm.tokenizer, self.lm.planner)  # attaches a new cache
         recorder = self._recorder
         with ExitStack() as stack:
             if recorder is not None:

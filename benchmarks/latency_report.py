@@ -55,9 +55,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     """What the tables do not say."""
     generation, scoring = found["generation"], found["scoring"]
     memory, energy = found["memory"], found["energy_joules"]
+    policy = found["settings"].get("policy")
     said = [
         f"{generation['tokens_per_second']:,.0f} tokens/s generated, "
-        f"{scoring['words_per_second']:,.0f} words/s scored; batch {found['settings']['batch']}",
+        f"{scoring['words_per_second']:,.0f} words/s scored; batch {found['settings']['batch']}"
+        + (f"; encoding policy {policy}" if policy else ""),
         f"parts add up to {generation['parts_over_whole']:.1%} of the whole of generation and "
         f"{scoring['parts_over_whole']:.1%} of scoring, each measured without them",
         "memory, MB: " + ", ".join(f"{memory[k]:,.0f} {v}" for k, v in MEMORY if k in memory),
@@ -103,7 +105,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     order = [*range(len(PARTS) - 1, -1, -1), *range(len(PARTS), len(handles))]  # as stacked
     figure.legend(
-        [handles[i] for i in order], [labels[i] for i in order], loc="outside right", frameon=False
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside right center",
+        frameon=False,
     )
     figure.savefig(path, dpi=160)
     pyplot.close(figure)

@@ -155,7 +155,9 @@ def counts(
     total += matmul(tokens, lm.model.projection.in_features, config.embedding_size, size)
     total += matmul(tokens, config.embedding_size, config.vocab_size, size)
     if lm.planner is not None and isinstance(lm.planner.encoder, HFEncoder):
-        read = sum(len(item) // 4 for item in items)
+        # Keys and values kept, a prefix costs its last token; vectors held, at best nothing.
+        of_policy = {"every": sum(len(i) // 4 for i in items), "incremental": len(items)}
+        read = of_policy.get(lm.planner.policy.name, 0)
         total += of_encoder(lm.planner.encoder, dtype, read, calls)
     own = sum(p.numel() for p in lm.model.parameters()) * size
     return total + Counts(0.0, float(own * (calls - 1)))
@@ -283,7 +285,7 @@ def _generation(case: Case, context: Context) -> Work:
         return ids_of(out if isinstance(out, str) else _text(lm, out))
 
     made: list[int] = context.once((case.group, "made"), lambda: _greedy(exact, row, options))
-    greedy = exact.tokenizer.decode([*row, *made], skip_special_tokens=True)
+    greedy = _text(exact, [*row, *made])
     count = counts(
         lm, case.dtype, [len(row) + len(made) - 1], _items(lm, [row, row + made]), len(made)
     )
@@ -300,5 +302,4 @@ def _greedy(lm: FusionLM, row: list[int], options: dict[str, Any]) -> list[int]:
 
 
 def _text(lm: FusionLM, row: Sequence[int]) -> str:
-    text: str = lm.tokenizer.decode(row, skip_special_tokens=True)
-    return text
+    return str(lm.tokenizer.decode(list(row), skip_special_tokens=True))

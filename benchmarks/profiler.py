@@ -106,9 +106,8 @@ def profile_model(
     config = getattr(getattr(lm, "model", None), "config", None)
     if config is not None:
         described["settings"]["backend"] = lm.model.backend
-    policy = getattr(lm.planner, "policy", None)
-    if policy is not None:
-        described["settings"]["policy"] = str(policy)
+    if lm.planner is not None:
+        described["settings"]["policy"] = lm.planner.encoder.policy
     described |= summary(found, settings.batch)
     described["memory"] = _memory(device)
     energy = None if before is None or after is None else after - before

@@ -135,7 +135,8 @@ def peak_memory(run: Run, device: str) -> int:
     with _silent_stderr(), profiler:
         run()
     held = most = 0
-    for event in profiler.profiler.kineto_results.events():
+    inner: Any = profiler.profiler  # its memory events have no public reader
+    for event in inner.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)

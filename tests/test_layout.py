@@ -1,7 +1,6 @@
 """Imports point one way, and the README is true."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -91,13 +90,31 @@ def test_readme_names_commands_that_exist() -> None:
         assert options <= {o for p in known[name].params for o in p.opts}, (name, options)
 
 
-def test_readme_table_is_the_measured_one() -> None:
-    from fusion_model.benchmarks.summary import table, where
+def test_readme_table_and_plot_are_the_measured_ones() -> None:
+    """`python -m fusion_model.benchmarks.summary` would change nothing."""
+    from fusion_model.benchmarks.summary import renew
 
-    shown = re.search(
-        r"<!-- from (benchmarks/results/\S+) -->\n(.*?)\n<!-- end -->", README, re.DOTALL
-    )
-    assert shown is not None
-    results = json.loads((ROOT / shown[1]).read_text())
-    assert shown[2].startswith(table(results))
-    assert where(results) in shown[2]
+    text, plots = renew(README, ROOT)
+    assert README.count("<!-- from benchmarks/results/") == 1
+    assert text == README
+    assert len(plots) == 1
+    for path, svg in plots.items():
+        assert path.read_text() == svg
+        assert f"]({path.relative_to(ROOT)})" in README
+
+
+def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
+    from fusion_model.benchmarks.summary import renew
+
+    wrong = re.sub(r"\*\*\d+×\*\*", "**999×**", README, count=1)
+    assert wrong != README
+    assert renew(wrong, ROOT)[0] == README
+    (path,) = renew(README, ROOT)[1]
+    results = path.with_suffix(".jsonl")
+    copy = tmp_path / results.relative_to(ROOT)
+    copy.parent.mkdir(parents=True)
+    faster = re.sub(r'"speedup": [\d.]+', '"speedup": 7.77', results.read_text())
+    copy.write_text(faster)
+    plot_only = README[README.index("<!-- plot from") :]
+    (changed,) = renew(plot_only, tmp_path)[1].values()
+    assert changed != path.read_text()

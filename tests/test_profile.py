@@ -82,8 +82,9 @@ def lm() -> fusion_model.FusionLM:
 def slowed(lm: Any, clock: Clock) -> Any:
     """Each stage takes a known time, and nothing else any."""
     model, planner = lm.model, lm.planner
-    planner.items = clock.slow(planner.items, 0.001)
-    planner.encoder.encode = clock.slow(planner.encoder.encode, 0.010)
+    encoder = planner.encoder
+    encoder.items_from_texts = clock.slow(encoder.items_from_texts, 0.001)
+    encoder.encode = clock.slow(encoder.encode, 0.010)
     model.features = clock.slow(model.features, 0.100)
     model.lm_head.forward = clock.slow(model.lm_head.forward, 1.0)
     model.prepare_inputs_for_generation = clock.slow(model.prepare_inputs_for_generation, 10.0)
