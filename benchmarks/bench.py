@@ -22,7 +22,7 @@ from fusion_model.text import read_documents
 
 SAMPLE = "samples/thursday.txt"  # beside fusion_model/__init__.py
 BUDGETS = {"tiny": 0.0, "quick": 0.3, "full": 2.0}  # seconds of samples a case
-WORDS = {"tiny": 5, "quick": 120, "full": 400}  # of the text that is used
+WORDS = {"tiny": 5, "quick": 80, "full": 400}  # of the text that is used
 FEWEST_WORDS = 4
 Record = dict[str, Any]
 
@@ -139,7 +139,7 @@ def ranked(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     return [(name, sorted(group, key=lambda r: r["p50_ms"])) for name, group in groups.items()]
 
 
-COLUMNS = ("p50 ms", "p90", "p99", "per second", "of floor", "first ms")
+COLUMNS = ("p50 ms", "p90", "p99", "per s", "of floor", "first ms")
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
@@ -150,19 +150,23 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
         shown = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
         shown.add_column("", width=max(len(r["backend"]) for r in members), no_wrap=True)
         for name in (ratio_to, *COLUMNS):
-            shown.add_column(name, justify="right", min_width=7, no_wrap=True, header_style="dim")
+            shown.add_column(name, justify="right", min_width=6, no_wrap=True, header_style="dim")
         for r in members:
             ratio = r.get("speedup")
             colour = "green" if (ratio or 0) >= 1.05 else "red" if (ratio or 1) < 0.95 else "dim"
             shown.add_row(
                 r["backend"],
                 f"[{colour}]{ratio:.2f}[/]" if ratio else "",
-                *(f"{r[f'p{q}_ms']:,.3f}" for q in (50, 90, 99)),
+                *(_digits(r[f"p{q}_ms"]) for q in (50, 90, 99)),
                 f"{r['per_second']:,.0f}",
                 f"{r['of_floor']:.1%}",
                 f"{r['first_ms']:,.0f}",
             )
         yield shown
+
+
+def _digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def remarks(records: Sequence[Record]) -> list[str]:

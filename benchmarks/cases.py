@@ -101,7 +101,7 @@ QUICK: dict[str, Sequence[Shape]] = {
         *({"batch": 16, "length": 64, "hidden_size": h} for h in (256, 512)),
         {"batch": 16, "length": 64, "dtype": "bfloat16"},
     ],
-    "training": [{"batch": 16, "length": 32, "dtype": d} for d in ("float32", "bfloat16")],
+    "training": [{"batch": 8, "length": 32, "dtype": d} for d in ("float32", "bfloat16")],
     "prefixes": [{"batch": 4, "length": t} for t in (32, 8, 16)],
     "head": [{"batch": 16, "length": 64, "dtype": d} for d in ("float32", "bfloat16")],
     "embedding": [{}],

@@ -94,7 +94,8 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Powers of ten, with 2 and 5 between where there are few."""
-        digits = (1, 2, 5) if self.high - self.low < 2.2 else (1,)
+        spread = self.high - self.low
+        digits = (1, 1.5, 2, 3, 4, 6, 8) if spread < 0.8 else (1, 2, 5) if spread < 2.2 else (1,)
         powers = range(math.floor(self.low), math.ceil(self.high) + 1)
         found = [d * 10.0**p for p in powers for d in digits]
         return [x for x in found if self.low <= math.log10(x) <= self.high]
@@ -171,8 +172,9 @@ def distributions(rows: dict[str, Sequence[float]], label: str) -> str:
     for i, (name, times) in enumerate(rows.items()):
         y, ordered = i * pitch + 2, sorted(times)
         parts.append(_text(left - 10, y + 18, name, "name", "end"))
+        dense = "sample" if len(ordered) > 40 else "sample few"
         strokes = "".join(f"M{x(t):.1f} {y + 8}v16" for t in ordered if t <= top)
-        parts.append(f'<path d="{strokes}" class="{colour(name)} sample"/>')
+        parts.append(f'<path d="{strokes}" class="{colour(name)} {dense}"/>')
         for q, reach in ((50, 14), (90, 10), (99, 10)):
             value = ordered[min(len(ordered) - 1, math.ceil(q / 100 * len(ordered)) - 1)]
             if value <= top:
@@ -246,7 +248,9 @@ def roofline(
             f'class="roof"><title>{escape(name)}: {number(rate)}B/s</title></path>'
         )
         middle = math.sqrt(start * end)
-        parts.append(_text(x(middle) - 6, y(middle * rate) - 8, name, "tick", "end"))
+        above = rate == max(r for _, r in bandwidth)
+        dx, dy, anchor = (-6, -6, "end") if above else (10, 14, "start")
+        parts.append(_text(x(middle) + dx, y(middle * rate) + dy, name, "tick", anchor))
     for dtype, rate in flops.items():
         begin = max(left, rate / max(r for _, r in bandwidth))
         parts.append(f'<path d="M{x(begin):.1f} {y(rate):.1f}H{x.end:.1f}" class="roof"/>')

@@ -28,6 +28,7 @@ class Work:
         expected: what a reference gives, computed once for a group.
         counts: bytes and operations that no implementation can save.
         tolerance: largest difference, relative to the largest expected number.
+        compiled: seconds that building took because something was compiled.
     """
 
     run: Callable[[], Any]
@@ -36,6 +37,7 @@ class Work:
     items: int
     counts: Counts
     tolerance: float
+    compiled: float = 0.0
 
     def check(self) -> float:
         """The largest difference from the reference, relative.
