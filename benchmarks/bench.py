@@ -122,9 +122,11 @@ def bench(
             text={"source": ", ".join(text) or SAMPLE, "words": _words(context.sentences)},
         )
         with progress.track("measuring", len(chosen)) as update:
-            records = list(run(chosen, context, ceilings, BUDGETS[suite], update))
-    kept = None if keep is None else results.append(keep, first, records)
-    return Outcome(first, records, kept)
+            measured = run(chosen, context, ceilings, BUDGETS[suite], update)
+            if keep is not None:
+                measured = results.append(keep, first, measured)
+            records = list(measured)
+    return Outcome(first, records, None if keep is None else results.file_of(keep, first))
 
 
 def _words(sentences: Sequence[str]) -> int:

@@ -73,4 +73,4 @@ def records(request: pytest.FixtureRequest, ceilings: Ceilings) -> Iterator[list
         command = "pytest " + " ".join(map(str, request.config.invocation_params.args))
         suite = suite_of(request.config)
         first = results.run_line(describe(DEVICE), ceilings, suite=suite, command=command)
-        results.append(folder, first, with_speedups(found))
+        list(results.append(folder, first, with_speedups(found)))

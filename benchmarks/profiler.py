@@ -33,7 +33,8 @@ def _energy(device: str) -> float | None:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        number = int(device.partition(":")[2] or 0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
         return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
     except Exception:  # not installed, or a GPU that does not count
         return None

@@ -7,7 +7,7 @@ one line a case, with the run's id: `case` (measured), `skip` (this machine cann
 
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,21 @@ def home() -> Path | None:
     return None if root is None else root / "benchmarks" / "results"
 
 
-def append(folder: Path, run: Record, records: Iterable[Record]) -> Path:
-    """Add a run to the file of its device and day; the file."""
-    folder.mkdir(parents=True, exist_ok=True)
+def file_of(folder: Path, run: Record) -> Path:
+    """Where a run goes: one file a device and day."""
     machine = run["machine"]
-    path = folder / f"{machine['date'][:10]}-{machine['device']}.jsonl"
-    lines = [json.dumps(run), *(json.dumps(r | {"run": run["run"]}) for r in records)]
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in lines))
-    return path
+    return folder / f"{machine['date'][:10]}-{machine['device']}.jsonl"
+
+
+def append(folder: Path, run: Record, records: Iterable[Record]) -> Iterator[Record]:
+    """Pass the records on, each written as it comes: an interrupted run keeps what it has."""
+    path = file_of(folder, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", buffering=1) as file:
+        file.write(json.dumps(run) + "\n")
+        for record in records:
+            file.write(json.dumps(record | {"run": run["run"]}) + "\n")
+            yield record
 
 
 def read(path: Path) -> list[tuple[Record, list[Record]]]:

@@ -13,6 +13,8 @@ from fusion_model.benchmarks.machine import Ceilings
 from fusion_model.benchmarks.timing import Timing, measure_in_turns, peak_memory
 from fusion_model.benchmarks.work import Context, Unavailable, Work, WrongResult
 
+from fusion_model.errors import FusionLMError
+
 Record = dict[str, Any]
 KEPT = 200  # samples a record keeps, evenly over all of them
 
@@ -54,8 +56,12 @@ def run(
                 ready[case] = work
             except Unavailable as reason:
                 yield {"kind": "skip", "reason": str(reason)} | case.facts()
-            except WrongResult as reason:
-                yield {"kind": "wrong", "reason": str(reason)} | case.facts()
+            except FusionLMError:
+                raise  # the user's mistake
+            except Exception as error:  # of a backend: the others are measured all the same
+                said = next(iter(str(error).splitlines()), "")
+                name = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+                yield {"kind": "wrong", "reason": name + said} | case.facts()
             done += 1
         runs = {case.backend: work.run for case, work in ready.items()}
         timings = measure_in_turns(runs, context.device, budget)

@@ -123,7 +123,9 @@ def training(case: Case, context: Context) -> Work:
     def expected() -> Tensor:
         copy = FusionLMForCausalLM(config)
         copy.load_state_dict(model.state_dict())
-        loss = _Plain(copy).double().loss(tokens.cpu(), e.double().cpu())
+        plain = _Plain(copy)
+        plain.double()
+        loss = plain.loss(tokens.cpu(), e.double().cpu())
         loss.backward()
         gradient = copy.lstm.weight_hh_l0.grad
         assert gradient is not None

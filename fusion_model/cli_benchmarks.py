@@ -1,5 +1,6 @@
 """`fusion-lm bench` and `fusion-lm profile`: how fast, on this machine and on your text."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -70,7 +71,7 @@ def bench(
         text or [],
         resolve_device(device),
         results or kept.home(),
-        "fusion-lm " + " ".join(sys.argv[1:]),
+        shlex.join(["fusion-lm", *sys.argv[1:]]),
     )
     console = Console()
     for shown in tables(outcome.records):

@@ -78,6 +78,33 @@ def test_a_wrong_backend_is_not_timed(context: Context, monkeypatch) -> None:
     assert by_backend["reference"]["kind"] == "case"
 
 
+def test_a_backend_that_fails_is_named_and_the_others_run(context: Context, monkeypatch) -> None:
+    exact = recurrence.lstm_sequence
+
+    def broken(*args: object, **kwargs: object):
+        if kwargs["backend"] == "reference" and torch.is_inference_mode_enabled():
+            raise RuntimeError("no kernel\nfor this")
+        return exact(*args, **kwargs)
+
+    monkeypatch.setattr(recurrence, "lstm_sequence", broken)
+    records = list(suite.run(cases("tiny", ["step"]), context, CEILINGS, 0.0))
+    by_backend = {r["backend"]: r for r in records}
+    assert by_backend["reference"]["reason"] == "RuntimeError: no kernel"
+    assert by_backend["torch"]["kind"] == "case"
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    def interrupted():
+        yield {"kind": "skip", "group": "a"}
+        raise KeyboardInterrupt
+
+    first = {"kind": "run", "run": "1", "machine": {"date": "2026-01-02T03", "device": "cpu"}}
+    with pytest.raises(KeyboardInterrupt):
+        list(results.append(tmp_path, first, interrupted()))
+    ((_, records),) = results.read(tmp_path / "2026-01-02-cpu.jsonl")
+    assert [r["group"] for r in records] == ["a"]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), 2.0])
 def test_check_refuses_nan_and_shapes(bad: float) -> None:
     good = torch.ones(3)
