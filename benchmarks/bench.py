@@ -149,10 +149,12 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
     ratio_to = "× cuDNN" if torch.cuda.is_available() else "× eager"
     for group, members in ranked(records):
         title = f"[bold]{OPERATIONS[members[0]['operation']]}[/]\n[dim]{group}[/]"
-        shown = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+        shown = Table(
+            title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1)
+        )
         shown.add_column("", width=max(len(r["backend"]) for r in members), no_wrap=True)
         for name in (ratio_to, *COLUMNS):
-            shown.add_column(name, justify="right", min_width=6, no_wrap=True, header_style="dim")
+            shown.add_column(name, justify="right", min_width=5, no_wrap=True, header_style="dim")
         for r in members:
             ratio = r.get("speedup")
             colour = "green" if (ratio or 0) >= 1.05 else "red" if (ratio or 1) < 0.95 else "dim"

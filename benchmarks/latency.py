@@ -176,8 +176,9 @@ def _mean_parts(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 def summary(found: Profile, batch: int) -> dict[str, Any]:
     """Everything a profile says, in milliseconds, for JSON.
 
-    `whole_ms` is the wall time around the plain passes; `parts_over_whole` the sum of all parts
-    of the other passes, over it: 1, but for what the spans cost and what the machine does.
+    `whole_ms` is the wall time around the plain passes; `parts_over_whole` is the sum of all
+    parts of a pass over the wall time of its plain twin, the median over all pairs: 1, but for
+    what the spans cost and what else the machine does.
     """
     plain, split = zip(*found.generation, strict=True)
     later = [p.tokens[1:-1] for p in plain]
@@ -219,9 +220,12 @@ def _scoring(pairs: Sequence[tuple[Pass, Pass]]) -> dict[str, Any]:
 
 
 def _sums(pairs: Sequence[tuple[Pass, Pass]]) -> dict[str, float]:
-    parts = sum(sum(part.values()) for _, split in pairs for part in split.parts)
     whole = sum(plain.wall for plain, _ in pairs)
-    return {"whole_ms": round(1e3 * whole, 3), "parts_over_whole": round(parts / whole, 4)}
+    shares = [sum(sum(p.values()) for p in split.parts) / plain.wall for plain, split in pairs]
+    return {
+        "whole_ms": round(1e3 * whole, 3),
+        "parts_over_whole": round(float(np.median(shares)), 4),
+    }
 
 
 def trace(found: Profile) -> dict[str, Any]:
