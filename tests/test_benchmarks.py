@@ -93,6 +93,13 @@ def test_a_backend_that_fails_is_named_and_the_others_run(context: Context, monk
     assert by_backend["torch"]["kind"] == "case"
 
 
+def test_uneven_times_are_pointed_out() -> None:
+    even = {"kind": "case", "backend": "torch", "p50_ms": 1.0, "p90_ms": 1.2}
+    assert bench.remarks([even]) == []
+    (line,) = bench.remarks([even, even | {"p90_ms": 3.5}])
+    assert line.startswith("uneven: in 1 cases")
+
+
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     def interrupted():
         yield {"kind": "skip", "group": "a"}
