@@ -18,6 +18,7 @@ Run = Callable[[], Any]
 TURN = 0.1  # seconds of one backend before the next has its turn
 # Threads of one library go on spinning for work after its call, and take cores from the next.
 REST = 0.03  # seconds between turns
+SLOW = 4
 MOST = 2000  # samples
 
 
@@ -85,7 +86,7 @@ def measure_in_turns(
     """Time several calls for `budget` seconds each, so that what else the machine does hits all.
 
     Args:
-        least: fewest samples of each; three of a call that takes longer than the budget.
+        least: fewest samples of each; three of a call that takes `SLOW` budgets.
     """
     clock = Clock(device)
     timings = {name: Timing(first=clock.first(run)) for name, run in runs.items()}
@@ -107,7 +108,7 @@ def measure_in_turns(
                 timing.host += [] if host is None else [host]
                 turn += max(seconds, host or 0.0, 1e-7)
             spent[name] += turn
-            slow = timing.seconds[0] > budget and len(timing.seconds) >= 3
+            slow = timing.seconds[0] > SLOW * budget and len(timing.seconds) >= 3
             enough = spent[name] >= budget and (slow or len(timing.seconds) >= least)
             if enough or len(timing.seconds) >= MOST:
                 waiting.remove(name)
