@@ -24,7 +24,6 @@ SAMPLE = "samples/thursday.txt"  # beside fusion_model/__init__.py
 BUDGETS = {"tiny": 0.0, "quick": 0.3, "full": 2.0}  # seconds of samples a case
 WORDS = {"tiny": 5, "quick": 80, "full": 400}  # of the text that is used
 FEWEST_WORDS = 4
-UNEVEN = 3
 Record = dict[str, Any]
 
 
@@ -184,10 +183,10 @@ def remarks(records: Sequence[Record]) -> list[str]:
             skipped[key] = skipped.get(key, 0) + 1
         elif r["kind"] == "wrong":
             wrong.append(f"WRONG {r['group']} {r['backend']}: {r['reason']}; not timed")
-    uneven = sum(r["p90_ms"] > UNEVEN * r["p50_ms"] for r in results.measured(records))
+    uneven = sum(not results.is_even(r) for r in results.measured(records))
     if uneven:
         wrong.append(
-            f"uneven: in {uneven} cases p90 is over {UNEVEN} times p50, so the machine did "
+            f"uneven: in {uneven} cases p90 is over {results.UNEVEN} times p50, so the machine did "
             "something else meanwhile; measure again when it is idle, or with OMP_NUM_THREADS=1"
         )
     lines = [f"skipped {name} ({n}): {reason}" for (name, reason), n in skipped.items()]

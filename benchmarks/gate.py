@@ -4,7 +4,9 @@ A ratio of two backends that took turns in one run holds on a busy machine and, 
 another of the same kind; a time does not.
 
     python -m fusion_model.benchmarks.gate RESULTS.jsonl            # compare the last run
-    python -m fusion_model.benchmarks.gate RESULTS.jsonl --write    # make it the baseline
+    python -m fusion_model.benchmarks.gate RESULTS.jsonl… --write   # the new baseline
+
+A baseline is the lowest ratio of the runs that it is written from; uneven times take no part.
 """
 
 import argparse
@@ -14,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion_model.benchmarks.cases import EAGER
-from fusion_model.benchmarks.results import measured, read
+from fusion_model.benchmarks.cases import EAGER, SUITES, cases
+from fusion_model.benchmarks.results import is_even, measured, read
 
 from fusion_model.errors import FusionLMError
 
@@ -32,11 +34,25 @@ def kind_of(machine: Record) -> str:
 
 def ratios(records: Iterable[Record]) -> dict[str, float]:
     """Speed over plain PyTorch, by group and backend."""
+    steady = [r for r in measured(records) if is_even(r)]
+    anchors = {r["group"] for r in steady if r["backend"] == EAGER}
     return {
         f"{r['group']} {r['backend']}": r["speedup"]
-        for r in measured(records)
-        if "speedup" in r and r["backend"] != EAGER
+        for r in steady
+        if r["group"] in anchors and r["backend"] != EAGER
     }
+
+
+def lowest(runs: Iterable[tuple[Record, Iterable[Record]]]) -> dict[str, dict[str, float]]:
+    """The lowest ratio of each case over runs, by kind of machine; only of cases that exist."""
+    known = {f"{c.group} {c.backend}" for suite in SUITES for c in cases(suite)}
+    found: dict[str, dict[str, float]] = {}
+    for run, records in runs:
+        own = found.setdefault(kind_of(run["machine"]), {})
+        for name, ratio in ratios(records).items():
+            if name in known:
+                own[name] = min(ratio, own.get(name, ratio))
+    return found
 
 
 def compare(machine: Record, records: Iterable[Record], baseline: Record) -> list[str]:
@@ -68,15 +84,16 @@ def load_baseline(path: Path = BASELINE) -> Record:
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m fusion_model.benchmarks.gate")
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--write", action="store_true", help="make this the baseline")
     parser.add_argument("--baseline", type=Path, default=BASELINE)
     options = parser.parse_args(arguments)
     try:
-        run, records = read(options.results)[-1]
+        runs = [run for path in options.results for run in read(path)]
+        run, records = runs[-1]
         if options.write:
             known = load_baseline(options.baseline) if options.baseline.exists() else {}
-            known[kind_of(run["machine"])] = ratios(records)
+            known |= lowest(runs)
             options.baseline.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
             return 0
         fallen = compare(run["machine"], records, load_baseline(options.baseline))

@@ -16,6 +16,7 @@ from fusion_model.benchmarks.machine import Ceilings, checkout
 from fusion_model.errors import FusionLMError
 
 Record = dict[str, Any]
+UNEVEN = 3
 
 
 def run_line(machine: Record, ceilings: Ceilings, **more: Any) -> Record:
@@ -80,3 +81,8 @@ def read(path: Path) -> list[tuple[Record, list[Record]]]:
 def measured(records: Iterable[Record]) -> list[Record]:
     """Only what was timed."""
     return [r for r in records if r["kind"] == "case"]
+
+
+def is_even(record: Record) -> bool:
+    """Whether the machine did nothing else meanwhile: p90 is at most `UNEVEN` times p50."""
+    return bool(record["p90_ms"] <= UNEVEN * record["p50_ms"])

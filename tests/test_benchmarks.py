@@ -183,17 +183,26 @@ def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_gate_sees_ratios_not_times(tmp_path: Path, capsys) -> None:
-    kept = outcome(tmp_path, "step").kept
-    assert kept is not None
+    run = {"kind": "run", "run": "1", "machine": describe("cpu")}
+    timed = [
+        c.facts() | {"kind": "case", "p50_ms": i + 1.0, "p90_ms": i + 1.5}
+        for i, c in enumerate(cases("tiny", ["step"]))
+    ]
+    list(results.append(tmp_path, run, suite.with_speedups(timed)))
+    kept = results.file_of(tmp_path, run)
     baseline = tmp_path / "baseline.json"
     assert gate.main([str(kept), "--baseline", str(baseline), "--write"]) == 0
     assert gate.main([str(kept), "--baseline", str(baseline)]) == 0
     (run, records), loaded = results.read(kept)[0], gate.load_baseline(baseline)
-    slower = [r | {"p50_ms": 10 * r["p50_ms"]} for r in records if r["kind"] == "case"]
+    slower = [r | {"p50_ms": 10 * r["p50_ms"]} for r in records]
     assert gate.compare(run["machine"], suite.with_speedups(slower), loaded) == []
     worse = [r | {"speedup": 0.1 * r["speedup"]} for r in slower if r["backend"] == "auto"]
     (line,) = gate.compare(run["machine"], worse, loaded)
     assert line.startswith("step B2 T1 H32 float32 auto: ")
+    uneven = [r | {"p90_ms": 99 * r["p50_ms"]} for r in worse]
+    assert gate.ratios([*slower, *uneven]).keys() == gate.ratios(slower).keys()
+    both = gate.lowest([(run, worse + records), (run, records)])
+    assert both[gate.kind_of(run["machine"])]["step B2 T1 H32 float32 auto"] == worse[0]["speedup"]
     with pytest.raises(FusionLMError, match="no baseline for another"):
         gate.compare(run["machine"] | {"name": "another"}, records, loaded)
 
