@@ -11,7 +11,8 @@ held against the encoder called one prefix at a time, where its policy is exact.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,12 +53,11 @@ def measure_encoding(text: str, dtype: str, quick: bool = False) -> list[dict[st
     """A row for each way: `way`, `pooling`, prefixes a second, tokens a prefix, peak memory."""
     tokenizer = load_model("fusion-lm-small")[1]
     corpus = Corpus.from_documents([Document("text", split_sentences(text))], tokenizer)
-    texts = [
-        t.strip() for s in corpus.sentences for t in prefix_texts(tokenizer, s[1:-1])
-    ]
-    few = texts[:: max(len(texts) // (40 if quick else ONE_AT_A_TIME), 1)]
+    texts = [t.strip() for s in corpus.sentences for t in prefix_texts(tokenizer, s[1:-1])]
+    step = max(len(texts) // (40 if quick else ONE_AT_A_TIME), 1)
+    few = texts[::step]
     alone = one_at_a_time(dtype, "cpu")
-    rows = [_row("one at a time", "mean", len(few), None, *_timed(lambda: alone(few)))]
+    rows = [_row("one at a time", "mean", len(few), None, *_timed(partial(alone, few)))]
     expected = alone(few)
     for size in BATCHES:
         try:
@@ -67,27 +67,27 @@ def measure_encoding(text: str, dtype: str, quick: bool = False) -> list[dict[st
             break
         _agree(theirs(few), expected, dtype)
         way = f"sentence-transformers, batch {size}"
-        rows.append(_row(way, "mean", len(texts), None, *_timed(lambda t=theirs: t(texts))))
+        rows.append(_row(way, "mean", len(texts), None, *_timed(partial(theirs, texts))))
+    previous: list[Sequence[int]] = [(), *corpus.sentences[:-1]]
     for policy, pooling in POLICIES:
         encoder = load_encoder("minilm", pooling, dtype=dtype, policy=policy)
         assert isinstance(encoder, HFEncoder)
         planner = PrefixPlanner(encoder, tokenizer)
-        previous: list[Sequence[int]] = [(), *corpus.sentences[:-1]]
-
-        def encode(planner: PrefixPlanner = planner) -> torch.Tensor:
-            found: torch.Tensor = planner.encoder.encode(
-                planner.items(corpus.sentences, previous)
-            )
-            return found
-
+        encode = partial(_encode, planner, corpus.sentences, previous)
         if policy == "every":
-            step = max(len(texts) // (40 if quick else ONE_AT_A_TIME), 1)
             _agree(encode()[::step], expected, dtype)
         encoder.encode(planner.items(corpus.sentences[:1]))  # the trial of the first batch
         with _counted(encoder) as tokens:
             timed = _timed(encode)
         rows.append(_row(policy, pooling, len(texts), sum(tokens), *timed))
     return rows
+
+
+def _encode(
+    planner: PrefixPlanner, sentences: list[list[int]], previous: list[Sequence[int]]
+) -> torch.Tensor:
+    found: torch.Tensor = planner.encoder.encode(planner.items(sentences, previous))
+    return found
 
 
 def measure_generation(text: str, tokens: int) -> dict[str, list[float]]:
@@ -115,10 +115,8 @@ def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
 
 def _timed(call: Callable[[], Any]) -> tuple[float, float | None]:
     """Seconds, and the peak of the process's memory in MB (Linux)."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    except OSError:
-        pass
     began = time.perf_counter()
     call()
     seconds = time.perf_counter() - began
@@ -133,10 +131,14 @@ def _timed(call: Callable[[], Any]) -> tuple[float, float | None]:
 def _row(
     way: str, pooling: str, prefixes: int, tokens: int | None, seconds: float, peak: float | None
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"way": way, "pooling": pooling, "prefixes_per_second": prefixes / seconds}
-    found["tokens_per_prefix"] = None if tokens is None else tokens / prefixes
     note(f"{way} {pooling}: {prefixes / seconds:.0f} prefixes/s")
-    return found | {"peak_mb": peak}
+    return {
+        "way": way,
+        "pooling": pooling,
+        "prefixes_per_second": prefixes / seconds,
+        "tokens_per_prefix": None if tokens is None else tokens / prefixes,
+        "peak_mb": peak,
+    }
 
 
 @contextmanager
