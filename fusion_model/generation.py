@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin
 
-from fusion_model.config import FusionLMConfig
+from fusion_model.config import LATE, FusionLMConfig
 
 PrefixEncoder = Callable[[Tensor, Tensor, int], Tensor]
 """(input_ids [B, T], attention_mask [B, T], start) -> embeddings of the prefixes that end at
@@ -50,7 +51,10 @@ class StatefulGenerationMixin(GenerationMixin):
                     "prefixes that it makes: load the model with fusion_model.load, or pass "
                     f"prefix_embeds [B, {self.config.prefix_size}], one vector a sequence"
                 )
-            prefix_embeds = self.prefix_encoder(input_ids, mask, start)
+            # Late fusion at earlier positions reaches their own scores only, which none asks for.
+            first = input_ids.shape[1] - 1 if self.config.fusion in LATE else start
+            prefix_embeds = self.prefix_encoder(input_ids, mask, first)
+            prefix_embeds = F.pad(prefix_embeds, (0, 0, first - start, 0))
         return {
             "input_ids": input_ids[:, start:],
             "attention_mask": mask,

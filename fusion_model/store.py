@@ -112,7 +112,7 @@ class EmbeddingStore:
         except BaseException:
             self.close()
             raise
-        self._vectors: np.ndarray | None = None
+        self._vectors: Tensor | None = None
 
     def _read_manifest(self, writable: bool) -> list[list[int]]:
         path = self.path / "manifest.json"
@@ -215,10 +215,11 @@ class EmbeddingStore:
 
     def gather(self, rows: np.ndarray) -> Tensor:
         if self._vectors is None:
-            self._vectors = np.memmap(
-                self.path / "vectors.bin", self.dtype, mode="r", shape=(len(self), self.dim)
-            )
-        return torch.from_numpy(self._vectors[rows].astype(np.float32))
+            shape = (len(self), self.dim)
+            # Copy on write: PyTorch warns of memory that it must not write to.
+            mapped = np.memmap(self.path / "vectors.bin", self.dtype, mode="c", shape=shape)
+            self._vectors = torch.from_numpy(mapped)
+        return self._vectors[torch.from_numpy(rows)].float()
 
     def close(self) -> None:
         """Give up the lock."""

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, SENTENCES
+from conftest import ARCHITECTURES, SENTENCES, small_model
 from transformers import AutoModel, AutoTokenizer
 
 from fusion_model import hf_encoder, node_pool
 from fusion_model.encoders import BagEncoder, load_encoder
 from fusion_model.errors import EncoderError, FusionLMError
 from fusion_model.incremental import IncrementalEncoder
+from fusion_model.language_model import FusionLM
 from fusion_model.planning import PrefixPlanner
 from fusion_model.policies import parse_policy
 from fusion_model.streaming import PrefixStream
@@ -358,3 +359,21 @@ def encoders_path() -> Path:
     from fusion_model.encoders import minilm_path
 
     return minilm_path()
+
+
+@pytest.mark.parametrize(("fusion", "encoded"), [("concat", 1), ("gate", 1), ("input", 4)])
+def test_a_prompt_costs_what_its_fusion_needs(
+    fusion: str, encoded: int, bert_folder: Path, small_bpe
+) -> None:
+    """Late fusion scores the next token from the last prefix alone."""
+    model = small_model(fusion=fusion, vocab_size=len(small_bpe), prefix_size=16)
+    lm = FusionLM(
+        model, small_bpe, PrefixPlanner(load_encoder(str(bert_folder), "mean"), small_bpe)
+    )
+    asked = []
+    encode = model.prefix_encoder._encode
+    model.prefix_encoder._encode = lambda items: asked.append(len(items)) or encode(items)
+    ids = torch.tensor([[1, *small_bpe("The cat sat on")["input_ids"][:3]]])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    assert lm.planner is not None
+    assert asked == [encoded]
