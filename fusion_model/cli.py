@@ -229,7 +229,8 @@ def embed(
         store_dtype=store_dtype,
         device=resolve_device(device),
     )
-    print(f"{out}: {found.vectors:,} vectors for {found.positions:,} positions")
+    if found is not None:
+        print(f"{out}: {found.vectors:,} vectors for {found.positions:,} positions")
 
 
 def train(out: Path, store: Path | None, **options: Any) -> None:

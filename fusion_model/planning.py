@@ -5,7 +5,7 @@ nothing. Nothing here needs PyTorch: vectors are whatever encoder and store agre
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -235,13 +235,21 @@ def check_causal(planner: PrefixPlanner | None) -> None:
 
 
 def embed_corpus(
-    corpus: Corpus, planner: PrefixPlanner, store: KeyedRows, progress: Progress | None = None
+    corpus: Corpus,
+    planner: PrefixPlanner,
+    store: KeyedRows,
+    progress: Progress | None = None,
+    encode: Callable[..., Any] | None = None,
 ) -> np.ndarray:
     """Encode what the store lacks, and return the store row of every position, [P] int64.
 
     Duplicates across the corpus run once. Each chunk is committed as it is done, so an
     interrupted job goes on where it stopped.
+
+    Args:
+        encode: in place of the encoder's own, see `fusion_model.sharding`.
     """
+    encode = encode or planner.encoder.encode
     positions = corpus.positions
     total = sum(positions)
     rows = np.empty(total, dtype=np.int64)
@@ -264,7 +272,7 @@ def embed_corpus(
                 if progress:
                     progress(base + size * encoded // of, total)
 
-            store.append(list(new), planner.encoder.encode(list(new.values()), report))
+            store.append(list(new), encode(list(new.values()), report))
         rows[done : done + size] = [store.row(key) for key in keys]
         done, first = done + size, last
         if progress:

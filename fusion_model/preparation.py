@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fusion_model import progress
@@ -18,6 +18,7 @@ from fusion_model.language_model import load_model
 from fusion_model.options import TrainingOptions
 from fusion_model.planning import Corpus, PrefixPlanner, embed_corpus
 from fusion_model.prefixes import shuffle_rows
+from fusion_model.sharding import Encode, shared_encoding
 from fusion_model.store import EmbeddingStore
 from fusion_model.text import read_documents
 from fusion_model.tokenizer import cut_vocabulary, train_bpe
@@ -120,7 +121,7 @@ def _embed(
         encoder, tokenizer, options.view, shares_vocabulary=options.vocabulary == "encoder"
     )
 
-    def embed(writable: bool) -> tuple[EmbeddingStore, list[np.ndarray]]:
+    def embed(writable: bool, encode: Encode | None) -> tuple[EmbeddingStore, list[np.ndarray]]:
         store = EmbeddingStore(
             path,
             encoder.fingerprint,
@@ -134,17 +135,19 @@ def _embed(
             for name, corpus in zip(("train", "dev"), corpora, strict=True):
                 positions = sum(corpus.positions)
                 with progress.track(f"prefix embeddings, {name}", positions) as update:
-                    found = embed_corpus(corpus, planner, store, update)
+                    found = embed_corpus(corpus, planner, store, update, encode)
                 rows.append(shuffle_rows(found, corpus.positions, options.shuffle, options.seed))
         finally:
             store.close()  # the lock; reading goes on
         return store, rows
 
-    if accelerator.is_main_process:
-        result = embed(writable=True)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with shared_encoding(encoder, rank, world) as encode:
+        if rank == 0:
+            result = embed(writable=True, encode=encode)
     accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        result = embed(writable=False)
+    if rank:
+        result = embed(writable=False, encode=None)
     return result
 
 
@@ -173,16 +176,26 @@ def embed_text(
     encoder_dtype: str = "float32",
     store_dtype: str | None = None,
     device: str | torch.device = "cpu",
-) -> Embedded:
+) -> Embedded | None:
     """Fill a store with what training on `text` needs, or what `model` needs to score it.
+
+    Under `accelerate launch` all processes encode; only the main one returns a result.
 
     Args:
         model: a trained model, whose tokens then end the prefixes; by default the tokens are
             those that `train` would find in `text` with the same options.
         store_dtype: `float16` (default) or `float32`; an existing store keeps its own.
     """
+    state = PartialState(cpu=torch.device(device).type == "cpu")
+    rank, world = state.process_index, state.num_processes
     documents = read_documents(text, split, detokenize)
-    encoder = load_encoder(encoder_name, pooling, dtype=encoder_dtype, device=device, policy=policy)
+    encoder = load_encoder(
+        encoder_name,
+        pooling,
+        dtype=encoder_dtype,
+        device=device if world == 1 else state.device,
+        policy=policy,
+    )
     limit: int | None = max_tokens
     if model is None:
         sentences = [s for d in documents for s in d.sentences]
@@ -193,9 +206,12 @@ def embed_text(
         shares, limit = trained.config.shares_vocabulary, None
     corpus = Corpus.from_documents(documents, tokenizer, limit)
     planner = PrefixPlanner(encoder, tokenizer, view, shares)
-    with EmbeddingStore(
-        out, encoder.fingerprint, view, encoder.dim, policy=policy, dtype=store_dtype
-    ) as store:
-        with progress.track("prefix embeddings", sum(corpus.positions)) as update:
-            embed_corpus(corpus, planner, store, update)
-        return Embedded(len(store), sum(corpus.positions))
+    with shared_encoding(encoder, rank, world) as encode:
+        if rank:
+            return None
+        with EmbeddingStore(
+            out, encoder.fingerprint, view, encoder.dim, policy=policy, dtype=store_dtype
+        ) as store:
+            with progress.track("prefix embeddings", sum(corpus.positions)) as update:
+                embed_corpus(corpus, planner, store, update, encode)
+            return Embedded(len(store), sum(corpus.positions))

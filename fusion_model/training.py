@@ -241,6 +241,7 @@ class TrainingRun:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "prefix_dropout": self.model.config.prefix_dropout,
             "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+            "processes": self.accelerator.num_processes,
         }
         better = dev < state.best_dev
         state.bad_epochs = 0 if better else state.bad_epochs + 1

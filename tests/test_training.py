@@ -234,8 +234,8 @@ def test_shared_store_is_encoded_once(
 def test_two_processes_give_the_loss_of_one(options, tmp_path: Path) -> None:
     chosen = options(dropout=0.0, prefix_dropout=0.0)
     train(chosen, tmp_path / "one")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    # `accelerate launch --cpu --num_processes 2` would start one.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     arguments = ["-m", "fusion_model.cli", "train", "--out", str(tmp_path / "two")]
     for field in dataclasses.fields(chosen):
         value, name = getattr(chosen, field.name), field.name.replace("_", "-")
@@ -248,13 +248,14 @@ def test_two_processes_give_the_loss_of_one(options, tmp_path: Path) -> None:
         [*launch, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 3
+    assert (one[0]["processes"], two[0]["processes"]) == (1, 2)
     for a, b in zip(one, two, strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-5)
         assert b["dev_loss"] == pytest.approx(a["dev_loss"], abs=1e-5)

@@ -1,0 +1,98 @@
+"""Several processes fill one store."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SENTENCES
+from test_cli import run
+
+from fusion_model.encoders import load_encoder
+from fusion_model.sharding import share_of
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Two gloo processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("policy", ["every", "incremental"])
+def test_two_processes_fill_the_store_of_one(
+    policy: str, bert_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["embed", "--text", text_file, "--encoder", bert_folder, "--policy", policy]
+    arguments += ["--split", "lines", "--vocab-size", "300", "--store-dtype", "float32"]
+    code, stdout, _ = run(*arguments, "--out", tmp_path / "one")
+    assert code == 0
+    done = launch("-m", "fusion_model.cli", *arguments, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith(stdout.split(": ")[1].strip())
+    one, two = ((tmp_path / name) for name in ("one", "two"))
+    assert (one / "keys.bin").read_bytes() == (two / "keys.bin").read_bytes()
+    vectors = [np.fromfile(store / "vectors.bin", dtype="<f4") for store in (one, two)]
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-5)
+    chunks = [json.loads((s / "manifest.json").read_text())["chunks"] for s in (one, two)]
+    assert [c[0] for c in chunks[0]] == [c[0] for c in chunks[1]]
+
+
+FAILING = """
+import sys, torch.distributed as dist
+from fusion_model.errors import EncoderError
+from fusion_model.encoders import ZeroEncoder
+from fusion_model.sharding import shared_encoding
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+encoder = ZeroEncoder(4)
+asked = []
+plain = encoder.encode
+def encode(items, progress=None):
+    asked.append(len(items))
+    if rank and b"bad" in items:
+        raise EncoderError("gave NaN")
+    return plain(items)
+encoder.encode = encode
+try:
+    with shared_encoding(encoder, rank, 2) as together:
+        if rank == 0:
+            assert together([b"a"] * 5).shape == (5, 4)
+            together([b"bad"] * 4)
+except EncoderError as error:
+    print("main saw:", error)
+print(f"rank {rank} encoded {sum(asked)}")
+"""
+
+
+def test_every_process_works_and_a_failure_ends_all(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = launch(script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "main saw: process 1: gave NaN" in done.stdout
+    counts = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert counts == ["rank 0 encoded 5", "rank 1 encoded 4"]
+
+
+def test_shares_are_neighbours_of_equal_work(bert_folder: Path) -> None:
+    encoder = load_encoder(str(bert_folder), "mean")
+    items = encoder.items_from_texts([s[:n] for s in SENTENCES[:5] for n in range(len(s))])
+    for world in (1, 2, 3, 7):
+        shares = [share_of(items, rank, world) for rank in range(world)]
+        assert shares[0][0] == 0
+        assert shares[-1][1] == len(items)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(shares))
+        work = [sum(map(len, items[a:b])) for a, b in shares]
+        assert max(work) - min(work) <= 2 * max(map(len, items))
+    assert share_of([], 1, 2) == (0, 0)
