@@ -252,6 +252,9 @@ if installed("torch"):  # without it, only what runs an exported model is offere
     import fusion_model.cli_benchmarks  # noqa: F401  (its commands)
 
 
+import fusion_model.cli_experiments  # noqa: E402, F401
+
+
 def main() -> None:
     """Entry point of `fusion-lm`."""
     app()

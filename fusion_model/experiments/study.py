@@ -1,0 +1,245 @@
+"""Arms are trained, tuned on dev and scored on test; each run has a folder and is done once."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_model import progress
+from fusion_model.encoders import BAGS, load_encoder
+from fusion_model.errors import CheckpointError
+from fusion_model.experiments.models import MODELS
+from fusion_model.experiments.sizes import Size
+from fusion_model.experiments.texts import Texts
+from fusion_model.files import write_text
+from fusion_model.language_model import FusionLM, load_model
+from fusion_model.options import TrainingOptions
+from fusion_model.planning import Corpus, PrefixPlanner
+from fusion_model.scoring import score_sentences
+from fusion_model.text import read_documents
+from fusion_model.training import train
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to build and train a model.
+
+    Attributes:
+        options: fields of `TrainingOptions` that set it apart.
+        model: one of `fusion_model.experiments.models.MODELS`.
+        text: train on this text in place of the study's.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "plain"
+    text: Texts | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Losses of one run on one text.
+
+    Attributes:
+        nats: of every token, float32 [N].
+        sentences: the sentence that each token is of, int32 [N].
+        words, characters: of the text.
+    """
+
+    nats: np.ndarray
+    sentences: np.ndarray
+    words: int
+    characters: int
+
+    @property
+    def mean(self) -> float:
+        return float(self.nats.mean(dtype=np.float64))
+
+    @property
+    def per_word(self) -> float:
+        """Nats a word: comparable across vocabularies."""
+        return float(self.nats.sum(dtype=np.float64) / self.words)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run; `metrics` has a row an epoch, see `fusion_model.training`."""
+
+    arm: Arm
+    folder: Path
+    options: TrainingOptions
+    metrics: list[dict[str, Any]]
+    parameters: int
+    seconds: float
+    dev_loss: float
+
+    def scores(self, name: str) -> Scores:
+        """On one of the study's tests."""
+        with np.load(self.folder / f"losses-{name}.npz") as saved:
+            return Scores(
+                saved["nats"], saved["sentences"], int(saved["words"]), int(saved["characters"])
+            )
+
+
+class Study:
+    """Runs of one size on one text, under `out`: `texts/`, `stores/`, `runs/`.
+
+    Args:
+        encoder: for all arms that do not name their own.
+        seeds: how many, counted from 0; the settings are chosen with seed 0.
+    """
+
+    def __init__(self, size: Size, texts: Texts, out: Path, encoder: str, seeds: int) -> None:
+        self.size, self.texts, self.out = size, texts, out
+        self.encoder, self.seeds = encoder, seeds
+        self._done, self._planned, self._spent = 0, 0, 0.0
+
+    def results(self, arms: Sequence[Arm]) -> dict[str, list[Run]]:
+        """All runs of all arms: for each arm one a seed, with the settings that dev chose."""
+        self._planned += len(arms) * (self.size.tuning_runs + self.seeds - 1)
+        return {arm.name: self._tuned(arm) for arm in arms}
+
+    def _tuned(self, arm: Arm) -> list[Run]:
+        rates, dropouts = self.size.learning_rates, self.size.dropouts
+        runs = [self.run(arm, rate, dropouts[0], 0) for rate in rates]
+        rate = min(runs, key=lambda run: run.dev_loss).options.learning_rate
+        runs += [self.run(arm, rate, dropout, 0) for dropout in dropouts[1:]]
+        best = min(runs, key=lambda run: run.dev_loss)
+        chosen = best.options
+        others = [
+            self.run(arm, chosen.learning_rate, chosen.dropout, seed)
+            for seed in range(1, self.seeds)
+        ]
+        return [best, *others]
+
+    def options(self, arm: Arm, rate: float, dropout: float, seed: int) -> TrainingOptions:
+        """The training of an arm."""
+        text = arm.text or self.texts
+        fields: dict[str, Any] = {
+            "encoder": self.encoder,
+            "split": "lines",
+            "learning_rate": rate,
+            "dropout": dropout,
+            "seed": seed,
+        }
+        return TrainingOptions(
+            (str(text.train),),
+            (str(text.dev),),
+            **self.size.training | fields | dict(arm.options),
+        )
+
+    def run(self, arm: Arm, rate: float, dropout: float, seed: int) -> Run:
+        """One run, from its folder if it was done before."""
+        options = self.options(arm, rate, dropout, seed)
+        text = arm.text or self.texts
+        settings = {"model": arm.model, **_without_paths(options), "text": text.train.name}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        label = "".join(c if c.isalnum() else "-" for c in arm.name)
+        folder = next(iter((self.out / "runs").glob(f"*-{digest}")), None)
+        folder = folder or self.out / "runs" / f"{label}-seed{seed}-{digest}"
+        self._done += 1
+        if not (folder / "result.json").exists():
+            self._announce(arm.name, options)
+            began = time.monotonic()
+            build = MODELS[arm.model]
+            train(options, folder, self.store(options), build)
+            self._finish(folder, arm, settings, time.monotonic() - began)
+            self._spent += time.monotonic() - began
+        run = self._read(folder, arm, options)
+        for name, path in text.tests.items():
+            if not (folder / f"losses-{name}.npz").exists():
+                self._score(run, name, path)
+        return run
+
+    def store(self, options: TrainingOptions) -> Path:
+        """Where embeddings are kept, shared by all runs that need the same ones."""
+        parts = [options.encoder, options.pooling, options.view, options.encoder_dtype]
+        if options.encoder in BAGS:  # fitted to the training text
+            parts = [options.encoder, options.view, Path(options.train_file[0]).name]
+        plain = "_".join(parts).replace("/", "-").replace(":", "-")
+        return self.out / "stores" / plain
+
+    def _announce(self, name: str, options: TrainingOptions) -> None:
+        left = ""
+        trained = self._trained
+        if trained:
+            minutes = self._spent / trained * (self._planned - self._done + 1) / 60
+            left = f", about {minutes:.0f} min left"
+        self._trained += 1
+        progress.note(
+            f"run {self._done} of {self._planned}{left}: {name}, learning rate "
+            f"{options.learning_rate:g}, dropout {options.dropout:g}, seed {options.seed}"
+        )
+
+    _trained = 0
+
+    def _finish(self, folder: Path, arm: Arm, settings: dict[str, Any], seconds: float) -> None:
+        model = MODELS[arm.model].from_pretrained(folder)
+        result = {
+            "arm": arm.name,
+            "settings": settings,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds": round(seconds, 1),
+        }
+        write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        for checkpoint in folder.glob("checkpoint-*"):  # nothing is left to go on with
+            shutil.rmtree(checkpoint)
+
+    def _read(self, folder: Path, arm: Arm, options: TrainingOptions) -> Run:
+        try:
+            result = json.loads((folder / "result.json").read_text())
+            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+            parameters, seconds = int(result["parameters"]), float(result["seconds"])
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder} is damaged ({error}): delete it to repeat") from None
+        best = min(m["dev_loss"] for m in metrics)
+        return Run(arm, folder, options, metrics, parameters, seconds, best)
+
+    def open(self, run: Run) -> FusionLM:
+        """The trained model, with its encoder."""
+        model = MODELS[run.arm.model].from_pretrained(run.folder)
+        _, tokenizer = load_model(str(run.folder)) if run.arm.model != "mlp" else (None, None)
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(run.folder)
+        options = run.options
+        if options.fusion == "none":
+            return FusionLM(model, tokenizer, None)
+        encoder = load_encoder(
+            options.encoder,
+            options.pooling,
+            dtype=options.encoder_dtype,
+            directory=run.folder,
+            dim=model.config.prefix_size,
+        )
+        return FusionLM(model, tokenizer, PrefixPlanner(encoder, tokenizer, options.view))
+
+    def _score(self, run: Run, name: str, path: Path) -> None:
+        lm = self.open(run)
+        documents = read_documents([str(path)], "lines")
+        corpus = Corpus.from_documents(documents, lm.tokenizer, run.options.max_tokens)
+        with lm.open_store(self.store(run.options)) as store:
+            scores = score_sentences(lm.model, lm.encode_corpus(corpus, store))
+        temporary = run.folder / "losses.tmp.npz"
+        np.savez_compressed(
+            temporary,
+            nats=np.concatenate([s.tokens.numpy() for s in scores]),
+            sentences=np.repeat(np.arange(len(scores)), [len(s.tokens) for s in scores]),
+            words=sum(len(s.split()) for d in documents for s in d.sentences),
+            characters=corpus.characters,
+        )
+        temporary.replace(run.folder / f"losses-{name}.npz")
+
+
+def _without_paths(options: TrainingOptions) -> dict[str, Any]:
+    fields = dataclasses.asdict(options)
+    return {k: v for k, v in fields.items() if k not in ("train_file", "dev_file")}
