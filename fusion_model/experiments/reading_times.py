@@ -100,7 +100,9 @@ def run(
         for (context, correction), values in surprisals.items():
             progress.note(f"regressions: times {alignment}, {context}, correction {correction}")
             fits[alignment, context, correction] = compare(data, values, reference)
-    return _findings(corpus, fits, surprisals, reference, words, models_note, frequencies, frequency_text)
+    return _findings(
+        corpus, fits, surprisals, reference, words, models_note, frequencies, frequency_text
+    )
 
 
 def _findings(
@@ -166,7 +168,9 @@ def _findings(
         ),
     ]
     findings.figures = {
-        "correlations": _figure(fits, lambda fit: fit.r, "Pearson's r of surprisal and reading time"),
+        "correlations": _figure(
+            fits, lambda fit: fit.r, "Pearson's r of surprisal and reading time"
+        ),
         "delta-ll": _figure(
             fits, lambda fit: _scaled(fit.delta), "ΔLL on held-out stories (10⁻³ nats a word)", True
         ),

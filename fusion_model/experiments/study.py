@@ -7,11 +7,11 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from fusion_model import progress
 from fusion_model.encoders import BAGS, load_encoder
@@ -20,7 +20,7 @@ from fusion_model.experiments.models import MODELS
 from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.texts import Texts
 from fusion_model.files import write_text
-from fusion_model.language_model import FusionLM, load_model
+from fusion_model.language_model import FusionLM
 from fusion_model.options import TrainingOptions
 from fusion_model.planning import Corpus, PrefixPlanner
 from fusion_model.scoring import score_sentences
@@ -100,25 +100,25 @@ class Study:
     def __init__(self, size: Size, texts: Texts, out: Path, encoder: str, seeds: int) -> None:
         self.size, self.texts, self.out = size, texts, out
         self.encoder, self.seeds = encoder, seeds
-        self._done, self._planned, self._spent = 0, 0, 0.0
+        self._done, self._planned, self._trained, self._spent = 0, 0, 0, 0.0
 
     def results(self, arms: Sequence[Arm]) -> dict[str, list[Run]]:
         """All runs of all arms: for each arm one a seed, with the settings that dev chose."""
         self._planned += len(arms) * (self.size.tuning_runs + self.seeds - 1)
-        return {arm.name: self._tuned(arm) for arm in arms}
+        found = {arm.name: [self._tuned(arm)] for arm in arms}
+        for seed in range(1, self.seeds):  # breadth first: fewer seeds can be reported early
+            for arm in arms:
+                chosen = found[arm.name][0].options
+                run = self.run(arm, chosen.learning_rate, chosen.dropout, seed)
+                found[arm.name].append(run)
+        return found
 
-    def _tuned(self, arm: Arm) -> list[Run]:
+    def _tuned(self, arm: Arm) -> Run:
         rates, dropouts = self.size.learning_rates, self.size.dropouts
         runs = [self.run(arm, rate, dropouts[0], 0) for rate in rates]
         rate = min(runs, key=lambda run: run.dev_loss).options.learning_rate
         runs += [self.run(arm, rate, dropout, 0) for dropout in dropouts[1:]]
-        best = min(runs, key=lambda run: run.dev_loss)
-        chosen = best.options
-        others = [
-            self.run(arm, chosen.learning_rate, chosen.dropout, seed)
-            for seed in range(1, self.seeds)
-        ]
-        return [best, *others]
+        return min(runs, key=lambda run: run.dev_loss)
 
     def options(self, arm: Arm, rate: float, dropout: float, seed: int) -> TrainingOptions:
         """The training of an arm."""
@@ -169,17 +169,14 @@ class Study:
 
     def _announce(self, name: str, options: TrainingOptions) -> None:
         left = ""
-        trained = self._trained
-        if trained:
-            minutes = self._spent / trained * (self._planned - self._done + 1) / 60
+        if self._trained:
+            minutes = self._spent / self._trained * (self._planned - self._done + 1) / 60
             left = f", about {minutes:.0f} min left"
         self._trained += 1
         progress.note(
             f"run {self._done} of {self._planned}{left}: {name}, learning rate "
             f"{options.learning_rate:g}, dropout {options.dropout:g}, seed {options.seed}"
         )
-
-    _trained = 0
 
     def _finish(self, folder: Path, arm: Arm, settings: dict[str, Any], seconds: float) -> None:
         model = MODELS[arm.model].from_pretrained(folder)
@@ -206,11 +203,7 @@ class Study:
     def open(self, run: Run) -> FusionLM:
         """The trained model, with its encoder."""
         model = MODELS[run.arm.model].from_pretrained(run.folder)
-        _, tokenizer = load_model(str(run.folder)) if run.arm.model != "mlp" else (None, None)
-        if tokenizer is None:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(run.folder)
+        tokenizer = AutoTokenizer.from_pretrained(run.folder)
         options = run.options
         if options.fusion == "none":
             return FusionLM(model, tokenizer, None)

@@ -46,7 +46,9 @@ def find_corpora(sources: Sequence[str]) -> dict[str, list[Document]]:
         folders = [Path(source)]
         if not source.startswith("hf:"):
             if not Path(source).exists():
-                raise FusionLMError(f"there is no {source}: give --data a folder of text, or hf:NAME")
+                raise FusionLMError(
+                    f"there is no {source}: give --data a folder of text, or hf:NAME"
+                )
             inside = [p for p in sorted(Path(source).glob("*/")) if any(p.rglob("*.txt"))]
             folders = inside if inside and not any(Path(source).glob("*.txt")) else folders
         for folder in folders:
