@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +14,11 @@ from fusion_model.experiments.figures import curves, intervals
 from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number, signed
 from fusion_model.experiments.statistics import Estimate, holm, mean_estimate, paired_losses
 from fusion_model.experiments.study import Arm, Run, Study
-from fusion_model.experiments.texts import write_test, write_texts
+from fusion_model.experiments.texts import Texts, write_test, write_texts
 from fusion_model.text import Document
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TITLES = {
     "fusion": "Ways to fuse",
@@ -148,7 +152,7 @@ def _answers(results: Results) -> list[str]:
     return answers
 
 
-def _learning_curves(results: Results):  # type: ignore[no-untyped-def]
+def _learning_curves(results: Results) -> "Figure":
     lines = {}
     for name, runs in results.items():
         epochs = min(len(run.metrics) for run in runs)
@@ -157,7 +161,7 @@ def _learning_curves(results: Results):  # type: ignore[no-untyped-def]
     return curves(lines, "epoch", "dev perplexity (per token)", log_y=True)
 
 
-def _gains(results: Results):  # type: ignore[no-untyped-def]
+def _gains(results: Results) -> "Figure":
     panels = {f"against {WIDER}": {n: [e] for n, e in differences(results, WIDER).items()}}
     return intervals(panels, "difference on test (nats a token; negative: better)", zero=True)
 
@@ -223,7 +227,7 @@ def _data_size(
     return findings
 
 
-def _with_domains(study: Study, corpora: Mapping[str, Sequence[Document]]):  # type: ignore[no-untyped-def]
+def _with_domains(study: Study, corpora: Mapping[str, Sequence[Document]]) -> Texts:
     """Trained on two thirds of the corpus' documents; the others, and other corpora, are tests."""
     own = list(corpora[study.texts.name])
     cut = max(1, round(len(own) * 2 / 3))

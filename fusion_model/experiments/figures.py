@@ -24,7 +24,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple["Figure", lis
 
     with rc_context(FONT):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+        axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
     for a in axes:
         a.tick_params(labelsize=8)
     return figure, list(axes)

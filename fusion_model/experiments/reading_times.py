@@ -1,10 +1,13 @@
 """Experiment `reading-times`: do fused models predict human reading times better?"""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from fusion_model import progress
 from fusion_model.errors import FusionLMError
@@ -16,6 +19,9 @@ from fusion_model.experiments.statistics import Estimate
 from fusion_model.language_model import FusionLM
 from fusion_model.text import Document
 from fusion_model.words import CONTEXTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MILLI = 1000
 ALIGNMENT_NAMES = {"stored": "as stored", "corrected": "corrected"}
@@ -30,7 +36,14 @@ def word_surprisal(
     correction: bool,
     store: Path | None = None,
 ) -> np.ndarray:
-    """Surprisal in bits of every word of the documents, sentence ends left out, [M]."""
+    """Surprisal in bits of every word of the documents, sentence ends left out, [M].
+
+    Args:
+        store: folder for stores of embeddings, one an encoder.
+    """
+    if store is not None and lm.planner is not None:
+        name = hashlib.sha256(lm.planner.encoder.fingerprint.encode()).hexdigest()[:10]
+        store = store / f"store-{name}-{lm.planner.view.replace(':', '-')}"
     with lm.open_store(store) as vectors:
         scores = lm.score(
             documents, context=context, whitespace_correction=correction, store=vectors
@@ -53,14 +66,13 @@ def surprisals_of(
         for context in CONTEXTS:
             for correction in (False, True):
                 values = []
-                for seed, lm in enumerate(seeds):
+                for lm in seeds:
                     done += 1
                     tail = "-corrected" if correction else ""
-                    path = cache / f"surprisal-{_file(name)}-{seed}-{context}{tail}.npy"
+                    path = cache / f"surprisal-{_digest(lm, documents)}-{context}{tail}.npy"
                     if not path.exists():
                         progress.note(f"surprisal {done} of {total}: {name}, {context} context")
-                        store = cache / f"store-{_file(name)}-{seed}"
-                        bits = word_surprisal(lm, documents, context, correction, store)
+                        bits = word_surprisal(lm, documents, context, correction, cache)
                         with open(path.with_suffix(".tmp"), "wb") as file:
                             np.save(file, bits)
                         path.with_suffix(".tmp").replace(path)
@@ -171,6 +183,13 @@ def _findings(
         "correlations": _figure(
             fits, lambda fit: fit.r, "Pearson's r of surprisal and reading time"
         ),
+        "differences": _figure(
+            fits,
+            lambda fit: _scaled(fit.delta_versus),
+            f"ΔLL − that of {reference} (10⁻³ nats a word)",
+            True,
+            leave_out=reference,
+        ),
         "delta-ll": _figure(
             fits, lambda fit: _scaled(fit.delta), "ΔLL on held-out stories (10⁻³ nats a word)", True
         ),
@@ -202,31 +221,41 @@ def _scaled(estimate: Estimate | None) -> Estimate:
     return Estimate(e.value * MILLI, e.low * MILLI, e.high * MILLI, e.p)
 
 
-def _figure(fits, pick, xlabel, zero=False):  # type: ignore[no-untyped-def]
-    alignments = list(dict.fromkeys(a for a, _, _ in fits))
-    names = list(next(iter(fits.values())))
-    panels = {}
-    for alignment in alignments:
-        rows = {}
-        for (a, context, correction), models in fits.items():
-            if a == alignment:
-                label = f"{context}{', spaces corrected' if correction else ''}"
-                rows[label] = [pick(models[name]) for name in names]
-        panels[f"times {ALIGNMENT_NAMES[alignment]}"] = rows
+def _figure(
+    fits: Mapping[Setting, Mapping[str, Fit]],
+    pick: Callable[[Fit], Estimate],
+    xlabel: str,
+    zero: bool = False,
+    leave_out: str = "",
+) -> "Figure":
+    """A panel an alignment, a row a setting, a series a model."""
+    names = [n for n in next(iter(fits.values())) if n != leave_out]
+    panels: dict[str, dict[str, list[Estimate]]] = {}
+    for (alignment, context, correction), models in fits.items():
+        label = f"{context} context{', spaces corrected' if correction else ''}"
+        rows = panels.setdefault(f"times {ALIGNMENT_NAMES[alignment]}", {})
+        rows[label] = [pick(models[name]) for name in names]
     return intervals(panels, xlabel, names, zero)
 
 
-def _answer(corpus, fits, name, reference):  # type: ignore[no-untyped-def]
+def _answer(
+    corpus: ReadingTimes,
+    fits: Mapping[Setting, Mapping[str, Fit]],
+    name: str,
+    reference: str,
+) -> str:
     """One paragraph a model: sentence context, no correction of spaces, each alignment."""
     parts = []
     for alignment in corpus.alignments:
         fit = fits[alignment, "sentence", False]
         ours, theirs = fit[name], fit[reference]
         r, d = ours.r_versus, _scaled(ours.delta_versus)
+        assert r is not None
         parts.append(
             f"With the times {ALIGNMENT_NAMES[alignment]}, r is {plain_number(ours.r.value)} "
-            f"against {plain_number(theirs.r.value)}, a difference of {interval(r, 3, True)} "
-            f"({_verdict(r)}); ΔLL is {plain_number(ours.delta.value * MILLI, 1)} against "
+            f"against {plain_number(theirs.r.value)}, a difference of {interval(r, 3, True)}, "
+            f"p {p_value(r.p)} ({_verdict(r)}); "
+            f"ΔLL is {plain_number(ours.delta.value * MILLI, 1)} against "
             f"{plain_number(theirs.delta.value * MILLI, 1)} ·10⁻³ nats a word, a difference of "
             f"{interval(d, 1, True)}, p {p_value(d.p)} ({_verdict(d)})."
         )
@@ -239,5 +268,9 @@ def _verdict(estimate: Estimate) -> str:
     return "worse" if estimate.high < 0 else "no difference shown"
 
 
-def _file(name: str) -> str:
-    return "".join(c if c.isalnum() or c == "-" else "-" for c in name)
+def _digest(lm: FusionLM, documents: Sequence[Document]) -> str:
+    """Names the model's weights and the text, so that a cache never serves another's values."""
+    digest = hashlib.sha256(repr([d.sentences for d in documents]).encode())
+    for tensor in lm.model.state_dict().values():
+        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
