@@ -164,7 +164,7 @@ class TrainingRun:
         self.prepared, self.data, self.dev = prepared, prepared.train, prepared.dev
         torch.manual_seed(options.seed)
         self.model = build(model_config(options, prepared))
-        self.model.to(accelerator.device)  # type: ignore[arg-type]
+        self.model.to(accelerator.device)
         self.model.set_backend(options.backend)
         self.optimizer: Any = torch.optim.Adam(
             self.model.parameters(), lr=options.learning_rate, fused=True

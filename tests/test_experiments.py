@@ -226,3 +226,15 @@ def test_bad_input_is_one_line(
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_readme_section_is_what_the_results_say() -> None:
+    """Renew it with: python -m fusion_model.experiments.summary docs/experiments README.md"""
+    from fusion_model.experiments.summary import START, section, update
+
+    root = Path(__file__).parents[1]
+    readme, folder = (root / "README.md").read_text(), root / "docs" / "experiments"
+    assert START in readme
+    assert update(readme, folder) == readme
+    assert section(folder) in readme
+    assert "null result" in section(folder)

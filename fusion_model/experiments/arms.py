@@ -13,6 +13,7 @@ from fusion_model.options import TrainingOptions
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static", "static+mean", "static+last")
 VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "masked", "previous")
+POLICIES = ("every", "word", "stride:4", "sentence", "incremental")
 FUSED = "static+mean"
 STATIC = Arm("static control", {"fusion": "concat", "pooling": "static"})
 STRONG = Arm("unfused, AWD", {"fusion": "none", "tie_weights": True}, model="awd")
@@ -88,6 +89,5 @@ def arms_of(experiment: str, size: Size, encoder_width: int) -> list[Arm]:
             raise FusionLMError(
                 "this version trains with exact prefixes only: no policies to compare"
             )
-        names = ("every", "word", "stride:4", "sentence", "incremental")
-        return [wider, STATIC, *(fused(name, policy=name) for name in names)]
+        return [wider, STATIC, *(fused(policy, policy=policy) for policy in POLICIES)]
     raise FusionLMError(f"unknown experiment {experiment!r}")

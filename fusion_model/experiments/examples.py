@@ -57,7 +57,7 @@ def run(
             log_p = next_word(lm, prefix)
             top = log_p.topk(SHOWN)
             words = ", ".join(
-                f"{lm.tokenizer.decode([i]).strip()} {100 * p:.1f} %"
+                f"{str(lm.tokenizer.decode([i])).strip()} {100 * p:.1f} %"
                 for i, p in zip(top.indices.tolist(), top.values.exp().tolist(), strict=True)
             )
             value = shift(log_p, alone[name])

@@ -1,7 +1,7 @@
 """Figures that a paper could print: one column wide, readable in grey, no title inside."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = "osD^vP<>X*hd"
 STYLES = ("-", "--", "-.", ":")
-FONT = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+FONT: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple["Figure", list["Axes"]]:
@@ -46,7 +46,7 @@ def curves(
     figure, (axes,) = _figure(6.0, 3.4)
     for i, (name, points) in enumerate(lines.items()):
         x, y = zip(*points, strict=True)
-        style = {
+        style: dict[str, Any] = {
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
             "marker": MARKERS[i % len(MARKERS)],

@@ -6,7 +6,7 @@ all these words. ΔLL is the log-likelihood of held-out stories under the full m
 under the base model, in nats a word.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,9 +148,9 @@ def _correlations(columns: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x * y[:, None]).sum(axis=0) / np.sqrt((x**2).sum(axis=0) * (y**2).sum())
 
 
-def _p(by_story: Sequence[float] | np.ndarray) -> float:
+def _p(by_story: np.ndarray) -> float:
     if len(by_story) <= 20:
-        return sign_flip(by_story)
+        return sign_flip(by_story.tolist())
     from scipy import stats
 
     return float(stats.ttest_1samp(by_story, 0.0).pvalue)

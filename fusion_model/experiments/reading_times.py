@@ -135,7 +135,8 @@ def _findings(
     )
     findings = Findings("reading-times", "Reading times", setting)
     others = [name for name in next(iter(fits.values())) if name != reference]
-    findings.answer = [_answer(corpus, fits, name, reference) for name in others]
+    findings.answer = [_count(fits, name, reference) for name in others]
+    findings.answer += [_answer(corpus, fits, name, reference) for name in others]
     mean = {n: float(v.mean()) for n, v in surprisals["sentence", False].items()}
     rows = [
         [
@@ -238,6 +239,21 @@ def _figure(
     return intervals(panels, xlabel, names, zero)
 
 
+def _count(fits: Mapping[Setting, Mapping[str, Fit]], name: str, reference: str) -> str:
+    """The null result of the paper over all settings, in a sentence."""
+    verdicts = {
+        "r": [_verdict(fit[name].r_versus) for fit in fits.values()],
+        "ΔLL": [_verdict(fit[name].delta_versus) for fit in fits.values()],
+    }
+    counted = "; ".join(
+        f"{what} is better in {found.count('better')} and worse in {found.count('worse')}"
+        for what, found in verdicts.items()
+    )
+    null = not any("better" in found for found in verdicts.values())
+    outcome = "the paper's null result stands" if null else "the paper's null result does not stand"
+    return f"**{name}: {outcome}.** Of {len(fits)} settings, against {reference}: {counted}."
+
+
 def _answer(
     corpus: ReadingTimes,
     fits: Mapping[Setting, Mapping[str, Fit]],
@@ -262,10 +278,12 @@ def _answer(
     return f"**{name} against {reference}.** " + " ".join(parts)
 
 
-def _verdict(estimate: Estimate) -> str:
-    if estimate.low > 0:
-        return "better"
-    return "worse" if estimate.high < 0 else "no difference shown"
+def _verdict(estimate: Estimate | None) -> str:
+    """Shown only where interval and test agree: with ten stories either alone is bold."""
+    assert estimate is not None
+    if estimate.p is None or estimate.p >= 0.05 or estimate.low <= 0 <= estimate.high:
+        return "no difference shown"
+    return "better" if estimate.value > 0 else "worse"
 
 
 def _digest(lm: FusionLM, documents: Sequence[Document]) -> str:
