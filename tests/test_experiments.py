@@ -11,7 +11,6 @@ from conftest import SENTENCES
 from typer.testing import CliRunner
 
 from fusion_model.cli import app
-from fusion_model.errors import FusionLMError
 from fusion_model.experiments import study as study_module
 from fusion_model.experiments.models import EmbeddingOnlyLM, RegularisedLM
 from fusion_model.experiments.runner import EXPERIMENTS, Experiments
@@ -19,7 +18,6 @@ from fusion_model.experiments.sizes import Size, size_by_name
 from fusion_model.experiments.study import Arm
 from fusion_model.experiments.texts import find_corpora, write_texts
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.options import TrainingOptions
 
 TOY = Size(
     "toy",
@@ -66,7 +64,7 @@ def settings(data: Path, tmp_path: Path, bert_folder: Path) -> Experiments:
     return Experiments(TOY, [str(data)], tmp_path / "out", seeds=1, encoder=str(bert_folder))
 
 
-@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n != "policy"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_end_to_end(settings: Experiments, name: str) -> None:
     report = settings.run(name)
     text = report.read_text()
@@ -82,14 +80,6 @@ def test_experiment_end_to_end(settings: Experiments, name: str) -> None:
         assert (report.parent / figure).read_bytes().startswith(b"\x89PNG")
         assert (report.parent / figure).with_suffix(".pdf").stat().st_size > 1000
     assert list(report.parent.glob("*.png"))
-
-
-def test_policy_follows_the_training_options(settings: Experiments) -> None:
-    if "policy" in TrainingOptions.__dataclass_fields__:
-        assert settings.run("policy").exists()
-    else:
-        with pytest.raises(FusionLMError, match="no policies"):
-            settings.run("policy")
 
 
 def test_interrupted_experiment_ends_the_same(

@@ -1,6 +1,5 @@
 """Which arms each training experiment compares."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +8,10 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.study import Arm
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.options import TrainingOptions
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static", "static+mean", "static+last")
 VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "masked", "previous")
-POLICIES = ("every", "word", "stride:4", "sentence", "incremental")
+POLICIES = ("every", "word", "stride:4", "sentence", "incremental", "incremental+refresh:8")
 FUSED = "static+mean"
 STATIC = Arm("static control", {"fusion": "concat", "pooling": "static"})
 STRONG = Arm("unfused, AWD", {"fusion": "none", "tie_weights": True}, model="awd")
@@ -59,7 +57,7 @@ def arms_of(experiment: str, size: Size, encoder_width: int) -> list[Arm]:
         encoder_width: of one pooling; `static+mean` has twice that.
 
     Raises:
-        FusionLMError: `policy`, where training has no such option.
+        FusionLMError: an unknown experiment.
     """
     wider = baseline(size, 2 * encoder_width)
     plain = Arm("unfused", {"fusion": "none"})
@@ -85,9 +83,5 @@ def arms_of(experiment: str, size: Size, encoder_width: int) -> list[Arm]:
         names = ("constant", "rising", "falling")
         return [wider, *(fused(f"{s} dropout", prefix_dropout_schedule=s) for s in names)]
     if experiment == "policy":
-        if "policy" not in {f.name for f in dataclasses.fields(TrainingOptions)}:
-            raise FusionLMError(
-                "this version trains with exact prefixes only: no policies to compare"
-            )
         return [wider, STATIC, *(fused(policy, policy=policy) for policy in POLICIES)]
     raise FusionLMError(f"unknown experiment {experiment!r}")

@@ -49,6 +49,8 @@ def run(
     findings = Findings(name, TITLES[name], describe(study, encoder_note))
     findings.tables.append(perplexity_table(results, study, encoder_note))
     findings.answer = _answers(results)
+    if name == "policy":
+        _add_costs(findings, study, results, encoder_note)
     if name == "domain":
         _add_domains(findings, results, list(study.texts.tests), encoder_note)
     else:
@@ -240,6 +242,28 @@ def _with_domains(study: Study, corpora: Mapping[str, Sequence[Document]]) -> Te
     texts = write_texts(study.texts.name, own[:cut], sizes, folder)
     tests = {name: write_test(name, docs, size.test, folder) for name, docs in domains.items()}
     return dataclasses.replace(texts, tests=texts.tests | tests)
+
+
+def _add_costs(findings: Findings, study: Study, results: Results, encoder_note: str) -> None:
+    """Encoding time of each policy beside its perplexity."""
+    fused = {n: runs for n, runs in results.items() if runs[0].options.fusion != "none"}
+    costs = {name: study.encoding_seconds(runs[0]) for name, runs in fused.items()}
+    found = {name: perplexity_of(runs) for name, runs in fused.items()}
+    findings.tables.append(
+        Table(
+            "cost",
+            "Seconds to encode 1 000 tokens of the test text, once, on this machine, duplicates "
+            "dropped; test perplexity a token. " + encoder_note,
+            ["policy", "seconds", "test perplexity"],
+            [[n, plain_number(c), interval(found[n], 1)] for n, c in costs.items()],
+        )
+    )
+    findings.figures["cost"] = curves(
+        {name: [(cost, found[name].value)] for name, cost in costs.items()},
+        "seconds to encode 1 000 tokens",
+        "test perplexity (per token)",
+        integer_x=False,
+    )
 
 
 def _add_domains(

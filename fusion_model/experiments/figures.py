@@ -39,6 +39,7 @@ def curves(
     log_y: bool = False,
     errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     zero: bool = False,
+    integer_x: bool = True,
 ) -> "Figure":
     """A line an arm, through (x, y); `errors` are (low, high) of each point."""
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
@@ -73,7 +74,7 @@ def curves(
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
+    elif integer_x:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -42,8 +42,9 @@ def word_surprisal(
         store: folder for stores of embeddings, one an encoder.
     """
     if store is not None and lm.planner is not None:
-        name = hashlib.sha256(lm.planner.encoder.fingerprint.encode()).hexdigest()[:10]
-        store = store / f"store-{name}-{lm.planner.view.replace(':', '-')}"
+        encoder = lm.planner.encoder
+        kind = f"{encoder.fingerprint} {lm.planner.view} {encoder.policy}"
+        store = store / f"store-{hashlib.sha256(kind.encode()).hexdigest()[:10]}"
     with lm.open_store(store) as vectors:
         scores = lm.score(
             documents, context=context, whitespace_correction=correction, store=vectors

@@ -1,6 +1,7 @@
 """One experiment by name, from data to report."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,6 @@ from fusion_model.experiments.texts import (
     write_texts,
 )
 from fusion_model.language_model import FusionLM, load
-from fusion_model.options import TrainingOptions
 from fusion_model.text import Document
 
 SCORING = ("reading-times", "examples")
@@ -88,19 +88,17 @@ class Experiments:
             findings = examples.run({n: lms[0] for n, lms in models.items()}, note)
         else:
             # A copy: `domain` trains on other sentences of the corpus than the rest.
-            study = replace_texts(self.study)
+            study = copy(self.study)
             width = load_encoder(self.encoder, "cls").dim
             findings = comparisons.run(name, study, self.corpora, width, self.encoder_note)
         return findings.write(self.out / name)
 
     def available(self) -> list[str]:
-        """The experiments that `all` runs: those that data and training options allow."""
-        has_policy = "policy" in TrainingOptions.__dataclass_fields__
-        has_times = self.reading_times is not None or find_reading_times(self.data) is not None
-        left_out = {"policy": not has_policy, "reading-times": not has_times}
-        for name in [n for n, out in left_out.items() if out]:
-            progress.note(f"left out: {name}, which this data or version does not allow")
-        return [name for name in EXPERIMENTS if not left_out.get(name)]
+        """The experiments that `all` runs: those that the data allow."""
+        if self.reading_times is not None or find_reading_times(self.data) is not None:
+            return list(EXPERIMENTS)
+        progress.note("left out: reading-times, for which --data holds none")
+        return [name for name in EXPERIMENTS if name != "reading-times"]
 
     def _reading_times(self) -> Findings:
         if self.reading_times is not None:
@@ -140,11 +138,6 @@ class Experiments:
         if used == {"minilm"}:
             note = "Encoder: all-MiniLM-L6-v2, which stands in for the paper's BERT."
         return loaded, f"Models trained beforehand: {', '.join(loaded)}. {note}"
-
-
-def replace_texts(study: Study) -> Study:
-    """The same study, to be given other texts."""
-    return Study(study.size, study.texts, study.out, study.encoder, study.seeds)
 
 
 def _only_reading_times(source: str) -> bool:

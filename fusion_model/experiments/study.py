@@ -140,7 +140,7 @@ class Study:
         """One run, from its folder if it was done before."""
         options = self.options(arm, rate, dropout, seed)
         text = arm.text or self.texts
-        settings = {"model": arm.model, **_without_paths(options), "text": text.train.name}
+        settings = {"model": arm.model, **_settings(options), "text": text.train.name}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         label = "".join(c if c.isalnum() else "-" for c in arm.name)
         folder = next(iter((self.out / "runs").glob(f"*-{digest}")), None)
@@ -161,9 +161,11 @@ class Study:
 
     def store(self, options: TrainingOptions) -> Path:
         """Where embeddings are kept, shared by all runs that need the same ones."""
-        parts = [options.encoder, options.pooling, options.view, options.encoder_dtype]
+        parts = [options.encoder, options.view, options.policy]
         if options.encoder in BAGS:  # fitted to the training text
-            parts = [options.encoder, options.view, Path(options.train_file[0]).name]
+            parts.append(Path(options.train_file[0]).name)
+        else:
+            parts += [options.pooling, options.encoder_dtype]
         plain = "_".join(parts).replace("/", "-").replace(":", "-")
         return self.out / "stores" / plain
 
@@ -213,8 +215,22 @@ class Study:
             dtype=options.encoder_dtype,
             directory=run.folder,
             dim=model.config.prefix_size,
+            policy=options.policy,
         )
         return FusionLM(model, tokenizer, PrefixPlanner(encoder, tokenizer, options.view))
+
+    def encoding_seconds(self, run: Run) -> float:
+        """Time to encode the test text for this run, per 1 000 tokens; measured once."""
+        path = run.folder / "encoding.json"
+        if not path.exists():
+            lm = self.open(run)
+            documents = read_documents([str(self.texts.tests["test"])], "lines")
+            corpus = Corpus.from_documents(documents, lm.tokenizer, run.options.max_tokens)
+            began = time.perf_counter()
+            lm.encode_corpus(corpus)
+            seconds = 1000 * (time.perf_counter() - began) / sum(corpus.positions)
+            write_text(path, json.dumps({"seconds_per_1000_tokens": seconds}) + "\n")
+        return float(json.loads(path.read_text())["seconds_per_1000_tokens"])
 
     def _score(self, run: Run, name: str, path: Path) -> None:
         lm = self.open(run)
@@ -233,6 +249,10 @@ class Study:
         temporary.replace(run.folder / f"losses-{name}.npz")
 
 
-def _without_paths(options: TrainingOptions) -> dict[str, Any]:
-    fields = dataclasses.asdict(options)
-    return {k: v for k, v in fields.items() if k not in ("train_file", "dev_file")}
+def _settings(options: TrainingOptions) -> dict[str, Any]:
+    """What differs from the defaults: options that come later leave old runs valid."""
+    return {
+        f.name: getattr(options, f.name)
+        for f in dataclasses.fields(options)
+        if f.name not in ("train_file", "dev_file") and getattr(options, f.name) != f.default
+    }
