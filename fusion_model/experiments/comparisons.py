@@ -55,7 +55,7 @@ def run(
         _add_domains(findings, results, list(study.texts.tests), encoder_note)
     else:
         findings.figures["dev-perplexity"] = _learning_curves(results)
-        findings.figures["test-perplexity"] = _gains(results)
+        findings.figures["test-differences"] = _gains(results)
     return findings
 
 

@@ -1,5 +1,6 @@
 """Experiment `examples`: how the distribution of the next word shifts with what came before."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -64,13 +65,14 @@ def run(
             shifts.append(value)
             rows.append([f"{beginning} …" if beginning else "…", name, words, plain_number(value)])
         if beginning:
-            label = beginning if len(beginning) <= 30 else beginning[:29].rstrip() + "…"
-            panel[label] = [Estimate(v, v, v) for v in shifts]
+            panel[textwrap.shorten(beginning, 32, placeholder=" …")] = [
+                Estimate(v, v, v) for v in shifts
+            ]
     findings.tables.append(
         Table("next-words", findings.setting, ["before", "model", "next", "shift"], rows, left=3)
     )
     findings.figures["shift"] = intervals(
-        {f"“… {ending}”": panel}, "shift of the next word (bits)", list(models)
+        {f"“… {ending}”": panel}, "shift of the next word (bits)", list(models), zero=True
     )
     means = [sum(row[i].value for row in panel.values()) / len(panel) for i in range(len(models))]
     findings.answer.append(

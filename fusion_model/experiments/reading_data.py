@@ -126,7 +126,11 @@ def plain(word: str) -> str:
 
 
 class Frequencies:
-    """log relative frequency of words in a text, add-one smoothed."""
+    """log relative frequency of words in a text, add-one smoothed.
+
+    The text should be what the models were trained on, so that ΔLL is what they know beyond
+    their own word counts; a large corpus' list (`wordfreq`) would ask another question.
+    """
 
     def __init__(self, documents: Iterable[Document]) -> None:
         words = (plain(w) for d in documents for s in d.sentences for w in s.split())

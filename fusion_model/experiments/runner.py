@@ -52,6 +52,7 @@ class Experiments:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise FusionLMError("seeds must be at least 1")
+        import statsmodels  # noqa: F401  # missing, it should be missed before hours of training
 
     @cached_property
     def corpora(self) -> dict[str, list[Document]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from fusion_model import progress
@@ -24,7 +25,7 @@ from fusion_model.language_model import FusionLM
 from fusion_model.options import TrainingOptions
 from fusion_model.planning import Corpus, PrefixPlanner
 from fusion_model.scoring import score_sentences
-from fusion_model.text import read_documents
+from fusion_model.text import Document, read_documents
 from fusion_model.training import train
 
 
@@ -35,13 +36,11 @@ class Arm:
     Attributes:
         options: fields of `TrainingOptions` that set it apart.
         model: one of `fusion_model.experiments.models.MODELS`.
-        text: train on this text in place of the study's.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str = "plain"
-    text: Texts | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,6 @@ class Study:
 
     def options(self, arm: Arm, rate: float, dropout: float, seed: int) -> TrainingOptions:
         """The training of an arm."""
-        text = arm.text or self.texts
         fields: dict[str, Any] = {
             "encoder": self.encoder,
             "split": "lines",
@@ -131,16 +129,15 @@ class Study:
             "seed": seed,
         }
         return TrainingOptions(
-            (str(text.train),),
-            (str(text.dev),),
+            (str(self.texts.train),),
+            (str(self.texts.dev),),
             **self.size.training | fields | dict(arm.options),
         )
 
     def run(self, arm: Arm, rate: float, dropout: float, seed: int) -> Run:
         """One run, from its folder if it was done before."""
         options = self.options(arm, rate, dropout, seed)
-        text = arm.text or self.texts
-        settings = {"model": arm.model, **_settings(options), "text": text.train.name}
+        settings = {"model": arm.model, **_settings(options), "text": self.texts.train.name}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         label = "".join(c if c.isalnum() else "-" for c in arm.name)
         folder = next(iter((self.out / "runs").glob(f"*-{digest}")), None)
@@ -149,12 +146,11 @@ class Study:
         if not (folder / "result.json").exists():
             self._announce(arm.name, options)
             began = time.monotonic()
-            build = MODELS[arm.model]
-            train(options, folder, self.store(options), build)
+            train(options, folder, self.store(options), MODELS[arm.model])
             self._finish(folder, arm, settings, time.monotonic() - began)
             self._spent += time.monotonic() - began
         run = self._read(folder, arm, options)
-        for name, path in text.tests.items():
+        for name, path in self.texts.tests.items():
             if not (folder / f"losses-{name}.npz").exists():
                 self._score(run, name, path)
         return run
@@ -203,8 +199,10 @@ class Study:
         return Run(arm, folder, options, metrics, parameters, seconds, best)
 
     def open(self, run: Run) -> FusionLM:
-        """The trained model, with its encoder."""
-        model = MODELS[run.arm.model].from_pretrained(run.folder)
+        """The trained model, with its encoder; on a GPU if there is one, as training is."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = MODELS[run.arm.model].from_pretrained(run.folder)
+        model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(run.folder)
         options = run.options
         if options.fusion == "none":
@@ -213,6 +211,7 @@ class Study:
             options.encoder,
             options.pooling,
             dtype=options.encoder_dtype,
+            device=device,
             directory=run.folder,
             dim=model.config.prefix_size,
             policy=options.policy,
@@ -224,8 +223,7 @@ class Study:
         path = run.folder / "encoding.json"
         if not path.exists():
             lm = self.open(run)
-            documents = read_documents([str(self.texts.tests["test"])], "lines")
-            corpus = Corpus.from_documents(documents, lm.tokenizer, run.options.max_tokens)
+            _, corpus = _read(self.texts.tests["test"], lm, run.options)
             began = time.perf_counter()
             lm.encode_corpus(corpus)
             seconds = 1000 * (time.perf_counter() - began) / sum(corpus.positions)
@@ -234,8 +232,7 @@ class Study:
 
     def _score(self, run: Run, name: str, path: Path) -> None:
         lm = self.open(run)
-        documents = read_documents([str(path)], "lines")
-        corpus = Corpus.from_documents(documents, lm.tokenizer, run.options.max_tokens)
+        documents, corpus = _read(path, lm, run.options)
         with lm.open_store(self.store(run.options)) as store:
             scores = score_sentences(lm.model, lm.encode_corpus(corpus, store))
         temporary = run.folder / "losses.tmp.npz"
@@ -247,6 +244,11 @@ class Study:
             characters=corpus.characters,
         )
         temporary.replace(run.folder / f"losses-{name}.npz")
+
+
+def _read(path: Path, lm: FusionLM, options: TrainingOptions) -> tuple[list[Document], Corpus]:
+    documents = read_documents([str(path)], "lines")
+    return documents, Corpus.from_documents(documents, lm.tokenizer, options.max_tokens)
 
 
 def _settings(options: TrainingOptions) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def find_corpora(sources: Sequence[str]) -> dict[str, list[Document]]:
 
     Args:
         sources: `hf:NAME`, text files, folders of .txt files, or folders of such folders, of
-            which each is a corpus. A file with one sentence a line is called `brown*`.
+            which each is a corpus. One called `brown…` has a sentence a line, as that corpus does.
 
     Raises:
         FusionLMError: nothing to read.
