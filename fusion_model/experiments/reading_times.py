@@ -132,7 +132,9 @@ def _findings(
     setting = (
         f"{corpus.name}: {len(corpus.words):,} words in {len(np.unique(corpus.stories))} stories, "
         f"{words:,} of them in the regressions. {models_note} Log frequency from {counted}. "
-        "Intervals: 95 %, stories resampled 2 000 times. p: sign flips of the stories, two-sided."
+        "Intervals: 95 %, stories resampled 2 000 times. p: sign flips of the stories, two-sided, "
+        "not adjusted for the number of settings. A difference counts as shown where the interval "
+        "leaves out 0 and p is below 0.05."
     )
     findings = Findings("reading-times", "Reading times", setting)
     others = [name for name in next(iter(fits.values())) if name != reference]

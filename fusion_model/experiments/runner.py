@@ -1,5 +1,6 @@
 """One experiment by name, from data to report."""
 
+import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -62,9 +63,13 @@ class Experiments:
     @property
     def encoder_note(self) -> str:
         """What stands in every table."""
-        if self.encoder == "minilm":
+        return self._note({self.encoder})
+
+    @staticmethod
+    def _note(encoders: set[str]) -> str:
+        if encoders == {"minilm"}:
             return "Encoder: all-MiniLM-L6-v2, which stands in for the paper's BERT."
-        return f"Encoder: {self.encoder}."
+        return f"Encoder: {', '.join(sorted(encoders)) or 'none'}."
 
     @cached_property
     def study(self) -> Study:
@@ -134,11 +139,20 @@ class Experiments:
             raise FusionLMError(
                 f"{name} compares models: name two with --model, the reference first"
             )
-        used = {str(lm.model.config.encoder) for (lm,) in loaded.values() if lm.planner}
-        note = "Encoder: " + ", ".join(sorted(used)) + "."
-        if used == {"minilm"}:
-            note = "Encoder: all-MiniLM-L6-v2, which stands in for the paper's BERT."
-        return loaded, f"Models trained beforehand: {', '.join(loaded)}. {note}"
+        note = self._note({str(lm.model.config.encoder) for (lm,) in loaded.values() if lm.planner})
+        described = "; ".join(_describe(n, loaded[Path(n).name][0]) for n in names)
+        return loaded, f"Models trained beforehand: {described}. {note}"
+
+
+def _describe(name: str, lm: FusionLM) -> str:
+    """What a trained model is, from its own files."""
+    config = lm.model.config
+    how = "unfused" if lm.planner is None else f"{config.fusion} of {config.pooling}"
+    metrics = Path(name) / "metrics.jsonl"
+    if metrics.exists():
+        best = min(json.loads(line)["dev_perplexity"] for line in metrics.read_text().splitlines())
+        how += f", dev perplexity {best:.1f}"
+    return f"{Path(name).name} ({how}, H = {config.hidden_size})"
 
 
 def _only_reading_times(source: str) -> bool:
