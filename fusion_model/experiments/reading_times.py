@@ -14,7 +14,7 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.figures import intervals
 from fusion_model.experiments.reading import Fit, compare, predictors
 from fusion_model.experiments.reading_data import Frequencies, ReadingTimes
-from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number
+from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number, signed
 from fusion_model.experiments.statistics import Estimate
 from fusion_model.language_model import FusionLM
 from fusion_model.text import Document
@@ -113,76 +113,33 @@ def run(
         for (context, correction), values in surprisals.items():
             progress.note(f"regressions: times {alignment}, {context}, correction {correction}")
             fits[alignment, context, correction] = compare(data, values, reference)
-    return _findings(
-        corpus, fits, surprisals, reference, words, models_note, frequencies, frequency_text
+    setting = (
+        f"{corpus.name}: {len(corpus.words):,} words in {len(np.unique(corpus.stories))} stories, "
+        f"{words:,} of them in the regressions. {models_note} Log frequency from "
+        f"{frequencies.tokens:,} words of {', '.join(frequency_text)}. Intervals: 95 %, stories "
+        "resampled 2 000 times. p: sign flips of the stories, two-sided, not adjusted for the "
+        "number of settings. A difference counts as shown where the interval leaves out 0 and p "
+        "is below 0.05."
     )
+    findings = _findings(corpus, fits, reference, setting, models_note)
+    plain = surprisals["sentence", False]
+    findings.data["bits_per_word"] = {name: float(v.mean()) for name, v in plain.items()}
+    return findings
 
 
 def _findings(
     corpus: ReadingTimes,
-    fits: dict[Setting, dict[str, Fit]],
-    surprisals: dict[tuple[str, bool], dict[str, np.ndarray]],
+    fits: Mapping[Setting, Mapping[str, Fit]],
     reference: str,
-    words: int,
+    setting: str,
     models_note: str,
-    frequencies: Frequencies,
-    frequency_text: Mapping[str, Sequence[Document]],
 ) -> Findings:
-    counted = f"{frequencies.tokens:,} words of {', '.join(frequency_text)}"
-    setting = (
-        f"{corpus.name}: {len(corpus.words):,} words in {len(np.unique(corpus.stories))} stories, "
-        f"{words:,} of them in the regressions. {models_note} Log frequency from {counted}. "
-        "Intervals: 95 %, stories resampled 2 000 times. p: sign flips of the stories, two-sided, "
-        "not adjusted for the number of settings. A difference counts as shown where the interval "
-        "leaves out 0 and p is below 0.05."
-    )
     findings = Findings("reading-times", "Reading times", setting)
     others = [name for name in next(iter(fits.values())) if name != reference]
     findings.answer = [_count(fits, name, reference) for name in others]
     findings.answer += [_answer(corpus, fits, name, reference) for name in others]
-    mean = {n: float(v.mean()) for n, v in surprisals["sentence", False].items()}
-    rows = [
-        [
-            *_setting_names(key),
-            name,
-            interval(fit.r),
-            interval(_scaled(fit.delta), 1),
-            p_value(fit.delta.p),
-        ]
-        for key, models in fits.items()
-        for name, fit in models.items()
-    ]
-    where = ("times", "context", "spaces", "model")
-    findings.tables = [
-        Table(
-            "models",
-            "Each model: Pearson's r of surprisal and reading time; ΔLL over length, log "
-            "frequency and both of the two words before, in 10⁻³ nats a word, held-out stories. "
-            + models_note,
-            [*where, "r", "ΔLL", "p of ΔLL"],
-            rows,
-            left=4,
-        ),
-        Table(
-            "differences",
-            f"Each model minus {reference}: of r, and of ΔLL in 10⁻³ nats a word. " + models_note,
-            [*where, "Δr", "p", "ΔΔLL", "p"],
-            [
-                [
-                    *_setting_names(key),
-                    name,
-                    interval(fit.r_versus, 3, sign=True),
-                    p_value(fit.r_versus.p),
-                    interval(_scaled(fit.delta_versus), 1, sign=True),
-                    p_value(fit.delta_versus.p),
-                ]
-                for key, models in fits.items()
-                for name, fit in models.items()
-                if fit.r_versus is not None and fit.delta_versus is not None
-            ],
-            left=4,
-        ),
-    ]
+    findings.tables = _tables(fits, reference, models_note)
+    unit = "10⁻³ nats a word"
     findings.figures = {
         "correlations": _figure(
             fits, lambda fit: fit.r, "Pearson's r of surprisal and reading time"
@@ -190,17 +147,16 @@ def _findings(
         "differences": _figure(
             fits,
             lambda fit: _scaled(fit.delta_versus),
-            f"ΔLL − that of {reference} (10⁻³ nats a word)",
-            True,
+            f"ΔLL − that of {reference} ({unit})",
+            zero=True,
             leave_out=reference,
         ),
         "delta-ll": _figure(
-            fits, lambda fit: _scaled(fit.delta), "ΔLL on held-out stories (10⁻³ nats a word)", True
+            fits, lambda fit: _scaled(fit.delta), f"ΔLL on held-out stories ({unit})", zero=True
         ),
     }
     findings.data = {
         "reference": reference,
-        "bits_per_word": mean,
         "fits": [
             {
                 "alignment": a,
@@ -212,6 +168,41 @@ def _findings(
         ],
     }
     return findings
+
+
+def _tables(
+    fits: Mapping[Setting, Mapping[str, Fit]], reference: str, models_note: str
+) -> list[Table]:
+    where = ("times", "context", "spaces", "model")
+    models, differences = [], []
+    for key, found in fits.items():
+        for name, fit in found.items():
+            row = [*_setting_names(key), name]
+            delta = interval(_scaled(fit.delta), 1)
+            models.append([*row, interval(fit.r), delta, p_value(fit.delta.p)])
+            if fit.r_versus is None:
+                continue
+            versus = _scaled(fit.delta_versus)
+            r = [interval(fit.r_versus, 3, sign=True), p_value(fit.r_versus.p)]
+            differences.append([*row, *r, interval(versus, 1, sign=True), p_value(versus.p)])
+    return [
+        Table(
+            "models",
+            "Each model: Pearson's r of surprisal and reading time; ΔLL over length, log "
+            "frequency and both of the two words before, in 10⁻³ nats a word, held-out stories. "
+            + models_note,
+            [*where, "r", "ΔLL", "p of ΔLL"],
+            models,
+            left=4,
+        ),
+        Table(
+            "differences",
+            f"Each model minus {reference}: of r, and of ΔLL in 10⁻³ nats a word. " + models_note,
+            [*where, "Δr", "p", "ΔΔLL", "p"],
+            differences,
+            left=4,
+        ),
+    ]
 
 
 def _setting_names(key: Setting) -> tuple[str, str, str]:
@@ -239,7 +230,7 @@ def _figure(
         label = f"{context} context{', spaces corrected' if correction else ''}"
         rows = panels.setdefault(f"times {ALIGNMENT_NAMES[alignment]}", {})
         rows[label] = [pick(models[name]) for name in names]
-    return intervals(panels, xlabel, names, zero)
+    return intervals(panels, xlabel, names, zero, first=1 if leave_out else 0)
 
 
 def _count(fits: Mapping[Setting, Mapping[str, Fit]], name: str, reference: str) -> str:
@@ -254,7 +245,14 @@ def _count(fits: Mapping[Setting, Mapping[str, Fit]], name: str, reference: str)
     )
     null = not any("better" in found for found in verdicts.values())
     outcome = "the paper's null result stands" if null else "the paper's null result does not stand"
-    return f"**{name}: {outcome}.** Of {len(fits)} settings, against {reference}: {counted}."
+    deltas = [_scaled(fit[name].delta_versus) for fit in fits.values()]
+    values = [e.value for e in deltas]
+    return (
+        f"**{name}: {outcome}.** Of {len(fits)} settings, against {reference}: {counted}. The "
+        f"differences of ΔLL lie between {signed(min(values), 1)} and {signed(max(values), 1)} "
+        f"·10⁻³ nats a word, their intervals between {signed(min(e.low for e in deltas), 1)} and "
+        f"{signed(max(e.high for e in deltas), 1)}."
+    )
 
 
 def _answer(
