@@ -11,10 +11,10 @@ import numpy as np
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments.arms import STATIC, WIDER, arms_of
 from fusion_model.experiments.figures import curves, intervals
-from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number, signed
+from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number
 from fusion_model.experiments.statistics import Estimate, holm, mean_estimate, paired_losses
 from fusion_model.experiments.study import Arm, Run, Study
-from fusion_model.experiments.texts import Texts, write_test, write_texts
+from fusion_model.experiments.texts import Texts, plain_name, write_test, write_texts
 from fusion_model.text import Document
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run(
         study.texts = _with_domains(study, corpora)
     results = study.results(arms)
     findings = Findings(name, TITLES[name], describe(study, encoder_note))
-    findings.tables.append(perplexity_table(results, study, encoder_note))
+    findings.tables.append(perplexity_table(results, encoder_note))
     findings.answer = _answers(results)
     if name == "policy":
         _add_costs(findings, study, results, encoder_note)
@@ -103,7 +103,7 @@ def perplexity_of(runs: Sequence[Run], test: str = "test") -> Estimate:
     return Estimate(math.exp(e.value), math.exp(e.low), math.exp(e.high))
 
 
-def perplexity_table(results: Results, study: Study, encoder_note: str) -> Table:
+def perplexity_table(results: Results, encoder_note: str) -> Table:
     """Test perplexity, the paper's figure, and differences to the wider unfused model."""
     against = differences(results, WIDER)
     static = differences(results, STATIC.name) if STATIC.name in results else {}
@@ -144,7 +144,7 @@ def _answers(results: Results) -> list[str]:
         "adjusted p below 0.05)."
     ]
     name, best = min(against.items(), key=lambda item: item[1].value)
-    answers[0] += f" The best is {name}: {interval(best, 3, True)} nats a token."
+    answers[0] += f" Lowest is {name}: {interval(best, 3, True)} nats a token."
     if STATIC.name in results:
         over = differences(results, STATIC.name)
         beyond = [n for n, e in over.items() if e.high < 0 and (e.p or 0) < 0.05]
@@ -223,8 +223,8 @@ def _data_size(
     for name, points in gains.items():
         first, last = points[0], points[-1]
         findings.answer.append(
-            f"{name}: {signed(first[1].value)} nats a token with {first[0]:,} sentences, "
-            f"{signed(last[1].value)} with {last[0]:,}."
+            f"{name}, against {WIDER}: {interval(first[1], 3, True)} nats a token with "
+            f"{first[0]:,} sentences, {interval(last[1], 3, True)} with {last[0]:,}."
         )
     return findings
 
@@ -233,8 +233,10 @@ def _with_domains(study: Study, corpora: Mapping[str, Sequence[Document]]) -> Te
     """Trained on two thirds of the corpus' documents; the others, and other corpora, are tests."""
     own = list(corpora[study.texts.name])
     cut = max(1, round(len(own) * 2 / 3))
-    domains: dict[str, Sequence[Document]] = {Path(d.name).stem: [d] for d in own[cut:]}
-    domains |= {name: docs for name, docs in corpora.items() if name != study.texts.name}
+    domains: dict[str, Sequence[Document]] = {plain_name(Path(d.name).stem): [d] for d in own[cut:]}
+    domains |= {
+        plain_name(name): docs for name, docs in corpora.items() if name != study.texts.name
+    }
     if not domains:
         raise FusionLMError("domain needs other texts to test on: give --data several corpora")
     size, folder = study.size, study.texts.train.parent
@@ -281,7 +283,8 @@ def _add_domains(
     findings.tables.append(
         Table(
             "domains",
-            "Test perplexity a token by domain; differences in nats a token. " + encoder_note,
+            "Test perplexity a token by domain; differences in nats a token. Trained on the first "
+            "two thirds of the corpus' documents; its others are domains here. " + encoder_note,
             ["tested on", "arm", "test perplexity", f"nats − {WIDER}", "p"],
             rows,
             left=2,

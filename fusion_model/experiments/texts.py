@@ -108,7 +108,7 @@ def write_texts(
             if sentences:
                 parts[part][f"{i:03d}-{Path(documents[i].name).stem}"] = sentences
     folders = {
-        part: _write(f"{_plain(name)}-{part}-{size}", files, out)
+        part: _write(f"{plain_name(name)}-{part}-{size}", files, out)
         for (part, files), size in zip(parts.items(), (dev, test, train), strict=True)
     }
     return Texts(name, folders["train"], folders["dev"], {"test": folders["test"]})
@@ -123,7 +123,7 @@ def write_test(name: str, documents: Sequence[Document], size: int, out: Path) -
         for i, (d, share) in enumerate(zip(documents, shares, strict=True))
         if share
     }
-    return _write(f"{_plain(name)}-domain", files, out)
+    return _write(f"{plain_name(name)}-domain", files, out)
 
 
 def _shares(lengths: Sequence[int], size: int) -> list[int]:
@@ -136,7 +136,8 @@ def _shares(lengths: Sequence[int], size: int) -> list[int]:
     return shares
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Fit for a file's name."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
 
 
