@@ -64,7 +64,7 @@ def arms_of(experiment: str, size: Size, encoder_width: int) -> list[Arm]:
     concat = fused("static+mean")
     if experiment == "fusion":
         modes = [fused(mode, fusion=mode) for mode in FUSIONS if mode != "none"]
-        return [wider, plain, *modes, STRONG, STRONG_FUSED]
+        return [wider, plain, STATIC, *modes, STRONG, STRONG_FUSED]
     if experiment in ("data-size", "domain", "reading-times", "examples"):
         return [wider, STRONG, STATIC, concat]
     if experiment == "encoder":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fusion_model.config import EARLY, LATE
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments.arms import STATIC, WIDER, arms_of
 from fusion_model.experiments.figures import curves, intervals
@@ -49,6 +50,8 @@ def run(
     findings = Findings(name, TITLES[name], describe(study, encoder_note))
     findings.tables.append(perplexity_table(results, encoder_note))
     findings.answer = _answers(results)
+    if name == "fusion":
+        findings.answer.append(_early_and_late(results))
     if name == "policy":
         _add_costs(findings, study, results, encoder_note)
     if name == "domain":
@@ -111,12 +114,11 @@ def perplexity_table(results: Results, encoder_note: str) -> Table:
     for name, runs in results.items():
         perplexity, options = perplexity_of(runs), runs[0].options
         nats = math.log(perplexity.value)
-        epoch = np.mean([min(r.metrics, key=lambda m: m["dev_loss"])["epoch"] for r in runs])
         row = [
             name,
             f"{runs[0].parameters / 1e6:.2f}",
             f"{options.learning_rate:g}, {options.dropout:g}",
-            f"{epoch:.1f}",
+            f"{best_epoch(runs):.1f}",
             interval(perplexity, 1),
             f"{2**nats:.2f}",
             *_difference(against.get(name)),
@@ -130,6 +132,20 @@ def perplexity_table(results: Results, encoder_note: str) -> Table:
         "by token, sentences as clusters, p adjusted by Holm. " + encoder_note
     )
     return Table("perplexity", caption, columns, rows)
+
+
+def best_epoch(runs: Sequence[Run]) -> float:
+    """The epoch of least dev loss, the mean over seeds."""
+    return float(np.mean([min(r.metrics, key=lambda m: m["dev_loss"])["epoch"] for r in runs]))
+
+
+def _early_and_late(results: Results) -> str:
+    """Whether early fusion is done sooner, as the paper has it."""
+    parts = []
+    for family, modes in (("late", LATE), ("early", EARLY)):
+        epochs = [best_epoch(results[mode]) for mode in modes]
+        parts.append(f"{np.mean(epochs):.1f} for {family} fusion ({', '.join(modes)})")
+    return f"Best epoch on dev, the mean over modes and seeds: {', '.join(parts)}."
 
 
 def _difference(estimate: Estimate | None) -> list[str]:
