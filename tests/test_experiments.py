@@ -120,6 +120,13 @@ def test_dev_chooses_rate_and_dropout(data: Path, tmp_path: Path) -> None:
     assert runs[0].dev_loss == min(m["dev_loss"] for m in runs[0].metrics)
 
 
+def test_all_leaves_out_what_the_data_lack(data: Path, tmp_path: Path) -> None:
+    everything = Experiments(TOY, [str(data)], tmp_path)
+    assert everything.available() == list(EXPERIMENTS)
+    little = Experiments(TOY, [str(data / "letters")], tmp_path)
+    assert set(EXPERIMENTS) - set(little.available()) == {"reading-times", "domain"}
+
+
 def test_wider_baseline_has_the_parameters_of_concat() -> None:
     from fusion_model.experiments.arms import arms_of
 

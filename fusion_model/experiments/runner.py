@@ -101,10 +101,14 @@ class Experiments:
 
     def available(self) -> list[str]:
         """The experiments that `all` runs: those that the data allow."""
-        if self.reading_times is not None or find_reading_times(self.data) is not None:
-            return list(EXPERIMENTS)
-        progress.note("left out: reading-times, for which --data holds none")
-        return [name for name in EXPERIMENTS if name != "reading-times"]
+        left_out = []
+        if self.reading_times is None and find_reading_times(self.data) is None:
+            left_out.append("reading-times")
+        if sum(map(len, self.corpora.values())) == 1:
+            left_out.append("domain")
+        for name in left_out:
+            progress.note(f"left out: {name}, for which --data holds too little")
+        return [name for name in EXPERIMENTS if name not in left_out]
 
     def _reading_times(self) -> Findings:
         if self.reading_times is not None:
