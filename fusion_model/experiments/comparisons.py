@@ -14,8 +14,10 @@ from fusion_model.experiments.arms import STATIC, WIDER, arms_of
 from fusion_model.experiments.figures import curves, intervals
 from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number
 from fusion_model.experiments.statistics import Estimate, holm, mean_estimate, paired_losses
+from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.study import Arm, Run, Study
 from fusion_model.experiments.texts import Texts, plain_name, write_test, write_texts
+from fusion_model.options import TrainingOptions
 from fusion_model.text import Document
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def run(
     results = study.results(arms)
     findings = Findings(name, TITLES[name], describe(study, encoder_note))
     findings.tables.append(perplexity_table(results, encoder_note))
-    findings.answer = _answers(results)
+    findings.answer = [*_answers(results), *_grid_edges(study.size, results)]
     if name == "fusion":
         findings.answer.append(_early_and_late(results))
     if name == "policy":
@@ -65,13 +67,15 @@ def run(
 def describe(study: Study, encoder_note: str) -> str:
     """What was run, in a paragraph; nothing in it is typed by hand."""
     size, fields = study.size, study.size.training
+    prefix_dropout = fields.get("prefix_dropout", TrainingOptions.prefix_dropout)
     return (
         f"Size `{size.name}`: {size.sentences:,} training, {size.dev:,} dev and {size.test:,} test "
         f"sentences of {study.texts.name}; V ≤ {fields['vocab_size']:,}, D = "
         f"{fields['embedding_size']}, H = {fields['hidden_size']}, at most {fields['epochs']} "
         f"epochs, {study.seeds} seed{'s' if study.seeds > 1 else ''}. For each arm alike, dev "
         f"chose the learning rate ({_list(size.learning_rates)}) and dropout "
-        f"({_list(size.dropouts)}) with seed 0. {encoder_note}"
+        f"({_list(size.dropouts)}) with seed 0; dropout on e was {prefix_dropout:g} throughout. "
+        f"{encoder_note}"
     )
 
 
@@ -129,7 +133,8 @@ def perplexity_table(results: Results, encoder_note: str) -> Table:
     caption = (
         "Perplexity a token on test, mean over seeds with its 95 % interval over seeds; 2^nats is "
         "what the paper calls perplexity. Differences in nats a token with 95 % intervals, paired "
-        "by token, sentences as clusters, p adjusted by Holm. " + encoder_note
+        "by token, sentences as clusters, seeds averaged (so they are over sentences, not seeds), p "
+        "adjusted by Holm. " + encoder_note
     )
     return Table("perplexity", caption, columns, rows)
 
@@ -168,6 +173,19 @@ def _answers(results: Results) -> list[str]:
             f"Better than the {STATIC.name}, which has no context: {', '.join(beyond) or 'none'}."
         )
     return answers
+
+
+def _grid_edges(size: Size, results: Results) -> list[str]:
+    """How many arms took the largest value tried: more might have been better still."""
+    parts = []
+    for what, tried, field in (
+        ("learning rate", size.learning_rates, "learning_rate"),
+        ("dropout", size.dropouts, "dropout"),
+    ):
+        at_edge = sum(getattr(r[0].options, field) == max(tried) for r in results.values())
+        if len(tried) > 1:
+            parts.append(f"{at_edge} of {len(results)} the largest {what}")
+    return [f"Of the settings tried, dev chose for {', for '.join(parts)}."] if parts else []
 
 
 def _learning_curves(results: Results) -> "Figure":
