@@ -13,8 +13,8 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.arms import STATIC, WIDER, arms_of
 from fusion_model.experiments.figures import curves, intervals
 from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number
-from fusion_model.experiments.statistics import Estimate, holm, mean_estimate, paired_losses
 from fusion_model.experiments.sizes import Size
+from fusion_model.experiments.statistics import Estimate, holm, mean_estimate, paired_losses
 from fusion_model.experiments.study import Arm, Run, Study
 from fusion_model.experiments.texts import Texts, plain_name, write_test, write_texts
 from fusion_model.options import TrainingOptions
@@ -133,8 +133,8 @@ def perplexity_table(results: Results, encoder_note: str) -> Table:
     caption = (
         "Perplexity a token on test, mean over seeds with its 95 % interval over seeds; 2^nats is "
         "what the paper calls perplexity. Differences in nats a token with 95 % intervals, paired "
-        "by token, sentences as clusters, seeds averaged (so they are over sentences, not seeds), p "
-        "adjusted by Holm. " + encoder_note
+        "by token, sentences as clusters, seeds averaged (so they are over sentences, not seeds), "
+        "p adjusted by Holm. " + encoder_note
     )
     return Table("perplexity", caption, columns, rows)
 
