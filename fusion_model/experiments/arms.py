@@ -74,14 +74,19 @@ def arms_of(experiment: str, size: Size, encoder_width: int) -> list[Arm]:
             for name in ("tfidf", "counts", "zeros")
         ]
         only = Arm("embedding only (MLP)", {"fusion": "concat", "pooling": FUSED}, model="mlp")
-        return [wider, STATIC, *poolings, *others, only]
+        return [wider, STRONG, STATIC, *poolings, *others, only]
     if experiment == "view":
         views = [fused(view, view=view) for view in VIEWS]
         shuffled = [fused(f"shuffled, {s}", shuffle=s) for s in ("sentence", "corpus")]
-        return [wider, STATIC, *views, *shuffled]
+        return [wider, STRONG, STATIC, *views, *shuffled]
     if experiment == "schedule":
         names = ("constant", "rising", "falling")
-        return [wider, *(fused(f"{s} dropout", prefix_dropout_schedule=s) for s in names)]
+        return [
+            wider,
+            STRONG,
+            STATIC,
+            *(fused(f"{s} dropout", prefix_dropout_schedule=s) for s in names),
+        ]
     if experiment == "policy":
-        return [wider, STATIC, *(fused(policy, policy=policy) for policy in POLICIES)]
+        return [wider, STRONG, STATIC, *(fused(policy, policy=policy) for policy in POLICIES)]
     raise FusionLMError(f"unknown experiment {experiment!r}")
