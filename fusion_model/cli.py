@@ -253,6 +253,9 @@ if installed("torch"):  # without it, only what runs an exported model is offere
     import fusion_model.cli_benchmarks  # noqa: F401  (its commands)
 
 
+from fusion_model import cli_experiments  # noqa: E402, F401  its command registers itself
+
+
 def main() -> None:
     """Entry point of `fusion-lm`."""
     app()

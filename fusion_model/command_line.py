@@ -62,6 +62,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             _fail(str(error))
         except ModuleNotFoundError as error:
             extras = {"torch": "", "transformers": "", "onnx": "[onnx]", "onnxscript": "[onnx]"}
+            extras["statsmodels"] = "[experiments]"
             if error.name not in extras:
                 raise
             package = f'-e ".{extras[error.name]}" -c constraints.txt, in the repository'

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from fusion_model.config import EARLY, LATE, FusionLMConfig
 from fusion_model.generation import PrefixEncoder, StatefulGenerationMixin
 from fusion_model.kernels import (
+    LayerWeights,
     dropout,
     lstm_sequence,
     prefix_lstm,
@@ -174,7 +175,13 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         return e
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        return dropout(self.embed_tokens(input_ids), self.config.dropout, self.training)
+        return self._drop(self.embed_tokens(input_ids))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.config.dropout, self.training)
+
+    def _recurrent_weights(self) -> list[LayerWeights]:
+        return self.lstm.all_weights  # type: ignore[return-value]
 
     def _run_sequence(
         self,
@@ -199,7 +206,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         return lstm_sequence(
             x,
             state,
-            self.lstm.all_weights,
+            self._recurrent_weights(),
             mask=mask,
             dropout=self.config.dropout if self.training else 0.0,
             backend=self.backend,
@@ -224,7 +231,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             self._embed(input_ids),
             h0,
             c0,
-            self.lstm.all_weights,
+            self._recurrent_weights(),
             mask=mask if padded else None,
             dropout=self.config.dropout if self.training else 0.0,
             backend=self.backend,
@@ -239,7 +246,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         ]
 
     def _fuse(self, hidden: Tensor, e: Tensor | None) -> Tensor:
-        hidden = dropout(hidden, self.config.dropout, self.training)
+        hidden = self._drop(hidden)
         fusion = self.config.fusion
         if fusion not in LATE:
             return hidden

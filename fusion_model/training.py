@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,12 @@ class Progress:
     finished: bool = False
 
 
-def train(options: TrainingOptions, out: Path, store: Path | None = None) -> dict[str, Any]:
+def train(
+    options: TrainingOptions,
+    out: Path,
+    store: Path | None = None,
+    build: Callable[[FusionLMConfig], FusionLMForCausalLM] = FusionLMForCausalLM,
+) -> dict[str, Any]:
     """Train and write the best model on dev to `out`; returns its metrics.
 
     Run again with the same options, it goes on where it was stopped.
@@ -96,6 +102,7 @@ def train(options: TrainingOptions, out: Path, store: Path | None = None) -> dic
         options: the run.
         out: folder for model, tokenizer, `metrics.jsonl`, `training.png` and the model card.
         store: folder for the prefix embeddings (default: `out/prefixes`); may be shared.
+        build: makes the model; a subclass may train it otherwise.
 
     Raises:
         FusionLMError: bad input; `out` holds another run; a damaged checkpoint or store.
@@ -105,7 +112,7 @@ def train(options: TrainingOptions, out: Path, store: Path | None = None) -> dic
     _claim_folder(options, out, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     prepared = prepare(options, out, store or out / "prefixes", accelerator)
-    run = TrainingRun(options, out, prepared, accelerator)
+    run = TrainingRun(options, out, prepared, accelerator, build)
     try:
         return run.fit()
     finally:
@@ -146,12 +153,18 @@ class TrainingRun:
     """A run in progress: model, optimiser, and where it is."""
 
     def __init__(
-        self, options: TrainingOptions, out: Path, prepared: Prepared, accelerator: Accelerator
+        self,
+        options: TrainingOptions,
+        out: Path,
+        prepared: Prepared,
+        accelerator: Accelerator,
+        build: Callable[[FusionLMConfig], FusionLMForCausalLM] = FusionLMForCausalLM,
     ) -> None:
         self.options, self.out, self.accelerator = options, out, accelerator
         self.prepared, self.data, self.dev = prepared, prepared.train, prepared.dev
         torch.manual_seed(options.seed)
-        self.model = FusionLMForCausalLM(model_config(options, prepared)).to(accelerator.device)
+        self.model = build(model_config(options, prepared))
+        self.model.to(accelerator.device)
         self.model.set_backend(options.backend)
         self.optimizer: Any = torch.optim.Adam(
             self.model.parameters(), lr=options.learning_rate, fused=True

@@ -1,0 +1,132 @@
+"""Figures that a paper could print: one column wide, readable in grey, no title inside."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusion_model.experiments.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito (2008): told apart by the colour-blind, too.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+MARKERS = "osD^vP<>X*hd"
+STYLES = ("-", "--", "-.", ":")
+FONT: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple["Figure", list["Axes"]]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(FONT):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False, sharex=True, sharey=True)[0]
+    for a in axes:
+        a.tick_params(labelsize=8)
+    return figure, list(axes)
+
+
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    zero: bool = False,
+    integer_x: bool = True,
+) -> "Figure":
+    """A line an arm, through (x, y); `errors` are (low, high) of each point."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+    figure, (axes,) = _figure(6.0, 3.4)
+    for i, (name, points) in enumerate(lines.items()):
+        x, y = zip(*points, strict=True)
+        style: dict[str, Any] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4,
+            "linewidth": 1.2,
+            "label": name,
+        }
+        if errors is None:
+            axes.plot(x, y, **style)
+            continue
+        bounds = np.array([(v - a, b - v) for v, (a, b) in zip(y, errors[name], strict=True)])
+        axes.errorbar(x, y, yerr=np.nan_to_num(bounds.T), capsize=2, **style)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    if zero:
+        axes.axhline(0, color="grey", linewidth=0.8)
+    if log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    if log_x:
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    elif integer_x:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def intervals(
+    panels: Mapping[str, Mapping[str, Sequence[Estimate]]],
+    xlabel: str,
+    series: Sequence[str] = ("",),
+    zero: bool = False,
+    first: int = 0,
+) -> "Figure":
+    """A row a label with a dot and its interval; panels side by side share the labels.
+
+    Args:
+        panels: title -> label -> one estimate a series.
+        series: names of the series, shown in a legend when there are several.
+        zero: mark 0.
+        first: colour and marker of the first series, so that figures agree on them.
+    """
+    labels = list(next(iter(panels.values())))
+    height = 0.9 + 0.2 * len(labels) * max(1.0, 0.7 * len(series))
+    figure, axes = _figure(1.9 + 2.4 * len(panels), height, len(panels))
+    for a, (title, rows) in zip(axes, panels.items(), strict=True):
+        for s, name in enumerate(series):
+            offset = (s - (len(series) - 1) / 2) * 0.24
+            y = np.arange(len(labels)) + offset
+            found = [rows[label][s] for label in labels]
+            low = [e.value - (e.low if np.isfinite(e.low) else e.value) for e in found]
+            high = [(e.high if np.isfinite(e.high) else e.value) - e.value for e in found]
+            a.errorbar(
+                [e.value for e in found],
+                y,
+                xerr=np.maximum([low, high], 0),
+                fmt=MARKERS[s + first],
+                color=COLOURS[s + first],
+                markersize=4,
+                capsize=2,
+                linewidth=1.1,
+                label=name,
+            )
+        if zero:
+            a.axvline(0, color="grey", linewidth=0.8)
+        a.set_yticks(range(len(labels)), labels, fontsize=8)
+        a.set_title(title, fontsize=8.5)
+        a.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes[0].set_ylim(len(labels) - 0.5, -0.5)
+    figure.supxlabel(xlabel, fontsize=9)
+    if len(series) > 1:
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, names, loc="outside upper center", ncols=len(series), fontsize=8, frameon=False
+        )
+    return figure

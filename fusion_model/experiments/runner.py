@@ -1,0 +1,164 @@
+"""One experiment by name, from data to report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fusion_model import progress
+from fusion_model.encoders import load_encoder
+from fusion_model.errors import FusionLMError
+from fusion_model.experiments import comparisons, examples, reading_times
+from fusion_model.experiments.arms import arms_of
+from fusion_model.experiments.reading_data import read_natural_stories, read_tsv
+from fusion_model.experiments.report import Findings
+from fusion_model.experiments.sizes import Size
+from fusion_model.experiments.study import Study
+from fusion_model.experiments.texts import (
+    choose_corpus,
+    find_corpora,
+    find_reading_times,
+    write_texts,
+)
+from fusion_model.language_model import FusionLM, load
+from fusion_model.text import Document
+
+SCORING = ("reading-times", "examples")
+EXPERIMENTS = (*comparisons.TITLES, *SCORING)
+SHIPPED_MODELS = ("fusion-lm-small-unfused", "fusion-lm-small")
+
+
+@dataclass
+class Experiments:
+    """Settings that all experiments of one output folder share.
+
+    Args:
+        models: for `reading-times` and `examples`: trained models, the first is what the
+            others are compared with. None given: the shipped pair at size `small`, else arms
+            trained for it.
+        reading_times: a corpus as TSV, instead of Natural Stories in `data`.
+    """
+
+    size: Size
+    data: Sequence[str]
+    out: Path
+    seeds: int = 3
+    encoder: str = "minilm"
+    corpus: str | None = None
+    models: Sequence[str] = ()
+    reading_times: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise FusionLMError("seeds must be at least 1")
+        import statsmodels  # noqa: F401  # missing, it should be missed before hours of training
+
+    @cached_property
+    def corpora(self) -> dict[str, list[Document]]:
+        """The texts of `data`, read once."""
+        return find_corpora([d for d in self.data if not _only_reading_times(d)])
+
+    @property
+    def encoder_note(self) -> str:
+        """What stands in every table."""
+        return self._note({self.encoder})
+
+    @staticmethod
+    def _note(encoders: set[str]) -> str:
+        if encoders == {"minilm"}:
+            return "Encoder: all-MiniLM-L6-v2, which stands in for the paper's BERT."
+        return f"Encoder: {', '.join(sorted(encoders)) or 'none'}."
+
+    @cached_property
+    def study(self) -> Study:
+        """Training arms on the corpus."""
+        name = choose_corpus(self.corpora, self.corpus)
+        size = self.size
+        texts = write_texts(
+            name, self.corpora[name], (size.sentences, size.dev, size.test), self.out / "texts"
+        )
+        return Study(size, texts, self.out, self.encoder, self.seeds)
+
+    def run(self, name: str) -> Path:
+        """The report of an experiment, `out/NAME/report.md`."""
+        if name not in EXPERIMENTS:
+            raise FusionLMError(
+                f"unknown experiment {name!r}: choose one of {', '.join(EXPERIMENTS)}, or all"
+            )
+        if name == "reading-times":
+            findings = self._reading_times()
+        elif name == "examples":
+            models, note = self._models(name)
+            findings = examples.run({n: lms[0] for n, lms in models.items()}, note)
+        else:
+            # A copy: `domain` trains on other sentences of the corpus than the rest.
+            study = copy(self.study)
+            width = load_encoder(self.encoder, "cls").dim
+            findings = comparisons.run(name, study, self.corpora, width, self.encoder_note)
+        return findings.write(self.out / name)
+
+    def available(self) -> list[str]:
+        """The experiments that `all` runs: those that the data allow."""
+        left_out = []
+        if self.reading_times is None and find_reading_times(self.data) is None:
+            left_out.append("reading-times")
+        if sum(map(len, self.corpora.values())) == 1:
+            left_out.append("domain")
+        for name in left_out:
+            progress.note(f"left out: {name}, for which --data holds too little")
+        return [name for name in EXPERIMENTS if name not in left_out]
+
+    def _reading_times(self) -> Findings:
+        if self.reading_times is not None:
+            corpus = read_tsv(self.reading_times)
+        else:
+            folder = find_reading_times(self.data)
+            if folder is None:
+                raise FusionLMError(
+                    "no reading times: --data needs a folder natural-stories with all_stories.tok "
+                    "and processed_wordinfo.tsv, or bring a corpus with --reading-times FILE.tsv "
+                    "(columns story, word, time)"
+                )
+            corpus = read_natural_stories(folder)
+        models, note = self._models("reading-times")
+        return reading_times.run(
+            corpus, models, next(iter(models)), self.corpora, self.out / "reading-times", note
+        )
+
+    def _models(self, name: str) -> tuple[Mapping[str, Sequence[FusionLM]], str]:
+        """Models by name, one a seed, the reference first; and what the report says of them."""
+        names = list(self.models)
+        if not names and self.size.name == "small":
+            names = list(SHIPPED_MODELS)
+        if not names:
+            study = self.study
+            arms = arms_of(name, study.size, load_encoder(self.encoder, "cls").dim)
+            results = study.results(arms)
+            note = comparisons.describe(study, self.encoder_note)
+            return {a: [study.open(r) for r in runs] for a, runs in results.items()}, note
+        loaded = {Path(n).name: [load(n, encoder_dtype="auto")] for n in names}
+        if len(loaded) < 2:
+            raise FusionLMError(
+                f"{name} compares models: name two with --model, the reference first"
+            )
+        note = self._note({str(lm.model.config.encoder) for (lm,) in loaded.values() if lm.planner})
+        described = "; ".join(_describe(n, loaded[Path(n).name][0]) for n in names)
+        return loaded, f"Models trained beforehand: {described}. {note}"
+
+
+def _describe(name: str, lm: FusionLM) -> str:
+    """What a trained model is, from its own files."""
+    config = lm.model.config
+    how = "unfused" if lm.planner is None else f"{config.fusion} of {config.pooling}"
+    metrics = Path(name) / "metrics.jsonl"
+    if metrics.exists():
+        best = min(json.loads(line)["dev_perplexity"] for line in metrics.read_text().splitlines())
+        how += f", dev perplexity {best:.1f}"
+    return f"{Path(name).name} ({how}, H = {config.hidden_size})"
+
+
+def _only_reading_times(source: str) -> bool:
+    folder = Path(source)
+    return find_reading_times([source]) == folder and not any(folder.rglob("*.txt"))

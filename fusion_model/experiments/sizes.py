@@ -1,0 +1,87 @@
+"""How large an experiment is."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusion_model.errors import FusionLMError
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all arms of an experiment share.
+
+    Attributes:
+        sentences, dev, test: sentences to train on, to choose by, and to report.
+        training: fields of `TrainingOptions`.
+        learning_rates, dropouts: tried on dev for each arm alike: the rates with the first
+            dropout, then the other dropouts with the best rate.
+        data_sizes: sentences of each step of the experiment `data-size`.
+    """
+
+    name: str
+    sentences: int
+    dev: int
+    test: int
+    training: dict[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = (0.002,)
+    dropouts: tuple[float, ...] = (0.2,)
+    data_sizes: tuple[int, ...] = ()
+
+    @property
+    def tuning_runs(self) -> int:
+        return len(self.learning_rates) + len(self.dropouts) - 1
+
+
+SIZES = {
+    "small": Size(
+        "small",
+        sentences=1500,
+        dev=400,
+        test=800,
+        training={
+            "vocab_size": 4096,
+            "embedding_size": 128,
+            "hidden_size": 128,
+            "max_tokens": 32,
+            "epochs": 6,
+            "patience": 2,
+            "tokens_per_batch": 1024,
+            "precision": "bfloat16",
+            "encoder_dtype": "auto",
+        },
+        learning_rates=(0.004, 0.01),
+        dropouts=(0.2, 0.5),
+        data_sizes=(500, 1000, 2000, 4000),
+    ),
+    "paper": Size(
+        "paper",
+        sentences=100_000,
+        dev=10_000,
+        test=10_000,
+        training={
+            "vocab_size": 8192,
+            "embedding_size": 512,
+            "hidden_size": 768,
+            "max_tokens": 128,
+            "epochs": 20,
+            "patience": 3,
+            "tokens_per_batch": 4096,
+            "precision": "bfloat16",
+            "encoder_dtype": "auto",
+        },
+        learning_rates=(0.0003, 0.001, 0.003),
+        dropouts=(0.2, 0.4, 0.6),
+        data_sizes=(5_000, 10_000, 25_000, 50_000, 100_000),
+    ),
+}
+
+
+def size_by_name(name: str) -> Size:
+    """One of `SIZES`.
+
+    Raises:
+        FusionLMError: an unknown name.
+    """
+    if name not in SIZES:
+        raise FusionLMError(f"unknown size {name!r}: choose one of {', '.join(SIZES)}")
+    return SIZES[name]

@@ -1,0 +1,260 @@
+"""Arms are trained, tuned on dev and scored on test; each run has a folder and is done once."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from fusion_model import progress
+from fusion_model.encoders import BAGS, load_encoder
+from fusion_model.errors import CheckpointError
+from fusion_model.experiments.models import MODELS
+from fusion_model.experiments.sizes import Size
+from fusion_model.experiments.texts import Texts
+from fusion_model.files import write_text
+from fusion_model.language_model import FusionLM
+from fusion_model.options import TrainingOptions
+from fusion_model.planning import Corpus, PrefixPlanner
+from fusion_model.scoring import score_sentences
+from fusion_model.text import Document, read_documents
+from fusion_model.training import train
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to build and train a model.
+
+    Attributes:
+        options: fields of `TrainingOptions` that set it apart.
+        model: one of `fusion_model.experiments.models.MODELS`.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "plain"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Losses of one run on one text.
+
+    Attributes:
+        nats: of every token, float32 [N].
+        sentences: the sentence that each token is of, int32 [N].
+        words, characters: of the text.
+    """
+
+    nats: np.ndarray
+    sentences: np.ndarray
+    words: int
+    characters: int
+
+    @property
+    def mean(self) -> float:
+        return float(self.nats.mean(dtype=np.float64))
+
+    @property
+    def per_word(self) -> float:
+        """Nats a word: comparable across vocabularies."""
+        return float(self.nats.sum(dtype=np.float64) / self.words)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run; `metrics` has a row an epoch, see `fusion_model.training`."""
+
+    arm: Arm
+    folder: Path
+    options: TrainingOptions
+    metrics: list[dict[str, Any]]
+    parameters: int
+    seconds: float
+    dev_loss: float
+
+    def scores(self, name: str) -> Scores:
+        """On one of the study's tests."""
+        with np.load(self.folder / f"losses-{name}.npz") as saved:
+            return Scores(
+                saved["nats"], saved["sentences"], int(saved["words"]), int(saved["characters"])
+            )
+
+
+class Study:
+    """Runs of one size on one text, under `out`: `texts/`, `stores/`, `runs/`.
+
+    Args:
+        encoder: for all arms that do not name their own.
+        seeds: how many, counted from 0; the settings are chosen with seed 0.
+    """
+
+    def __init__(self, size: Size, texts: Texts, out: Path, encoder: str, seeds: int) -> None:
+        self.size, self.texts, self.out = size, texts, out
+        self.encoder, self.seeds = encoder, seeds
+        self._done, self._planned, self._trained, self._spent = 0, 0, 0, 0.0
+
+    def results(self, arms: Sequence[Arm]) -> dict[str, list[Run]]:
+        """All runs of all arms: for each arm one a seed, with the settings that dev chose."""
+        self._planned += len(arms) * (self.size.tuning_runs + self.seeds - 1)
+        found = {arm.name: [self._tuned(arm)] for arm in arms}
+        for seed in range(1, self.seeds):  # breadth first: fewer seeds can be reported early
+            for arm in arms:
+                chosen = found[arm.name][0].options
+                run = self.run(arm, chosen.learning_rate, chosen.dropout, seed)
+                found[arm.name].append(run)
+        return found
+
+    def _tuned(self, arm: Arm) -> Run:
+        rates, dropouts = self.size.learning_rates, self.size.dropouts
+        runs = [self.run(arm, rate, dropouts[0], 0) for rate in rates]
+        rate = min(runs, key=lambda run: run.dev_loss).options.learning_rate
+        runs += [self.run(arm, rate, dropout, 0) for dropout in dropouts[1:]]
+        return min(runs, key=lambda run: run.dev_loss)
+
+    def options(self, arm: Arm, rate: float, dropout: float, seed: int) -> TrainingOptions:
+        """The training of an arm."""
+        fields: dict[str, Any] = {
+            "encoder": self.encoder,
+            "split": "lines",
+            "learning_rate": rate,
+            "dropout": dropout,
+            "seed": seed,
+        }
+        return TrainingOptions(
+            (str(self.texts.train),),
+            (str(self.texts.dev),),
+            **self.size.training | fields | dict(arm.options),
+        )
+
+    def run(self, arm: Arm, rate: float, dropout: float, seed: int) -> Run:
+        """One run, from its folder if it was done before."""
+        options = self.options(arm, rate, dropout, seed)
+        settings = {"model": arm.model, **_settings(options), "text": self.texts.train.name}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        label = "".join(c if c.isalnum() else "-" for c in arm.name)
+        folder = next(iter((self.out / "runs").glob(f"*-{digest}")), None)
+        folder = folder or self.out / "runs" / f"{label}-seed{seed}-{digest}"
+        self._done += 1
+        if not (folder / "result.json").exists():
+            self._announce(arm.name, options)
+            began = time.monotonic()
+            train(options, folder, self.store(options), MODELS[arm.model])
+            self._finish(folder, arm, settings, time.monotonic() - began)
+            self._spent += time.monotonic() - began
+        run = self._read(folder, arm, options)
+        for name, path in self.texts.tests.items():
+            if not (folder / f"losses-{name}.npz").exists():
+                self._score(run, name, path)
+        return run
+
+    def store(self, options: TrainingOptions) -> Path:
+        """Where embeddings are kept, shared by all runs that need the same ones."""
+        parts = [options.encoder, options.view, options.policy]
+        if options.encoder in BAGS:  # fitted to the training text
+            parts.append(Path(options.train_file[0]).name)
+        else:
+            parts += [options.pooling, options.encoder_dtype]
+        plain = "_".join(parts).replace("/", "-").replace(":", "-")
+        return self.out / "stores" / plain
+
+    def _announce(self, name: str, options: TrainingOptions) -> None:
+        left = ""
+        if self._trained:
+            minutes = self._spent / self._trained * (self._planned - self._done + 1) / 60
+            left = f", about {minutes:.0f} min left"
+        self._trained += 1
+        progress.note(
+            f"run {self._done} of {self._planned}{left}: {name}, learning rate "
+            f"{options.learning_rate:g}, dropout {options.dropout:g}, seed {options.seed}"
+        )
+
+    def _finish(self, folder: Path, arm: Arm, settings: dict[str, Any], seconds: float) -> None:
+        model = MODELS[arm.model].from_pretrained(folder)
+        result = {
+            "arm": arm.name,
+            "settings": settings,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds": round(seconds, 1),
+        }
+        write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        for checkpoint in folder.glob("checkpoint-*"):  # nothing is left to go on with
+            shutil.rmtree(checkpoint)
+
+    def _read(self, folder: Path, arm: Arm, options: TrainingOptions) -> Run:
+        try:
+            result = json.loads((folder / "result.json").read_text())
+            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+            parameters, seconds = int(result["parameters"]), float(result["seconds"])
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder} is damaged ({error}): delete it to repeat") from None
+        best = min(m["dev_loss"] for m in metrics)
+        return Run(arm, folder, options, metrics, parameters, seconds, best)
+
+    def open(self, run: Run) -> FusionLM:
+        """The trained model, with its encoder; on a GPU if there is one, as training is."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = MODELS[run.arm.model].from_pretrained(run.folder)
+        model.to(device)
+        tokenizer = AutoTokenizer.from_pretrained(run.folder)
+        options = run.options
+        if options.fusion == "none":
+            return FusionLM(model, tokenizer, None)
+        encoder = load_encoder(
+            options.encoder,
+            options.pooling,
+            dtype=options.encoder_dtype,
+            device=device,
+            directory=run.folder,
+            dim=model.config.prefix_size,
+            policy=options.policy,
+        )
+        return FusionLM(model, tokenizer, PrefixPlanner(encoder, tokenizer, options.view))
+
+    def encoding_seconds(self, run: Run) -> float:
+        """Time to encode the test text for this run, per 1 000 tokens; measured once."""
+        path = run.folder / "encoding.json"
+        if not path.exists():
+            lm = self.open(run)
+            _, corpus = _read(self.texts.tests["test"], lm, run.options)
+            began = time.perf_counter()
+            lm.encode_corpus(corpus)
+            seconds = 1000 * (time.perf_counter() - began) / sum(corpus.positions)
+            write_text(path, json.dumps({"seconds_per_1000_tokens": seconds}) + "\n")
+        return float(json.loads(path.read_text())["seconds_per_1000_tokens"])
+
+    def _score(self, run: Run, name: str, path: Path) -> None:
+        lm = self.open(run)
+        documents, corpus = _read(path, lm, run.options)
+        with lm.open_store(self.store(run.options)) as store:
+            scores = score_sentences(lm.model, lm.encode_corpus(corpus, store))
+        temporary = run.folder / "losses.tmp.npz"
+        np.savez_compressed(
+            temporary,
+            nats=np.concatenate([s.tokens.numpy() for s in scores]),
+            sentences=np.repeat(np.arange(len(scores)), [len(s.tokens) for s in scores]),
+            words=sum(len(s.split()) for d in documents for s in d.sentences),
+            characters=corpus.characters,
+        )
+        temporary.replace(run.folder / f"losses-{name}.npz")
+
+
+def _read(path: Path, lm: FusionLM, options: TrainingOptions) -> tuple[list[Document], Corpus]:
+    documents = read_documents([str(path)], "lines")
+    return documents, Corpus.from_documents(documents, lm.tokenizer, options.max_tokens)
+
+
+def _settings(options: TrainingOptions) -> dict[str, Any]:
+    """What differs from the defaults: options that come later leave old runs valid."""
+    return {
+        f.name: getattr(options, f.name)
+        for f in dataclasses.fields(options)
+        if f.name not in ("train_file", "dev_file") and getattr(options, f.name) != f.default
+    }

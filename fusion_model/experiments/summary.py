@@ -1,0 +1,89 @@
+"""The README's science section, from saved results; nothing in it is typed by hand.
+
+python -m fusion_model.experiments.summary docs/experiments README.md
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusion_model.experiments.reading_times import ALIGNMENT_NAMES, MILLI
+from fusion_model.experiments.report import Table, interval, p_value
+from fusion_model.experiments.statistics import Estimate
+from fusion_model.files import write_text
+
+START, END = "<!-- science, from docs/experiments -->\n", "\n<!-- end of science -->"
+
+
+def section(folder: Path) -> str:
+    """What every experiment under `folder` found, reading times first."""
+    saved = [json.loads(p.read_text()) for p in sorted(folder.glob("*/results.json"))]
+    saved.sort(key=lambda s: (s["experiment"] != "reading-times", s["experiment"]))
+    parts = []
+    for results in saved:
+        name = results["experiment"]
+        heading = f"**[{results['title']}](docs/{folder.name}/{name}/report.md).**"
+        answer = " ".join(results["answer"])
+        if name == "reading-times":
+            shown = " ".join(a for a in results["answer"] if "null result" in a)
+            parts += [f"{heading} {results['setting']}", reading_table(results["data"]), shown]
+        elif name == "fusion":
+            parts += [
+                f"{heading} {results['setting']}",
+                perplexity_table(results["tables"]),
+                answer,
+            ]
+        else:
+            parts.append(f"{heading} {answer}")
+    return "\n\n".join(parts)
+
+
+def reading_table(data: dict[str, Any]) -> str:
+    """Markdown: each model under each alignment; sentence context, spaces not corrected."""
+    lines = [
+        "| times | model | bits a word | Pearson's r | ΔLL, 10⁻³ nats a word "
+        f"| minus {data['reference']} | p |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for fit in data["fits"]:
+        if fit["context"] != "sentence" or fit["whitespace_correction"]:
+            continue
+        for name, model in fit["models"].items():
+            versus = model["delta_versus"]
+            lines.append(
+                f"| {ALIGNMENT_NAMES[fit['alignment']]} | {name} "
+                f"| {data['bits_per_word'][name]:.2f} "
+                f"| {interval(Estimate(**model['r']))} | {_milli(model['delta'])} "
+                f"| {_milli(versus, sign=True) if versus else ''} "
+                f"| {p_value(versus['p']) if versus else ''} |"
+            )
+    return "\n".join(lines)
+
+
+def perplexity_table(tables: list[dict[str, Any]]) -> str:
+    """Markdown: arm, test perplexity, and the difference to the wider unfused model with its p."""
+    full = next(t for t in tables if t["name"] == "perplexity")
+    picked = [i for i, c in enumerate(full["columns"]) if c in ("arm", "M parameters", "p")]
+    picked += [i for i, c in enumerate(full["columns"]) if c.startswith(("test", "nats"))]
+    picked.sort()
+    columns = [full["columns"][i] for i in picked]
+    rows = [[row[i] for i in picked] for row in full["rows"]]
+    return Table("", "", columns, rows).markdown().strip()
+
+
+def _milli(estimate: dict[str, float], sign: bool = False) -> str:
+    scaled = {k: estimate[k] * MILLI for k in ("value", "low", "high")}
+    return interval(Estimate(**scaled), 1, sign)
+
+
+def update(readme: str, folder: Path) -> str:
+    """The README with its science section renewed."""
+    pattern = re.escape(START) + r".*?" + re.escape(END)
+    return re.sub(pattern, lambda _: START + section(folder) + END, readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[2])
+    write_text(path, update(path.read_text(encoding="utf-8"), Path(sys.argv[1])))

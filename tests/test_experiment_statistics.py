@@ -1,0 +1,208 @@
+"""Statistics against scipy, statsmodels and known data; reading times against their README."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from scipy import stats
+
+from fusion_model.errors import FusionLMError
+from fusion_model.experiments.reading import compare, held_out_log_likelihood, predictors
+from fusion_model.experiments.reading_data import (
+    Frequencies,
+    ReadingTimes,
+    read_natural_stories,
+    read_tsv,
+)
+from fusion_model.experiments.report import Table, p_value, signed
+from fusion_model.experiments.statistics import (
+    bootstrap_groups,
+    holm,
+    mean_estimate,
+    paired_losses,
+    sign_flip,
+)
+from fusion_model.text import Document
+
+rng = np.random.default_rng(0)
+
+
+def test_mean_is_scipys_t_interval() -> None:
+    x = [3.1, 2.9, 3.6]
+    found = mean_estimate(x)
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(x), scale=stats.sem(x))
+    assert (found.value, found.low, found.high) == pytest.approx((np.mean(x), low, high))
+    assert math.isnan(mean_estimate([1.0]).low)
+
+
+def test_paired_losses_with_a_token_a_sentence_are_the_t_test() -> None:
+    ours, theirs = rng.normal(5.0, 1, 400), rng.normal(5.1, 1, 400)
+    found = paired_losses(ours, theirs, np.arange(400))
+    test = stats.ttest_rel(ours, theirs)
+    assert found.value == pytest.approx(np.mean(ours - theirs))
+    assert found.p == pytest.approx(test.pvalue, rel=0.01)
+    interval = test.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=0.01)
+
+
+def test_paired_losses_count_sentences_not_tokens() -> None:
+    """Tokens that repeat their sentence's difference add no evidence."""
+    per_sentence = rng.normal(0.02, 0.1, 50)
+    sentences = np.repeat(np.arange(50), 20)
+    found = paired_losses(per_sentence[sentences], np.zeros(1000), sentences)
+    low, high = stats.t.interval(0.95, 49, per_sentence.mean(), stats.sem(per_sentence))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=0.02, abs=1e-3)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_bootstrap_of_equal_groups_is_scipys() -> None:
+    values = rng.normal(1.0, 2.0, 40)
+    low, high = bootstrap_groups(
+        lambda rows: np.array([values[rows].mean()]), np.arange(40), resamples=4000
+    )
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1)
+    interval = theirs.confidence_interval
+    assert low[0] == pytest.approx(interval.low, abs=0.05)
+    assert high[0] == pytest.approx(interval.high, abs=0.05)
+
+
+def test_bootstrap_keeps_groups_whole() -> None:
+    groups = np.repeat([0, 1], 500)
+    values = np.repeat([0.0, 1.0], 500)
+    low, high = bootstrap_groups(lambda rows: np.array([values[rows].mean()]), groups)
+    assert (low[0], high[0]) == (0.0, 1.0)
+
+
+def test_sign_flips_are_scipys_exact_permutation_test() -> None:
+    x = rng.normal(0.5, 1, 9)
+    theirs = stats.permutation_test(
+        (x,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    )
+    assert sign_flip(x) == pytest.approx(theirs.pvalue)
+    assert sign_flip(np.ones(10)) == 2 / 1024
+    with pytest.raises(ValueError, match="at most 20"):
+        sign_flip(np.ones(21))
+
+
+def test_held_out_log_likelihood_is_statsmodels() -> None:
+    x, stories = rng.normal(size=(90, 3)), np.repeat([1, 2, 3], 30)
+    y = x @ [1.0, -2.0, 0.5] + rng.normal(size=90)
+    found = held_out_log_likelihood(x, y, stories)
+    for story in (1, 2, 3):
+        train, test = stories != story, stories == story
+        fit = sm.OLS(y[train], sm.add_constant(x[train])).fit()
+        scale = math.sqrt(fit.ssr / fit.nobs)  # maximum likelihood
+        mean = fit.predict(sm.add_constant(x[test]))
+        assert found[test] == pytest.approx(stats.norm.logpdf(y[test], mean, scale))
+
+
+def corpus(
+    effect: float, shifted: bool = True, stories: int = 8
+) -> tuple[ReadingTimes, np.ndarray]:
+    """A corpus whose times are 300 + effect * surprisal + noise, and that surprisal."""
+    generator = np.random.default_rng(3)
+    size = 120 * stories
+    words = ["x" * n for n in generator.integers(1, 9, size)]
+    surprisal = generator.gamma(2.0, 4.0, size)
+    times = 300 + effect * surprisal + generator.normal(0, 10, size)
+    if shifted:  # stored one position early
+        times = np.roll(times, -1)
+    return ReadingTimes(
+        "made", words, np.repeat(np.arange(stories), 120), times, shifted
+    ), surprisal
+
+
+def test_surprisal_that_drives_times_is_found_under_the_right_alignment_only() -> None:
+    made, surprisal = corpus(effect=3.0)
+    frequencies = Frequencies([Document("d", ["x xx xxx xxxx"])])
+    noise = np.random.default_rng(9).normal(size=len(surprisal))
+    fits = {}
+    for alignment in made.alignments:
+        data = predictors(made, alignment, frequencies)
+        fits[alignment] = compare(data, {"noise": noise, "true": surprisal}, "noise")
+        own = surprisal[data.rows]
+        assert fits[alignment]["true"].r.value == pytest.approx(
+            stats.pearsonr(own, data.times).statistic
+        )
+    right, wrong = fits["corrected"]["true"], fits["stored"]["true"]
+    assert right.r.value > 0.8
+    assert right.delta.low > 0.3
+    assert right.delta_versus is not None
+    assert right.delta_versus.low > 0.3
+    assert right.delta_versus.p == 2 / 2**8
+    assert abs(wrong.r.value) < 0.2  # the next word's time
+    assert fits["corrected"]["noise"].delta_versus is None
+    assert fits["corrected"]["noise"].delta.low < 0.01
+
+
+def test_spillover_reaches_the_words_before() -> None:
+    """Times that the previous word's surprisal drives: the regression sees it, r does not."""
+    made, surprisal = corpus(effect=3.0, shifted=False)
+    moved = ReadingTimes("made", made.words, made.stories, np.roll(made.times, 1), False)
+    data = predictors(moved, "stored", Frequencies([Document("d", ["x xx"])]))
+    other = np.random.default_rng(9).normal(size=len(surprisal))
+    fit = compare(data, {"noise": other, "true": surprisal}, "noise")["true"]
+    assert abs(fit.r.value) < 0.2
+    assert fit.delta.low > 0.3
+
+
+def test_corrected_alignment_moves_times_within_a_story() -> None:
+    times = np.array([1.0, 2.0, 3.0, 10.0, 20.0])
+    made = ReadingTimes("made", list("abcde"), np.array([1, 1, 1, 2, 2]), times, True)
+    assert made.aligned("corrected").tolist()[1:3] == [1.0, 2.0]
+    assert np.isnan(made.aligned("corrected")[[0, 3]]).all()
+    assert made.aligned("corrected")[4] == 10.0
+    assert made.aligned("stored") is made.times
+
+
+def test_natural_stories_are_read_as_their_readme_says(shared_data: Path) -> None:
+    """Pearson's r of the stored time with word length at offsets −2 … 2 (shared/data/README.md)."""
+    stories = read_natural_stories(shared_data / "natural-stories")
+    assert len(stories.words) == 10_256
+    length = np.array([len(w) for w in stories.words], dtype=float)
+    found = []
+    for offset in range(-2, 3):
+        rows = np.arange(2, len(length) - 2)
+        same = stories.stories[rows] == stories.stories[rows + offset]
+        rows = rows[same & np.isfinite(stories.times[rows])]
+        found.append(np.corrcoef(length[rows + offset], stories.times[rows])[0, 1])
+    assert found == pytest.approx([0.080, 0.145, 0.321, 0.253, 0.035], abs=0.005)
+    assert sum(len(s.split()) for d in stories.documents() for s in d.sentences) == 10_256
+
+
+def test_tsv_of_another_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "mine.tsv"
+    path.write_text('story\tword\ttime\nB\t"Oh\t300\nB\tno."\t\nA\tYes.\t310.5\n')
+    made = read_tsv(path)
+    assert made.words == ['"Oh', 'no."', "Yes."]
+    assert made.stories.tolist() == [1, 1, 2]
+    assert made.alignments == ("stored",)
+    assert made.times[2] == 310.5
+    assert math.isnan(made.times[1])
+    path.write_text("story\tword\ttime\nA\ta\t1\nB\tb\t2\nA\tc\t3\n")
+    with pytest.raises(FusionLMError, match="not together"):
+        read_tsv(path)
+    path.write_text("story\tword\ttime\nA\ta\tfast\n")
+    with pytest.raises(FusionLMError, match="line 2: 'fast' is no time"):
+        read_tsv(path)
+
+
+def test_frequencies_ignore_case_and_punctuation() -> None:
+    counted = Frequencies([Document("d", ["The cat, the dog."])])
+    assert counted.log("“THE,") == pytest.approx(math.log(3 / 8))
+    assert counted.log("cat") == pytest.approx(math.log(2 / 8))
+    assert counted.log("unseen") == pytest.approx(math.log(1 / 8))
+
+
+def test_tables_in_markdown_and_latex() -> None:
+    table = Table("t", "A caption, 5 %.", ["arm", "Δ"], [["a_b|c", signed(-0.5, 1)]])
+    assert table.markdown() == "| arm | Δ |\n| --- | --: |\n| a_b\\|c | −0.5 |\n\nA caption, 5 %."
+    assert "a\\_b|c & $-$0.5 \\\\" in table.latex()
+    assert "5 \\%" in table.latex()
+    assert [p_value(p) for p in (None, 0.0002, 0.0421)] == ["", "<0.001", "0.042"]
