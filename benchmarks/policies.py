@@ -10,8 +10,8 @@ held against the encoder called one prefix at a time, where its policy is exact.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from fusion_model.benchmarks.work import Unavailable
 
 from fusion_model.encoders import load_encoder
 from fusion_model.files import write_text
-from fusion_model.hf_encoder import HFEncoder
+from fusion_model.hf_encoder import HFEncoder, counted_tokens
 from fusion_model.language_model import load_model
 from fusion_model.planning import Corpus, PrefixPlanner
 from fusion_model.prefixes import prefix_texts
@@ -77,7 +77,7 @@ def measure_encoding(text: str, dtype: str, quick: bool = False) -> list[dict[st
         if policy == "every":
             _agree(encode()[::step], expected, dtype)
         encoder.encode(planner.items(corpus.sentences[:1]))  # the trial of the first batch
-        with _counted(encoder) as tokens:
+        with counted_tokens(encoder) as tokens:
             timed = _timed(encode)
         rows.append(_row(policy, pooling, len(texts), sum(tokens), *timed))
     return rows
@@ -139,20 +139,6 @@ def _row(
         "tokens_per_prefix": None if tokens is None else tokens / prefixes,
         "peak_mb": peak,
     }
-
-
-@contextmanager
-def _counted(encoder: HFEncoder) -> Iterator[list[int]]:
-    """The tokens of each of the encoder's calls."""
-    sizes: list[int] = []
-    hook = encoder.model.embeddings.register_forward_hook(
-        lambda module, args, kwargs, out: sizes.append(kwargs["input_ids"].numel()),
-        with_kwargs=True,
-    )
-    try:
-        yield sizes
-    finally:
-        hook.remove()
 
 
 def table(results: dict[str, Any]) -> str:

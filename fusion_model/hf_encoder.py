@@ -6,7 +6,8 @@ Notation: N items, L tokens each, E width of the encoder.
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,11 @@ class HFEncoder(TokenItems):
             start += ids.numel()
         return torch.cat(found).to(self.model.device)
 
+    @property
+    def deepest(self) -> int:
+        """The highest layer that is computed."""
+        return max((self.layer_of(p) for p in self.poolings if p.name != "static"), default=0)
+
     def layer_of(self, pooling: Pooling) -> int:
         """The layer that a pooling reads."""
         return self.depth if pooling.layer is None else pooling.layer
@@ -282,6 +288,20 @@ class HFEncoder(TokenItems):
         if pooling.name == "mean":
             return hidden.mean(dim=1)
         return hidden[:, {"cls": 0, "last": last, "mask": last, "sep": last + 1}[pooling.name]]
+
+
+@contextmanager
+def counted_tokens(encoder: HFEncoder) -> Iterator[list[int]]:
+    """A list that gets the number of tokens of each of the encoder's calls."""
+    sizes: list[int] = []
+    hook = encoder.model.embeddings.register_forward_hook(
+        lambda module, args, kwargs, out: sizes.append(kwargs["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 def padded(nodes: Tensor) -> Tensor:

@@ -38,9 +38,7 @@ class NodePool:
         self._encoder = encoder
         layers, model = encoder.layers, encoder.model
         width = model.config.hidden_size
-        depth = max(
-            (encoder.layer_of(p) for p in encoder.poolings if p.name != "static"), default=0
-        )
+        depth = encoder.deepest
         size = 2 * depth * width * model.dtype.itemsize + 4 * width * len(encoder.means) + 64
         self.capacity = max(max_bytes // size, 1)
         heads, device = layers.heads, model.device

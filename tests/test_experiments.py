@@ -132,7 +132,7 @@ def test_wider_baseline_has_the_parameters_of_concat() -> None:
     from fusion_model.experiments.arms import arms_of
 
     for size in (TOY, size_by_name("small"), size_by_name("paper")):
-        arms = {a.name: a for a in arms_of("fusion", size, 384)}
+        arms = {a.name: a for a in arms_of("fusion", size, 384, 6)}
         counts = []
         for arm in (arms["unfused, wider"], arms["concat"]):
             fields = size.training | dict(arm.options)

@@ -50,11 +50,12 @@ def fused(name: str, **options: Any) -> Arm:
     return Arm(name, {"fusion": "concat", "pooling": FUSED, **options})
 
 
-def arms_of(experiment: str, size: Size, encoder_width: int) -> list[Arm]:
+def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> list[Arm]:
     """The arms of an experiment; the first is what the others are compared with.
 
     Args:
         encoder_width: of one pooling; `static+mean` has twice that.
+        layers: of the encoder.
 
     Raises:
         FusionLMError: an unknown experiment.
@@ -88,5 +89,12 @@ def arms_of(experiment: str, size: Size, encoder_width: int) -> list[Arm]:
             *(fused(f"{s} dropout", prefix_dropout_schedule=s) for s in names),
         ]
     if experiment == "policy":
-        return [wider, STRONG, STATIC, *(fused(policy, policy=policy) for policy in POLICIES)]
+        middle = max(layers // 2, 1)
+        arms = [fused(policy, policy=policy) for policy in POLICIES]
+        arms += [
+            fused(f"{policy}, {pooling}", policy=policy, pooling=pooling)
+            for policy in ("every", "incremental")
+            for pooling in ("static+last", f"static+last@{middle}+mean@{middle}")
+        ]
+        return [wider, STRONG, STATIC, *arms]
     raise FusionLMError(f"unknown experiment {experiment!r}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusion_model.config import EARLY, LATE
 from fusion_model.errors import FusionLMError
-from fusion_model.experiments.arms import STATIC, WIDER, arms_of
+from fusion_model.experiments.arms import STATIC, WIDER
 from fusion_model.experiments.figures import curves, intervals
 from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number
 from fusion_model.experiments.sizes import Size
@@ -38,12 +38,11 @@ Results = Mapping[str, Sequence[Run]]
 def run(
     name: str,
     study: Study,
+    arms: Sequence[Arm],
     corpora: Mapping[str, Sequence[Document]],
-    encoder_width: int,
     encoder_note: str,
 ) -> Findings:
-    """Train, compare and report one of `TITLES`."""
-    arms = arms_of(name, study.size, encoder_width)
+    """Train, compare and report one of `TITLES`; the arms are those of `arms_of`."""
     if name == "data-size":
         return _data_size(study, arms, corpora, encoder_note)
     if name == "domain":
@@ -281,23 +280,33 @@ def _with_domains(study: Study, corpora: Mapping[str, Sequence[Document]]) -> Te
 
 
 def _add_costs(findings: Findings, study: Study, results: Results, encoder_note: str) -> None:
-    """Encoding time of each policy beside its perplexity."""
-    fused = {n: runs for n, runs in results.items() if runs[0].options.fusion != "none"}
-    costs = {name: study.encoding_seconds(runs[0]) for name, runs in fused.items()}
-    found = {name: perplexity_of(runs) for name, runs in fused.items()}
+    """Encoder work of each policy beside its perplexity."""
+    found = {name: perplexity_of(runs) for name, runs in results.items()}
+    work = {
+        name: study.encoder_work(runs[0]) if runs[0].options.fusion != "none" else 0.0
+        for name, runs in results.items()
+    }
+    static, exact = found[STATIC.name].value, found["every"].value
+    rows = []
+    for name, cost in work.items():
+        share = f"{(static - found[name].value) / (static - exact):.0%}" if cost else ""
+        rows.append([name, f"{cost:.2f}", interval(found[name], 1), share])
     findings.tables.append(
         Table(
             "cost",
-            "Seconds to encode 1 000 tokens of the test text, once, on this machine, duplicates "
-            "dropped; test perplexity a token. " + encoder_note,
-            ["policy", "seconds", "test perplexity"],
-            [[n, plain_number(c), interval(found[n], 1)] for n, c in costs.items()],
+            "Encoder work: tokens through all of the encoder's layers for each token of the test "
+            "text, duplicates dropped; test perplexity a token; and the share of what exact "
+            "`every` with `static+mean` gains over the static control. " + encoder_note,
+            ["policy", "encoder tokens a token", "test perplexity", "share of the exact gain"],
+            rows,
         )
     )
     findings.figures["cost"] = curves(
-        {name: [(cost, found[name].value)] for name, cost in costs.items()},
-        "seconds to encode 1 000 tokens",
+        {name: [(cost, found[name].value)] for name, cost in work.items()},
+        "encoder tokens a token (logarithmic from 1)",
         "test perplexity (per token)",
+        errors={name: [(e.low, e.high)] for name, e in found.items()},
+        symlog_x=True,
         integer_x=False,
     )
 

@@ -40,6 +40,7 @@ def curves(
     errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     zero: bool = False,
     integer_x: bool = True,
+    symlog_x: bool = False,
 ) -> "Figure":
     """A line an arm, through (x, y); `errors` are (low, high) of each point."""
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
@@ -74,6 +75,9 @@ def curves(
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
+    elif symlog_x:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
     elif integer_x:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)

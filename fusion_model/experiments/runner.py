@@ -22,6 +22,7 @@ from fusion_model.experiments.texts import (
     find_reading_times,
     write_texts,
 )
+from fusion_model.hf_encoder import HFEncoder
 from fusion_model.language_model import FusionLM, load
 from fusion_model.text import Document
 
@@ -95,8 +96,8 @@ class Experiments:
         else:
             # A copy: `domain` trains on other sentences of the corpus than the rest.
             study = copy(self.study)
-            width = load_encoder(self.encoder, "cls").dim
-            findings = comparisons.run(name, study, self.corpora, width, self.encoder_note)
+            arms = arms_of(name, self.size, *self._encoder_shape())
+            findings = comparisons.run(name, study, arms, self.corpora, self.encoder_note)
         return findings.write(self.out / name)
 
     def available(self) -> list[str]:
@@ -127,6 +128,12 @@ class Experiments:
             corpus, models, next(iter(models)), self.corpora, self.out / "reading-times", note
         )
 
+    def _encoder_shape(self) -> tuple[int, int]:
+        """Width and layers."""
+        encoder = load_encoder(self.encoder, "cls")
+        assert isinstance(encoder, HFEncoder)
+        return encoder.dim, encoder.depth
+
     def _models(self, name: str) -> tuple[Mapping[str, Sequence[FusionLM]], str]:
         """Models by name, one a seed, the reference first; and what the report says of them."""
         names = list(self.models)
@@ -134,7 +141,7 @@ class Experiments:
             names = list(SHIPPED_MODELS)
         if not names:
             study = self.study
-            arms = arms_of(name, study.size, load_encoder(self.encoder, "cls").dim)
+            arms = arms_of(name, study.size, *self._encoder_shape())
             results = study.results(arms)
             note = comparisons.describe(study, self.encoder_note)
             return {a: [study.open(r) for r in runs] for a, runs in results.items()}, note

@@ -21,6 +21,7 @@ from fusion_model.experiments.models import MODELS
 from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.texts import Texts
 from fusion_model.files import write_text
+from fusion_model.hf_encoder import HFEncoder, counted_tokens
 from fusion_model.language_model import FusionLM
 from fusion_model.options import TrainingOptions
 from fusion_model.planning import Corpus, PrefixPlanner
@@ -218,17 +219,19 @@ class Study:
         )
         return FusionLM(model, tokenizer, PrefixPlanner(encoder, tokenizer, options.view))
 
-    def encoding_seconds(self, run: Run) -> float:
-        """Time to encode the test text for this run, per 1 000 tokens; measured once."""
-        path = run.folder / "encoding.json"
-        if not path.exists():
-            lm = self.open(run)
-            _, corpus = _read(self.texts.tests["test"], lm, run.options)
-            began = time.perf_counter()
+    def encoder_work(self, run: Run) -> float:
+        """Tokens that go through the whole encoder for each token of the test text: one that
+        goes through half of the layers counts half. Duplicate prefixes are dropped."""
+        lm = self.open(run)
+        assert lm.planner is not None
+        encoder = lm.planner.encoder
+        if not isinstance(encoder, HFEncoder) or not encoder.deepest:
+            return 0.0
+        _, corpus = _read(self.texts.tests["test"], lm, run.options)
+        lm.encode_corpus(Corpus(corpus.sentences[:1], [True], 1))  # tries its own pass first
+        with counted_tokens(encoder) as tokens:
             lm.encode_corpus(corpus)
-            seconds = 1000 * (time.perf_counter() - began) / sum(corpus.positions)
-            write_text(path, json.dumps({"seconds_per_1000_tokens": seconds}) + "\n")
-        return float(json.loads(path.read_text())["seconds_per_1000_tokens"])
+        return sum(tokens) * encoder.deepest / encoder.depth / sum(corpus.positions)
 
     def _score(self, run: Run, name: str, path: Path) -> None:
         lm = self.open(run)
