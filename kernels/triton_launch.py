@@ -42,7 +42,7 @@ KNOWN_CHIPS = {  # for compiling ahead of time; at run time the device is asked
     90: Chip(90, 132, 232_448),
     100: Chip(100, 148, 232_448),
 }
-INTERPRETER = Chip(0, 64, 232_448)
+INTERPRETER = Chip(0, 64, 232_448, cooperative=False)  # see `spinning_runner`
 
 
 def interpreting() -> bool:
@@ -262,8 +262,8 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dic
 
 spinning_runner: Runner = _run
 """How persistent kernels start. The interpreter runs programs one after another, so that a
-kernel which waits for its neighbours never ends: tests put a runner here that gives each program
-a process of its own."""
+kernel which waits for its neighbours never ends. Tests put a runner here that gives each program
+a process of its own, and then let `INTERPRETER` be cooperative."""
 
 
 def launch_spinning(

@@ -1,0 +1,163 @@
+"""The kernel configurations that ship, as they are compiled ahead of time.
+
+They come from the same pure functions that choose at run time: hidden widths 512, 650, 768, 1024,
+1500 and 2048, batches 8 to 256, bfloat16 throughout, float16 and float32 where they differ.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fusion_model.kernels.triton_launch import (
+    KNOWN_CHIPS,
+    padded,
+    precision,
+    sequence_backward_config,
+    sequence_config,
+    step_units,
+    surprisal_config,
+)
+
+WIDTHS = (512, 650, 768, 1024, 1500, 2048)
+BATCHES = (8, 16, 32, 64, 128, 256)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+IDS = {"p_ids": "*i64", "p_keep": "*u8", "p_count": "*i32", "p_targets": "*i64"}
+FLOATS = ("p_c", "p_c_saved", "p_c_next", "p_c_before", "p_dc", "p_held", "p_max", "p_sum", "p_hit",
+          "p_lse", "p_upstream", "p_best")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its compile-time constants.
+
+    Attributes:
+        home: `module:kernel`, imported when it is compiled.
+        signature: argument to Triton type.
+        options: of the launch: num_warps and so on.
+        spins: programs wait for each other.
+        products: tensor cores must be used.
+    """
+
+    name: str
+    home: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    spins: bool = False
+    products: bool = True
+
+    def kernel(self) -> Any:
+        module, name = self.home.split(":")
+        return getattr(importlib.import_module(f"fusion_model.kernels.{module}"), name)
+
+
+def make(
+    name: str,
+    home: str,
+    dtype: torch.dtype,
+    scalars: tuple[str, ...],
+    settings: Mapping[str, Any],
+    spins: bool = False,
+    products: bool = True,
+) -> Variant:
+    """A variant whose pointers are of `dtype`, but for those known to be float32 or integer."""
+    module, kernel = home.split(":")
+    found = importlib.import_module(f"fusion_model.kernels.{module}")
+    signature = dict.fromkeys(scalars, "i32")
+    for argument in getattr(found, kernel).arg_names:
+        if argument.startswith("p_"):
+            own = "*fp32" if argument in FLOATS else f"*{NAMES[dtype]}"
+            signature[argument] = IDS.get(argument, own)
+    options = {k: v for k, v in settings.items() if k.startswith("num_")}
+    if spins:
+        options["launch_cooperative_grid"] = True
+    constants = {k: v for k, v in settings.items() if k not in options}
+    return Variant(f"{name} {NAMES[dtype]}", home, signature, constants, options, spins, products)
+
+
+def _sequences(chip: int) -> Iterator[Variant]:
+    from fusion_model.kernels.triton_sequence import sequence_constants, sequence_kernel
+    from fusion_model.kernels.triton_sequence_backward import backward_settings
+
+    modes = {
+        "table": {"TABLE": True, "HAS_KEEP": False, "SAVE": False},
+        "train": {"TABLE": False, "HAS_KEEP": True, "SAVE": True},
+    }
+    seen = set()
+    for dtype in NAMES:
+        for hidden in WIDTHS if dtype == torch.bfloat16 else (512, 768):
+            for batch in BATCHES:
+                config = sequence_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
+                if config is None or (dtype, hidden, config) in seen:
+                    continue
+                seen.add((dtype, hidden, config))
+                width = padded(hidden, config.units)
+                settings = sequence_constants(config, dtype, width) | {"LIMIT": 0}
+                kernel = sequence_kernel(config).__name__
+                shape = f"{hidden} U{config.units} B{config.columns}"
+                back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
+                for mode, flags in modes.items():
+                    if mode == "train" and (back is None or back.units != config.units):
+                        continue
+                    yield make(
+                        f"sequence {mode} {shape}", f"triton_sequence:{kernel}", dtype,
+                        ("steps", "batch", "one"), settings | flags, spins=True,
+                    )  # fmt: skip
+            back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, 16, dtype)
+            if back is not None:
+                settings = backward_settings(back, dtype, padded(hidden, back.units))
+                yield make(
+                    f"sequence backward {hidden} U{back.units} B{back.columns}",
+                    "triton_sequence_backward:sequence_backward_kernel", dtype,
+                    ("steps", "batch"), settings | {"HAS_KEEP": True, "LIMIT": 0}, spins=True,
+                )  # fmt: skip
+
+
+def _rows() -> Iterator[Variant]:
+    from fusion_model.kernels.triton_rows import backward_constants, forward_constants
+
+    for dtype in NAMES:
+        for hidden in WIDTHS if dtype == torch.bfloat16 else (768,):
+            for rows in (16, 64, 8192):
+                units = step_units(rows, hidden)
+                width = padded(hidden, units)
+                for mode, flags in {
+                    "decode": {"INPUT": 2, "HAS_KEEP": False, "SAVE": False},
+                    "train": {"INPUT": 1, "HAS_KEEP": True, "SAVE": True},
+                }.items():
+                    settings = forward_constants(rows, dtype, width, units) | flags
+                    yield make(
+                        f"rows {mode} {hidden} N{rows}", "triton_rows:rows_forward", dtype,
+                        ("n", "batch"), settings,
+                    )  # fmt: skip
+                settings = backward_constants(rows, dtype, width, units) | {"HAS_KEEP": True}
+                yield make(
+                    f"rows backward {hidden} N{rows}", "triton_rows:rows_backward", dtype,
+                    ("n", "n_next", "batch"), settings,
+                )  # fmt: skip
+
+
+def _surprisal() -> Iterator[Variant]:
+    for dtype in NAMES:
+        config = surprisal_config(dtype)
+        settings = {
+            "D": 512,
+            "HAS_BIAS": True,
+            "BLOCK_N": config.rows,
+            "BLOCK_V": config.columns,
+            "BLOCK_K": config.depth,
+            "PRECISION": precision(dtype),
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+        for kernel in ("surprisal_forward", "surprisal_backward"):
+            yield make(
+                kernel.replace("_", " "), f"triton_surprisal:{kernel}", dtype, ("n", "v"), settings
+            )
+
+
+def variants(chip: int) -> list[Variant]:
+    """What ships for a chip: 80, 90 or 100."""
+    return [*_surprisal(), *_rows(), *_sequences(chip)]
