@@ -321,4 +321,6 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             features, targets = features[real], targets[real]
         else:
             features, targets = features.flatten(0, 1), targets.flatten()
-        return target_log_probs(features, self.lm_head.weight, self.lm_head.bias, targets)
+        return target_log_probs(
+            features, self.lm_head.weight, self.lm_head.bias, targets, backend=self.backend
+        )

@@ -1,4 +1,4 @@
-"""Every shipped kernel configuration, compiled ahead of time for chips that are not here, and judged.
+"""Every shipped kernel configuration, compiled ahead of time for chips not here, and judged.
 
 What ptxas and the disassembler say decides: registers, spills, shared memory, tensor-core
 instructions, local loads in the time loop, and that each release comes after a barrier that comes
@@ -170,5 +170,3 @@ def gate(
 def _seen(report: Report, each: Callable[[Report], None]) -> Report:
     each(report)
     return report
-
-

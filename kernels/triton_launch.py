@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -48,11 +49,6 @@ INTERPRETER = Chip(0, 64, 232_448, cooperative=False)  # see `spinning_runner`
 def interpreting() -> bool:
     """Whether Triton's interpreter stands in for a GPU, as in the tests."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -92,22 +88,18 @@ def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
     wide = dtype == torch.float32
     if rows <= 64 or units < 32:
         tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return TileConfig(tall, units, 64 if wide else 128, 4, 3)
+        return TileConfig(tall, units, 32 if wide else 128, 4, 3)
     return TileConfig(64 if wide else 128, units, 32 if wide else 64, 8, 3 if wide else 4)
 
 
 def step_backward_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
-    """Backward step: a product [rows, 4 HP] x [4 HP, units], then the gates' derivatives."""
-    wide = dtype == torch.float32
-    tall = 16 if rows <= 16 else 64 if rows <= 64 or wide else 128
-    return TileConfig(tall, units, 64, 8 if tall == 128 else 4, 3)
+    """Backward step: a product [rows, 4 HP] x [4 HP, units] if few, then the derivatives."""
+    return TileConfig(64 if 16 < rows <= 64 else 16, units, 64, 4, 3)
 
 
 def step_units(rows: int, hidden: int) -> int:
     """Units a program when every step is a launch: few rows need many programs to share W."""
-    if rows <= 64 or hidden <= 64:
-        return 16
-    return 32 if hidden <= 512 else 64
+    return 16 if rows <= 64 or hidden <= 64 else 32
 
 
 def surprisal_config(dtype: torch.dtype) -> TileConfig:
@@ -171,7 +163,7 @@ def sequence_candidates(hidden: int, batch: int, dtype: torch.dtype) -> list[Seq
             found.append(SequenceConfig(8, columns, 8, chunk, n, 0, True))
         return found
     if hidden <= 1024:
-        warps = 4 if hidden <= 768 and columns <= 16 else 8
+        warps = 4 if columns == 8 or (hidden <= 768 and columns == 16) else 8
         chunk, n = _chunks(padded(hidden, 8), warps, 128)
         if batch <= 32:
             found.append(SequenceConfig(8, columns, warps, chunk, n, 0, True))
@@ -192,7 +184,7 @@ def sequence_config(
     chip: Chip, hidden: int, batch: int, dtype: torch.dtype
 ) -> SequenceConfig | None:
     """The persistent forward launch, or None: then every step is a launch of its own."""
-    if not chip.cooperative or chip.capability == 80 and hidden > 768:
+    if not chip.cooperative or (chip.capability == 80 and hidden > 768):
         return None
     for config in sequence_candidates(hidden, batch, dtype):
         programs = config.programs(padded(hidden, config.units)) * config.groups(batch)
@@ -256,7 +248,9 @@ def check_grid(chip: Chip, programs: int, kernel: str) -> None:
 Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
 
-def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     kernel[grid](*args, **options)
 
 
@@ -271,13 +265,16 @@ def launch_spinning(
 ) -> None:
     """Launch a kernel whose programs wait for each other: cooperative, and only if it fits."""
     check_grid(chip_of(device), grid[0] * grid[1], kernel.fn.__name__)
-    spinning_runner(kernel, grid, args, {**options, "launch_cooperative_grid": True})
+    cooperative = {"launch_cooperative_grid": True, "enable_fp_fusion": True}
+    spinning_runner(kernel, grid, args, options | cooperative)
 
 
 _checked: dict[tuple[Any, ...], bool] = {}
 
 
-def trusted(name: str, key: tuple[Any, ...], device: torch.device, check: Callable[[], bool]) -> bool:
+def trusted(
+    name: str, key: tuple[Any, ...], device: torch.device, check: Callable[[], bool]
+) -> bool:
     """Whether a kernel agrees with the reference here; found out once a device and configuration.
 
     A kernel that fails, or disagrees, is not used: a warning names it, and the caller computes

@@ -9,7 +9,7 @@ H hidden width, HP = H padded, U units a block, L layers.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,37 @@ from fusion_model.kernels.triton_sequence_backward import sequence_backward
 from torch import Tensor
 
 State = tuple[Tensor, Tensor]
+
+
+class Forward(NamedTuple):
+    """Arguments of whatever runs a layer forward; see `lstm_rows`. h, c, … are filled."""
+
+    x_gates: Tensor
+    ids: Tensor | None
+    w: Tensor
+    h: Tensor
+    c: Tensor
+    keep: Tensor | None
+    c_saved: Tensor | None
+    gates: Tensor | None
+    rows: Rows
+    shared: bool
+    units: int
+
+
+class Backward(NamedTuple):
+    """Arguments of whatever runs a layer backward; grad and held are filled, dc is replaced."""
+
+    dh: Tensor
+    dc: Tensor
+    w: Tensor
+    c_saved: Tensor
+    gates: Tensor
+    keep: Tensor | None
+    grad: Tensor
+    held: Tensor
+    rows: Rows
+    units: int
 
 
 def pack(w: Tensor, units: int) -> Tensor:
@@ -127,74 +158,72 @@ def _plain_backward(
         following[:] = _packed([torch.where(real, p, 0.0) for p in parts], units)
 
 
-def _run_forward(persistent: bool, args: tuple[Any, ...]) -> None:
+def _run_forward(persistent: bool, args: Forward) -> None:
     """Fill the outputs by the first kernel that fits and agrees with the reference."""
-    x_gates, ids, w, h, c, keep, c_saved, gates, rows, shared, units = args
-    width, dtype, device = w.shape[1], h.dtype, h.device
-    key = (dtype, width, units, ids is not None, keep is not None, gates is not None)
-    config = sequence_config(chip_of(device), width, rows.batch, dtype) if persistent else None
+    width, batch, dtype, device = args.w.shape[1], args.rows.batch, args.h.dtype, args.h.device
+    given = args.ids is not None, args.keep is not None, args.gates is not None
+    key = (dtype, width, args.units, *given)
+    config = sequence_config(chip_of(device), width, batch, dtype) if persistent else None
     if config is not None:
 
         def launch(*given: Any) -> None:
             sequence_forward(*given[:8], given[8].steps, config)
 
-        def agrees() -> bool:
-            return _agrees_forward(launch, args)
-
-        if trusted("sequence_forward", (*key, config), device, agrees):
+        if trusted(
+            "sequence_forward", (*key, config), device, lambda: _agrees_forward(launch, args)
+        ):
             return launch(*args)
-    size = (rows.active(0) > 16, rows.active(0) > 64, shared)
+    size = (args.rows.active(0) > 16, args.rows.active(0) > 64, args.shared)
     if trusted("rows_forward", key + size, device, lambda: _agrees_forward(steps_forward, args)):
         return steps_forward(*args)
     return _plain_forward(*args)
 
 
-def _agrees_forward(run: Any, args: tuple[Any, ...]) -> bool:
+def _agrees_forward(run: Any, args: Forward) -> bool:
     """Whether `run` gives what PyTorch gives, on at most three steps of the same input."""
-    x_gates, ids, w, h, c, keep, c_saved, gates, rows, shared, units = args
-    few = Rows(rows.batch, min(rows.steps, 3 if rows.count == 1 else rows.steps), rows.count)
+    rows, count = args.rows, len(args.c)
+    if rows.count == 1:
+        rows = Rows(rows.batch, min(rows.steps, 3), 1)
+    total = rows.offsets()[-1]
+    ends = {"h": count + total, "c": count, "c_saved": count + total, "gates": total}
     results = []
     for function in (run, _plain_forward):
-        outputs = [None if o is None else o.clone() for o in (h, c, c_saved, gates)]
-        function(x_gates, ids, w, *outputs[:2], keep, *outputs[2:], few, shared, units)
-        end = len(c) + few.offsets()[-1]
-        ends = (end, len(c), end, few.offsets()[-1])
-        results.append([o[:n] for o, n in zip(outputs, ends, strict=True) if o is not None])
-    return all(close(a, b, h.dtype) for a, b in zip(*results, strict=True))
+        values = {name: getattr(args, name) for name in ends}
+        fresh = {name: None if v is None else v.clone() for name, v in values.items()}
+        function(*args._replace(**fresh, rows=rows))
+        results.append(
+            [fresh[name][:end] for name, end in ends.items() if values[name] is not None]
+        )
+    return all(close(a, b, args.h.dtype) for a, b in zip(*results, strict=True))
 
 
-def _run_backward(persistent: bool, args: tuple[Any, ...]) -> None:
-    dh, dc, w, c_saved, gates, keep, grad, held, rows, units = args
-    width, device = w.shape[1], dh.device
-    key = (dh.dtype, width, units, keep is not None)
-    chip = chip_of(device)
-    config = sequence_backward_config(chip, width, rows.batch, dh.dtype) if persistent else None
-    if config is not None and config.units == units:
+def _run_backward(persistent: bool, args: Backward) -> None:
+    """As `_run_forward`."""
+    width, batch, dtype, device = args.w.shape[1], args.rows.batch, args.w.dtype, args.w.device
+    key = (dtype, width, args.units, args.keep is not None)
+    config = sequence_backward_config(chip_of(device), width, batch, dtype) if persistent else None
+    if config is not None and config.units == args.units:
 
         def launch(*given: Any) -> None:
             sequence_backward(*given[:8], given[8].steps, config)
 
-        def agrees() -> bool:
-            return _agrees_backward(launch, args)
-
-        if trusted("sequence_backward", (*key, config), device, agrees):
+        if trusted(
+            "sequence_backward", (*key, config), device, lambda: _agrees_backward(launch, args)
+        ):
             return launch(*args)
-    size = (rows.active(0) > 16, rows.active(0) > 64)
+    size = (args.rows.active(0) > 16, args.rows.active(0) > 64)
     if trusted("rows_backward", key + size, device, lambda: _agrees_backward(steps_backward, args)):
         return steps_backward(*args)
     return _plain_backward(*args)
 
 
-def _agrees_backward(run: Any, args: tuple[Any, ...]) -> bool:
-    dh, dc, w, c_saved, gates, keep, grad, held, rows, units = args
+def _agrees_backward(run: Any, args: Backward) -> bool:
     results = []
     for function in (run, _plain_backward):
-        outputs = [o.clone() for o in (dc, grad, held)]
-        function(
-            dh, outputs[0], w, c_saved, gates, keep, outputs[1], outputs[2], rows, units
-        )
-        results.append(outputs)
-    return all(close(a, b, dh.dtype) for a, b in zip(*results, strict=True))
+        fresh = {name: getattr(args, name).clone() for name in ("dc", "grad", "held")}
+        function(*args._replace(**fresh))
+        results.append(list(fresh.values()))
+    return all(close(a, b, args.w.dtype) for a, b in zip(*results, strict=True))
 
 
 @torch.library.custom_op("fusion_lm::lstm_rows", mutates_args=())
@@ -238,7 +267,7 @@ def lstm_rows(
     if save:
         c_saved[:count] = c
     saved = (c_saved, gates) if save else (None, None)
-    _run_forward(persistent, (x_gates, ids, w, h, c, keep, *saved, rows, shared, units))
+    _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, *saved, rows, shared, units))
     return h, c, c_saved, gates
 
 
@@ -287,7 +316,7 @@ def lstm_rows_backward(
     rows = Rows(batch, steps, count // batch)
     offsets = rows.offsets()
     grad, dc, held = torch.empty_like(gates), dc.clone(), torch.zeros_like(dc)
-    _run_backward(persistent, (dh, dc, w, c_saved, gates, keep, grad, held, rows, units))
+    _run_backward(persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units))
     of_h0 = ((grad[:count] @ w).float() + dh[:count] + held).to(dh.dtype)
     if rows.count == 1:
         h_before, of_x = h[: offsets[-1]], grad
@@ -362,9 +391,7 @@ def _layer(
     save = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, *initial, w_ih, w_hh, b_ih, b_hh)
     )
-    plan = rows_plan(
-        chip_of(x.device), hidden, rows.batch, rows.count, x.dtype, rows.steps, save
-    )
+    plan = rows_plan(chip_of(x.device), hidden, rows.batch, rows.count, x.dtype, rows.steps, save)
     fill = (0, padded(hidden, plan.units) - hidden)
     if ids is None:
         x_gates = F.linear(x, pack(w_ih, plan.units), pack(b_ih + b_hh, plan.units))

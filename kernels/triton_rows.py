@@ -18,6 +18,7 @@ from fusion_model.kernels.triton_launch import precision, step_backward_config, 
 from fusion_model.kernels.triton_math import sigmoid, split_gates, tanh
 from torch import Tensor
 
+FUSED_ROWS = 64  # a backward step of more multiplies by PyTorch: its tiles re-use more than ours
 OWN, SHARED, TABLE = 0, 1, 2  # where a row's input gates lie: row n, row n % B, row ids[n % B]
 
 
@@ -113,7 +114,7 @@ def rows_forward(
 
 @triton.jit(do_not_specialize=["n", "n_next", "batch"])
 def rows_backward(
-    p_next,  # [N_{t+1}, 4 HP]: gradient of the next step's gates
+    p_next,  # [N_{t+1}, 4 HP]: gradient of the next step's gates; unless FUSED, its product with W
     p_w,  # [4 HP, HP]
     p_dh,  # [N_t, HP]: gradient of this step's h from outside
     p_dc,  # [N, HP] float32: gradient of c, replaced by the one before
@@ -127,6 +128,7 @@ def rows_backward(
     n_next,
     batch,
     WIDTH: tl.constexpr,
+    FUSED: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -139,15 +141,17 @@ def rows_backward(
     o_row = tl.where(o_n < n, o_n, 0).to(tl.int64)
     o_u = i_u * UNITS + tl.arange(0, UNITS)
     o_k = tl.arange(0, BLOCK_K)
+    o_state = o_row[:, None] * WIDTH + o_u[None, :]
     dh = tl.zeros((BLOCK_N, UNITS), tl.float32)
-    if i_n * BLOCK_N < n_next:
+    if not FUSED:
+        dh += tl.load(p_next + o_state, mask=(o_n < n_next)[:, None], other=0.0).to(tl.float32)
+    elif i_n * BLOCK_N < n_next:
         o_g = o_row[:, None] * (4 * WIDTH) + o_k[None, :]
         o_w = o_k[:, None] * WIDTH + o_u[None, :]
         for k in range(0, 4 * WIDTH, BLOCK_K):  # BLOCK_K divides 4 WIDTH: 64 and a multiple of 16
             b_g = tl.load(p_next + o_g + k, mask=(o_n < n_next)[:, None], other=0.0)
             b_w = tl.load(p_w + o_w + k * WIDTH)
             dh = tl.dot(b_g, b_w, dh, input_precision=PRECISION)
-    o_state = o_row[:, None] * WIDTH + o_u[None, :]
     store = (o_n < n)[:, None] & (o_u >= 0)[None, :]
     dh += tl.load(p_dh + o_state).to(tl.float32)
     dc = tl.load(p_dc + o_state)
@@ -191,6 +195,7 @@ def forward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str
         "PRECISION": precision(dtype),
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "enable_fp_fusion": True,
     }
 
 
@@ -199,10 +204,12 @@ def backward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[st
     config = step_backward_config(rows, dtype, units)
     constants = forward_constants(rows, dtype, width, units)
     return constants | {
+        "FUSED": rows <= FUSED_ROWS,
         "BLOCK_N": config.rows,
         "BLOCK_K": config.depth,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "enable_fp_fusion": True,
     }
 
 
@@ -269,8 +276,11 @@ def steps_backward(
         constants = backward_constants(n, w.dtype, width, units)
         grid = (triton.cdiv(n, constants["BLOCK_N"]) * (width // units),)
         before = 0 if t == 0 else count + offsets[t - 1]
+        following = grad[done + n : done + n + n_next]
+        if n_next and not constants["FUSED"]:
+            following = following @ w
         rows_backward[grid](
-            grad[done + n :] if n_next else grad,
+            following if n_next else grad,
             w,
             dh[count + done :],
             dc,

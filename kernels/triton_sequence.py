@@ -220,8 +220,8 @@ def sequence_forward_shared(
     staged = ()
     for j in tl.static_range(STAGED):
         if MASKED:
-            m_k = (o_k + j * CHUNK < WIDTH)[None, :]
-            staged = staged + (tl.load(p_w + o_w + j * CHUNK, mask=m_k, other=0.0),)
+            m_w = (o_k + j * CHUNK < WIDTH)[None, :]
+            staged = staged + (tl.load(p_w + o_w + j * CHUNK, mask=m_w, other=0.0),)
         else:
             staged = staged + (tl.load(p_w + o_w + j * CHUNK),)
     o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
@@ -236,8 +236,8 @@ def sequence_forward_shared(
         z = tl.zeros((GATES, COLUMNS), tl.float32)
         for j in tl.static_range(STAGED):
             if MASKED:
-                m_k = (o_k + j * CHUNK < WIDTH)[:, None]
-                b_h = tl.load(p_h_t + o_h + j * CHUNK, mask=m_k, other=0.0, volatile=True)
+                m_h = (o_k + j * CHUNK < WIDTH)[:, None]
+                b_h = tl.load(p_h_t + o_h + j * CHUNK, mask=m_h, other=0.0, volatile=True)
             else:
                 b_h = tl.load(p_h_t + o_h + j * CHUNK, volatile=True)
             z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)

@@ -142,6 +142,7 @@ def _settings(x: Tensor, bias: Tensor | None) -> tuple[dict[str, Any], int, int]
         "PRECISION": precision(x.dtype),
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "enable_fp_fusion": True,
     }
     return options, config.rows, config.columns
 
@@ -206,9 +207,7 @@ def _agrees(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     y = torch.arange(200, device=x.device) % len(weight)
     got, expected = _forward(x, weight, bias, y), _plain_forward(x, weight, bias, y)
     inputs = (x.new_ones(200, dtype=torch.float32), x, weight, bias, y, expected[1])
-    pairs = zip(
-        (*got, *_backward(*inputs)), (*expected, *_plain_backward(*inputs)), strict=True
-    )
+    pairs = zip((*got, *_backward(*inputs)), (*expected, *_plain_backward(*inputs)), strict=True)
     return all(close(a, b, x.dtype) for a, b in pairs)
 
 

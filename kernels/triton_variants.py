@@ -70,7 +70,8 @@ def make(
         if argument.startswith("p_"):
             own = "*fp32" if argument in FLOATS else f"*{NAMES[dtype]}"
             signature[argument] = IDS.get(argument, own)
-    options = {k: v for k, v in settings.items() if k.startswith("num_")}
+    options = {k: v for k, v in settings.items() if k.startswith("num_") or k == "enable_fp_fusion"}
+    options["enable_fp_fusion"] = True
     if spins:
         options["launch_cooperative_grid"] = True
     constants = {k: v for k, v in settings.items() if k not in options}
@@ -135,7 +136,7 @@ def _rows() -> Iterator[Variant]:
                 settings = backward_constants(rows, dtype, width, units) | {"HAS_KEEP": True}
                 yield make(
                     f"rows backward {hidden} N{rows}", "triton_rows:rows_backward", dtype,
-                    ("n", "n_next", "batch"), settings,
+                    ("n", "n_next", "batch"), settings, products=settings["FUSED"],
                 )  # fmt: skip
 
 
