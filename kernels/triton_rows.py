@@ -9,37 +9,17 @@ row R-2, …), T steps, N_t rows active at step t, M = sum of N_t, U units a blo
 Gates are packed [HP / U blocks, 4 gates, U units] along their axis of 4 HP.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
+from fusion_model.kernels.packed_rows import Rows
 from fusion_model.kernels.triton_launch import precision, step_backward_config, step_config
 from fusion_model.kernels.triton_math import sigmoid, split_gates, tanh
 from torch import Tensor
 
 FUSED_ROWS = 64  # a backward step of more multiplies by PyTorch: its tiles re-use more than ours
 OWN, SHARED, TABLE = 0, 1, 2  # where a row's input gates lie: row n, row n % B, row ids[n % B]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows run when: row r of R ends at step T - R + r."""
-
-    batch: int
-    steps: int
-    count: int  # R
-
-    def active(self, t: int) -> int:
-        """N_t."""
-        return self.batch * (self.count - max(0, t - (self.steps - self.count)))
-
-    def offsets(self) -> list[int]:
-        """Rows before step t, for t = 0..T; the last is M."""
-        found = [0]
-        for t in range(self.steps):
-            found.append(found[-1] + self.active(t))
-        return found
 
 
 @triton.jit(do_not_specialize=["n", "batch"])

@@ -15,7 +15,7 @@ from triton_programs import concurrent_programs
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import triton_lstm, triton_sequence
+from fusion_model.kernels import packed_rows, triton_operator, triton_sequence
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_every_kind_of_persistent_launch(
     if kind == "hybrid":  # the real choice has 65 programs here: fewer units, the same kernel
         few = triton_launch.SequenceConfig(16, 8, 8, 16, 1, 1, True)
         monkeypatch.setattr(triton_launch, "sequence_config", lambda *_: few)
-        monkeypatch.setattr(triton_lstm, "sequence_config", lambda *_: few)
+        monkeypatch.setattr(triton_operator, "sequence_config", lambda *_: few)
         hidden = 40
     case = Case(batch, 3, 4, hidden, 1, torch.float16)
     leaves = [leaf.detach() for leaf in case.leaves(torch.float16)]
@@ -179,7 +179,7 @@ def test_prefixes(shape: tuple[int, ...], start: int, masked: bool, dtype: torch
 def test_packing_puts_a_program_together(units: int) -> None:
     hidden = 37
     w = torch.arange(4 * hidden * 2).view(4 * hidden, 2) + 1
-    packed = triton_lstm.pack(w, units)
+    packed = packed_rows.pack(w, units)
     blocks = packed.view(padded(hidden, units) // units, 4, units, 2)
     for unit in range(padded(hidden, units)):
         for gate in range(4):
@@ -224,7 +224,7 @@ def test_a_debug_build_gives_up_waiting() -> None:
     hidden, units = 16, 8
     config = triton_launch.SequenceConfig(units, 8, 2, 16, 1, 0, True)
     case = Case(1, 3, 4, hidden, 1, torch.float32)
-    w = triton_lstm.pack(case.flat[1], units)
+    w = packed_rows.pack(case.flat[1], units)
     h, c = torch.zeros(4, hidden), torch.zeros(1, hidden)
     gates = torch.randn(3, 4 * hidden)
 
