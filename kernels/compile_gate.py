@@ -5,12 +5,14 @@ instructions, local loads in the time loop, and that each release comes after a 
 after the stores. The same limits hold for every triton version.
 """
 
+import multiprocessing
 import re
 import subprocess
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,17 +158,13 @@ def examine(variant: Variant, chip: int) -> Report:
 
 
 def gate(
-    work: list[tuple[Variant, int]], jobs: int, each: Callable[[Report], None] = lambda _: None
+    work: list[tuple[Variant, int]], jobs: int, done: Callable[[int], None] = lambda _: None
 ) -> list[Report]:
-    """Reports in the order of `work`, by `jobs` processes; `each` sees them as they come."""
-    if jobs == 1:
-        reports = map(examine, *zip(*work, strict=True)) if work else iter(())
-        return [_seen(report, each) for report in reports]
-    with ProcessPoolExecutor(jobs) as pool:
-        done = pool.map(examine, *zip(*work, strict=True))
-        return [_seen(report, each) for report in done]
-
-
-def _seen(report: Report, each: Callable[[Report], None]) -> Report:
-    each(report)
-    return report
+    """Reports in the order of `work`, by `jobs` processes; `done` hears how many are finished."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context) if jobs > 1 else nullcontext() as pool:
+        reports = []
+        for report in (pool.map if pool else map)(examine, *zip(*work, strict=True)):
+            reports.append(report)
+            done(len(reports))
+    return reports

@@ -99,10 +99,11 @@ def decode_choose(
     if TOP_K:
         # The k-th greatest, bit by bit, over unsigned integers in the order of the floats.
         bits = z.to(tl.int32, bitcast=True)
-        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) - (-2147483648)
         bound = count * 0
+        one = bound + 1  # a tensor: 1 << 31 itself would be taken for an int32
         for bit in tl.static_range(32):
-            higher = bound + (1 << (31 - bit))
+            higher = bound + (one << (31 - bit))
             enough = tl.sum((order >= higher).to(tl.int32), axis=0) >= k
             bound = tl.where(enough, higher, bound)
         m_v = m_v & (order >= bound)

@@ -269,7 +269,8 @@ def launch_spinning(
     spinning_runner(kernel, grid, args, options | cooperative)
 
 
-_checked: dict[tuple[Any, ...], bool] = {}
+checked: dict[tuple[Any, ...], bool] = {}
+"""(kernel, device, configuration) -> whether it agreed with the reference."""
 
 
 def trusted(
@@ -284,24 +285,24 @@ def trusted(
     if interpreting():
         return True  # the tests compare every kernel with the reference themselves
     where = (name, str(device), *key)
-    if where not in _checked:
+    if where not in checked:
         if torch.cuda.is_current_stream_capturing():
             return True
-        _checked[where] = True  # the check itself comes through here
+        checked[where] = True  # the check itself comes through here
         reason = "its results differ from the reference's"
         try:
-            _checked[where] = check()
+            checked[where] = check()
         except Exception as error:  # whatever Triton or the driver raise: the fallback is right
-            _checked[where] = False
+            checked[where] = False
             reason = f"{type(error).__name__}: {error}"
-        if not _checked[where]:
+        if not checked[where]:
             warnings.warn(
                 f"Triton kernel {name} {key} is not used on {device}, PyTorch computes instead: "
                 f"{reason}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return _checked[where]
+    return checked[where]
 
 
 def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

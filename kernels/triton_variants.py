@@ -23,9 +23,10 @@ from fusion_model.kernels.triton_launch import (
 WIDTHS = (512, 650, 768, 1024, 1500, 2048)
 BATCHES = (8, 16, 32, 64, 128, 256)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-IDS = {"p_ids": "*i64", "p_keep": "*u8", "p_count": "*i32", "p_targets": "*i64"}
+IDS = {"p_ids": "*i64", "p_targets": "*i64", "p_tokens": "*i64", "p_seed": "*i64",
+       "p_keep": "*u8", "p_done": "*u8", "p_count": "*i32"}  # fmt: skip
 FLOATS = ("p_c", "p_c_saved", "p_c_next", "p_c_before", "p_dc", "p_held", "p_max", "p_sum", "p_hit",
-          "p_lse", "p_upstream", "p_best")  # fmt: skip
+          "p_lse", "p_upstream", "p_logits", "p_temperature")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def make(
         if argument.startswith("p_"):
             own = "*fp32" if argument in FLOATS else f"*{NAMES[dtype]}"
             signature[argument] = IDS.get(argument, own)
+    if kernel == "decode_choose":
+        signature["p_count"] = "*i64"
     options = {k: v for k, v in settings.items() if k.startswith("num_") or k == "enable_fp_fusion"}
     options["enable_fp_fusion"] = True
     if spins:
@@ -140,6 +143,25 @@ def _rows() -> Iterator[Variant]:
                 )  # fmt: skip
 
 
+def _decode() -> Iterator[Variant]:
+    from fusion_model.kernels.triton_decode import linear_constants
+
+    for dtype in NAMES:
+        for rows in (1, 64):
+            for fusion, outputs, width in ((0, 8192, 512), (1, 512, 768), (2, 768, 768)):
+                settings = linear_constants(rows, outputs, width, dtype)
+                settings |= {"STRIDE": width, "FUSION": fusion, "ROWS": fusion > 0}
+                name = f"{('vocabulary', 'projection', 'gate')[fusion]} N{rows}"
+                scalars = ("n", "outputs")
+                yield make(name, "triton_decode:decode_linear", dtype, scalars, settings)
+    for mode, greedy in (("greedy", True), ("sample top k", False)):
+        settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": 8192, "num_warps": 8}
+        yield make(
+            mode, "triton_decode:decode_choose", torch.float32,
+            ("v", "batch", "steps", "k", "eos"), settings, products=False,
+        )  # fmt: skip
+
+
 def _surprisal() -> Iterator[Variant]:
     for dtype in NAMES:
         config = surprisal_config(dtype)
@@ -161,4 +183,4 @@ def _surprisal() -> Iterator[Variant]:
 
 def variants(chip: int) -> list[Variant]:
     """What ships for a chip: 80, 90 or 100."""
-    return [*_surprisal(), *_rows(), *_sequences(chip)]
+    return [*_surprisal(), *_rows(), *_decode(), *_sequences(chip)]
