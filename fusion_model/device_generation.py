@@ -28,7 +28,8 @@ def _decoder(model: FusionLMForCausalLM, batch: int, steps: int, **options: Any)
         model.lm_head.bias,
         gate,
     )
-    return Decoder(weights, batch, steps, eos=model.config.eos_token_id, **options)
+    eos = -1 if model.config.eos_token_id is None else model.config.eos_token_id
+    return Decoder(weights, batch, steps, eos=eos, **options)
 
 
 def _set_prefix(decoder: Any, model: FusionLMForCausalLM, e: Tensor | None) -> None:

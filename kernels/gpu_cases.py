@@ -53,8 +53,8 @@ def cases(operation: str) -> list[Case]:
         shapes = [(1, 16, 20), (1000, 512, 8192), (777, 100, 5003), (4099, 650, 1000)]
         return [Case("surprisal", t, n, 0, d, v) for t in TYPES for n, d, v in shapes]
     if operation == "prefix":
-        shapes = [(1, 1, 3, 5), (7, 13, 24, 100), (32, 25, 512, 768)]
-        found = [Case("prefix", t, *shape) for t in TYPES for shape in shapes]
+        sizes = [(1, 1, 3, 5), (7, 13, 24, 100), (32, 25, 512, 768)]
+        found = [Case("prefix", t, *size) for t in TYPES for size in sizes]
         return found + [Case("prefix", t, 5, 9, 64, 650, layers=2, masked=True) for t in TYPES]
     found = []  # sequences
     for t in TYPES:
@@ -85,7 +85,7 @@ def build(case: Case, device: torch.device, seed: int = 0) -> tuple[list[Tensor]
         n, d, v = case.batch, case.width, case.hidden
         leaves = [random(n, d), random(v, d, scale=d**-0.5), random(v)]
         y = torch.randint(v, (n,), generator=generator).to(device)
-        return leaves, lambda t, backend: [target_log_probs(*t, y, backend=backend)]
+        return leaves, lambda t, backend: [target_log_probs(t[0], t[1], t[2], y, backend=backend)]
     b, t, d, h = case.batch, case.steps, case.width, case.hidden
     mask = None
     if case.masked:

@@ -179,12 +179,12 @@ def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) ->
     def ours() -> Any:
         with torch.set_grad_enabled(training):
             out = prefix_lstm(x, e, e, module.all_weights, backend="triton")
-        return torch.autograd.grad(out.sum(), module.parameters()) if training else out
+        return torch.autograd.grad(out.sum(), list(module.parameters())) if training else out
 
     def theirs() -> Any:
         with torch.set_grad_enabled(training):
             out = module(packed, (initial, initial))[1][0]
-        return torch.autograd.grad(out.sum(), module.parameters()) if training else out
+        return torch.autograd.grad(out.sum(), list(module.parameters())) if training else out
 
     name = f"prefixes {NAMES[dtype]} {len(lengths)} rows" + ", training" * training
     row = versus(name, ours, theirs, goal=4.0)
@@ -202,17 +202,18 @@ def surprisals(n: int = 8192) -> Iterator[Result]:
 
 
 def _surprisal(dtype: torch.dtype, n: int, training: bool) -> Result:
-    leaves = [_random(dtype, *shape).requires_grad_() for shape in ((n, D), (V, D), (V,))]
+    shapes = ((n, D), (V, D), (V,))
+    leaves = x, w, bias = [_random(dtype, *shape).requires_grad_() for shape in shapes]
     y = torch.randint(V, (n,), device=DEVICE)
 
     def ours() -> Any:
         with torch.set_grad_enabled(training):
-            out = target_log_probs(*leaves, y, backend="triton").sum()
+            out = target_log_probs(x, w, bias, y, backend="triton").sum()
         return torch.autograd.grad(out, leaves) if training else out
 
     def theirs() -> Any:
         with torch.set_grad_enabled(training):
-            out = -F.cross_entropy(F.linear(*leaves).float(), y, reduction="sum")
+            out = -F.cross_entropy(F.linear(x, w, bias).float(), y, reduction="sum")
         return torch.autograd.grad(out, leaves) if training else out
 
     row = versus(f"surprisal {NAMES[dtype]} N{n}" + ", training" * training, ours, theirs)

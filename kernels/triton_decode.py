@@ -298,8 +298,8 @@ class Decoder:
 
     def state(self) -> tuple[Tensor, Tensor]:
         """(h, c) after the last step, each [B, L, H]."""
-        h, c = self.h[self.parity], self.c
-        return tuple(s[:, :, : self.hidden].transpose(0, 1).to(h.dtype) for s in (h, c))
+        h, c = (s[:, :, : self.hidden].transpose(0, 1) for s in (self.h[self.parity], self.c))
+        return h.clone(), c.to(h.dtype)
 
 
 class TokenGraph:

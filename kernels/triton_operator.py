@@ -32,7 +32,8 @@ def _run_forward(persistent: bool, args: Forward) -> None:
     if config is not None:
 
         def launch(*given: Any) -> None:
-            sequence_forward(*given[:8], given[8].steps, config)
+            persistently: Any = sequence_forward
+            persistently(*given[:8], given[8].steps, config)
 
         if trusted(
             "sequence_forward", (*key, config), device, lambda: _agrees_forward(launch, args)
@@ -54,7 +55,7 @@ def _agrees_forward(run: Any, args: Forward) -> bool:
     results = []
     for function in (run, plain_forward):
         values = {name: getattr(args, name) for name in ends}
-        fresh = {name: None if v is None else v.clone() for name, v in values.items()}
+        fresh: Any = {name: None if v is None else v.clone() for name, v in values.items()}
         function(*args._replace(**fresh, rows=rows))
         results.append(
             [fresh[name][:end] for name, end in ends.items() if values[name] is not None]
@@ -70,7 +71,8 @@ def _run_backward(persistent: bool, args: Backward) -> None:
     if config is not None and config.units == args.units:
 
         def launch(*given: Any) -> None:
-            sequence_backward(*given[:8], given[8].steps, config)
+            persistently: Any = sequence_backward
+            persistently(*given[:8], given[8].steps, config)
 
         if trusted(
             "sequence_backward", (*key, config), device, lambda: _agrees_backward(launch, args)
@@ -85,7 +87,7 @@ def _run_backward(persistent: bool, args: Backward) -> None:
 def _agrees_backward(run: Any, args: Backward) -> bool:
     results = []
     for function in (run, plain_backward):
-        fresh = {name: getattr(args, name).clone() for name in ("dc", "grad", "held")}
+        fresh: Any = {name: getattr(args, name).clone() for name in ("dc", "grad", "held")}
         function(*args._replace(**fresh))
         results.append(list(fresh.values()))
     return all(close(a, b, args.w.dtype) for a, b in zip(*results, strict=True))
@@ -131,8 +133,8 @@ def lstm_rows(
     gates = x_gates.new_empty(total if save else 0, 4 * width)
     if save:
         c_saved[:count] = c
-    saved = (c_saved, gates) if save else (None, None)
-    _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, *saved, rows, shared, units))
+    saved, given = (c_saved, gates) if save else (None, None), (rows, shared, units)
+    _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, saved[0], saved[1], *given))
     return h, c, c_saved, gates
 
 
