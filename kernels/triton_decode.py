@@ -90,7 +90,10 @@ def decode_choose(
     TOP_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Greatest logit; or a sample, by Gumbel noise, among all tokens or the k greatest."""
+    """Greatest logit; or a sample, by Gumbel noise, among all tokens or the k greatest.
+
+    One program holds a sequence's logits: vocabularies much beyond 65 000 would spill.
+    """
     i_b = tl.program_id(0)
     o_v = tl.arange(0, BLOCK_V)
     m_v = o_v < v
@@ -192,6 +195,7 @@ class Decoder:
         tokens: chosen so far, row by row, [steps, B] int64.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         weights: DecodeWeights,
@@ -239,6 +243,7 @@ class Decoder:
     def _packed(self, w: Tensor) -> Tensor:
         return pack(w, self.units).contiguous()
 
+    @torch.no_grad()
     def start(self, ids: Tensor, h: Tensor, c: Tensor) -> None:
         """Go on from the last tokens [B] and the state before them, each [B, L, H]."""
         self.parity = 0
@@ -248,6 +253,7 @@ class Decoder:
         self.h[0, :, :, : self.hidden] = h.transpose(0, 1)
         self.c[:, :, : self.hidden] = c.transpose(0, 1)
 
+    @torch.no_grad()
     def set_prefix(
         self, addend: Tensor, e: Tensor | None = None, gate_addend: Tensor | None = None
     ) -> None:
