@@ -93,7 +93,7 @@ def test_readme_names_commands_that_exist() -> None:
     used = set(re.findall(r"^(?:\$ )?fusion-lm (\w[\w-]*)", README, re.MULTILINE))
     assert used
     assert used <= set(known)
-    for name, command in re.findall(r"fusion-lm ([a-z]\w*)([^\n`]*)", README):
+    for name, command in re.findall(r"fusion-lm ([a-z][\w-]*)([^\n`]*)", README):
         options = set(re.findall(r"--[\w-]+", command))
         assert options <= {o for p in known[name].params for o in p.opts}, (name, options)
 
