@@ -298,6 +298,7 @@ class Decoder:
             size, self.batch, len(self.tokens), self.top_k, self.eos,
             GREEDY=self.greedy, TOP_K=0 < self.top_k < size,
             BLOCK_V=triton.next_power_of_2(size), num_warps=8 if size <= 16_384 else 16,
+            enable_fp_fusion=True,
         )  # fmt: skip
         self.count += 1
         self.parity = 1 - self.parity

@@ -131,32 +131,32 @@ def surprisal_backward(
     tl.store(p_grad + o_grad, grad.to(p_grad.dtype.element_ty), mask=m_n[:, None] & (o_v < v)[None])
 
 
-def _settings(x: Tensor, bias: Tensor | None) -> tuple[dict[str, Any], int, int]:
-    config = surprisal_config(x.dtype)
-    options = {
-        "D": x.shape[1],
-        "HAS_BIAS": bias is not None,
+def surprisal_constants(width: int, dtype: torch.dtype, biased: bool) -> dict[str, Any]:
+    """Tile and launch settings of both kernels."""
+    config = surprisal_config(dtype)
+    return {
+        "D": width,
+        "HAS_BIAS": biased,
         "BLOCK_N": config.rows,
         "BLOCK_V": config.columns,
         "BLOCK_K": config.depth,
-        "PRECISION": precision(x.dtype),
+        "PRECISION": precision(dtype),
         "num_warps": config.warps,
         "num_stages": config.stages,
         "enable_fp_fusion": True,
     }
-    return options, config.rows, config.columns
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     n, v = len(x), len(weight)
-    options, rows, columns = _settings(x, bias)
-    tiles = triton.cdiv(v, columns)
+    options = surprisal_constants(x.shape[1], x.dtype, bias is not None)
+    tiles = triton.cdiv(v, options["BLOCK_V"])
     greatest, total = x.new_empty(2, tiles, n, dtype=torch.float32)
     hit = x.new_empty(n, dtype=torch.float32)
     if n:
-        grid = (triton.cdiv(n, rows) * tiles,)
+        grid = (triton.cdiv(n, options["BLOCK_N"]) * tiles,)
         surprisal_forward[grid](x, weight, bias, targets, greatest, total, hit, n, v, **options)
     lse = torch.logsumexp(greatest + total.log_(), 0)
     return hit - lse, lse
@@ -166,7 +166,7 @@ def _backward(
     upstream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     v = len(weight)
-    options, rows, columns = _settings(x, bias)
+    options = surprisal_constants(x.shape[1], x.dtype, bias is not None)
     grad_x = torch.empty_like(x)
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     grad_bias = x.new_zeros(v, dtype=torch.float32)
@@ -174,7 +174,7 @@ def _backward(
         part = slice(start, start + CHUNK)
         of_logits = x.new_empty(len(x[part]), v)
         n = len(of_logits)
-        grid = (triton.cdiv(n, rows) * triton.cdiv(v, columns),)
+        grid = (triton.cdiv(n, options["BLOCK_N"]) * triton.cdiv(v, options["BLOCK_V"]),)
         surprisal_backward[grid](
             x[part], weight, bias, targets[part], lse[part], upstream[part], of_logits, n, v,
             **options,

@@ -13,11 +13,9 @@ import torch
 from fusion_model.kernels.triton_launch import (
     KNOWN_CHIPS,
     padded,
-    precision,
     sequence_backward_config,
     sequence_config,
     step_units,
-    surprisal_config,
 )
 
 WIDTHS = (512, 650, 768, 1024, 1500, 2048)
@@ -163,22 +161,13 @@ def _decode() -> Iterator[Variant]:
 
 
 def _surprisal() -> Iterator[Variant]:
+    from fusion_model.kernels.triton_surprisal import surprisal_constants
+
     for dtype in NAMES:
-        config = surprisal_config(dtype)
-        settings = {
-            "D": 512,
-            "HAS_BIAS": True,
-            "BLOCK_N": config.rows,
-            "BLOCK_V": config.columns,
-            "BLOCK_K": config.depth,
-            "PRECISION": precision(dtype),
-            "num_warps": config.warps,
-            "num_stages": config.stages,
-        }
+        settings = surprisal_constants(512, dtype, True)
         for kernel in ("surprisal_forward", "surprisal_backward"):
-            yield make(
-                kernel.replace("_", " "), f"triton_surprisal:{kernel}", dtype, ("n", "v"), settings
-            )
+            name = kernel.replace("_", " ")
+            yield make(name, f"triton_surprisal:{kernel}", dtype, ("n", "v"), settings)
 
 
 def variants(chip: int) -> list[Variant]:

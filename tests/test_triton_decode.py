@@ -54,20 +54,20 @@ def choose(logits: Tensor, count: int, temperature: float, top_k: int, seed: int
 def test_sampling_has_the_softmaxs_frequencies() -> None:
     logits, temperature = torch.randn(5), 0.7
     drawn = torch.cat(
-        [choose(logits.expand(500, 5).contiguous(), n, temperature, 0) for n in (0, 1)]
+        [choose(logits.expand(150, 5).contiguous(), n, temperature, 0) for n in (0, 1)]
     )
     frequency = torch.bincount(drawn, minlength=5) / len(drawn)
     expected = torch.softmax(logits / temperature, -1)
-    assert (frequency - expected).abs().max() < 0.06  # over 3.5 standard deviations
-    assert not torch.equal(drawn[:500], drawn[500:])
+    assert (frequency - expected).abs().max() < 0.1  # 3.5 standard deviations
+    assert not torch.equal(drawn[:150], drawn[150:])
 
 
 @pytest.mark.parametrize("k", [1, 3, 99])
 def test_top_k_keeps_the_k_greatest(k: int) -> None:
-    logits = torch.randn(40, 100) * 5
+    logits = torch.randn(15, 100) * 5
     allowed = logits >= logits.topk(k).values[:, -1:]
     tokens = choose(logits, 0, 50.0, k)
-    assert allowed[torch.arange(40), tokens].all()
+    assert allowed[torch.arange(15), tokens].all()
     if k == 1:
         assert torch.equal(tokens, logits.argmax(-1))
     else:

@@ -23,8 +23,10 @@ def both(fusion: str, **options: object) -> tuple[FusionLMForCausalLM, FusionLMF
     return reference, kernels
 
 
-@pytest.mark.parametrize("per_position", [True, False], ids=["position", "sequence"])
-@pytest.mark.parametrize("fusion", FUSIONS)
+CASES = [(f, True) for f in FUSIONS] + [(f, False) for f in ("concat", "input", "init_both")]
+
+
+@pytest.mark.parametrize(("fusion", "per_position"), CASES)
 def test_logits_loss_and_gradients(fusion: str, per_position: bool) -> None:
     ids, mask = torch.tensor(IDS), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     e = torch.randn(2, 6, 5) if per_position else torch.randn(2, 5)
