@@ -27,8 +27,7 @@ def greedy(model: FusionLMForCausalLM, ids: Tensor, e: Tensor | None, steps: int
     return ids
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("prompt", [1, 3])
+@pytest.mark.parametrize(("prompt", "layers"), [(1, 2), (3, 1)])
 @pytest.mark.parametrize("fusion", [f for f in FUSIONS if f != "input"])
 def test_greedy_is_the_models(fusion: str, prompt: int, layers: int) -> None:
     model = small_model(fusion=fusion, num_layers=layers, vocab_size=70, initializer_range=2.0)
