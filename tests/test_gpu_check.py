@@ -58,14 +58,17 @@ def test_a_right_kernel_passes(case: Case) -> None:
     json.dumps(result)
 
 
-def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_kernel_fails(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     run = gpu_cases.target_log_probs
 
     def wrong(*args: Any, backend: str) -> torch.Tensor:
-        return run(*args, backend=backend) * (1.01 if backend == "triton" else 1)
+        return run(*args, backend=backend) * (factor if backend == "triton" else 1)
 
     monkeypatch.setattr(gpu_cases, "target_log_probs", wrong)
-    assert not gpu_cases.compare(SMALL[-1], CPU)["ok"]
+    result = gpu_cases.compare(SMALL[-1], CPU)
+    assert not result["ok"]
+    assert not result["of_budget"] <= 1
 
 
 def test_a_case_that_raises_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
