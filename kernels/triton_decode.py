@@ -130,10 +130,9 @@ def decode_choose(
 
 def linear_config(rows: int, outputs: int, dtype: torch.dtype) -> TileConfig:
     """Few rows: many programs share out the weights, each of which is read once."""
-    tall = 16 if rows <= 16 else 64
-    return TileConfig(
-        tall, 16 if outputs <= 2048 else 64, 64 if dtype == torch.float32 else 128, 4, 3
-    )
+    exact = dtype == torch.float32
+    tall = 16 if rows <= 16 else 32 if exact else 64
+    return TileConfig(tall, 16 if outputs <= 2048 else 64, 32 if exact else 128, 4, 3)
 
 
 def linear_constants(rows: int, outputs: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
