@@ -98,9 +98,8 @@ def run_parts(names: list[str], out: Path, tell: Callable[[str], None]) -> dict[
                 failure = f"exit {done.returncode}: {done.stderr[-500:]}"
         except subprocess.TimeoutExpired:
             failure = f"not done within {limit} s"
-        found = (
-            [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-        )
+        written = lines.read_text().split("\n")[:-1] if lines.exists() else []  # whole lines
+        found = [json.loads(line) for line in written]
         if failure is not None:
             found.append({"case": name, "ok": False, "error": failure})
         lines.unlink(missing_ok=True)
