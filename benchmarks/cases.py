@@ -41,6 +41,7 @@ MEANING = {
     "auto": "fusion-lm, backend auto",
     "torch": "fusion-lm on PyTorch's LSTM",
     "reference": "fusion-lm, plain equations",
+    "cudnn": "fusion-lm on cuDNN",
     "triton": "fusion-lm, Triton kernels",
     "fusion-lm": "fusion-lm",
     EAGER: "plain PyTorch: nn.LSTM (cuDNN on a GPU), nothing batched that users do not batch",

@@ -253,7 +253,7 @@ if installed("torch"):  # without it, only what runs an exported model is offere
     import fusion_model.cli_benchmarks  # noqa: F401  (its commands)
 
 
-from fusion_model import cli_experiments  # noqa: E402, F401  its command registers itself
+from fusion_model import cli_experiments, cli_kernels  # noqa: E402, F401  (commands)
 
 
 def main() -> None:

@@ -39,7 +39,9 @@ Onnx = Annotated[
     typer.Option(help="instead of a model: folder that fusion-lm export wrote; needs no PyTorch"),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="with --onnx (default: all cores)")]
-Backend = Annotated[str, typer.Option(help="of the recurrence: auto, torch, reference")]
+Backend = Annotated[
+    str, typer.Option(help="of the recurrence: auto, torch, cudnn, triton, reference")
+]
 
 
 def _fail(message: str, code: int = 1) -> None:

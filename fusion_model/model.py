@@ -60,6 +60,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         super().__init__(config)
         size, hidden, fusion = config.embedding_size, config.hidden_size, config.fusion
         self.backend = "auto"
+        self._gate_table: Any = None
         self.prefix_encoder: PrefixEncoder | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.lstm = nn.LSTM(
@@ -190,19 +191,25 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         e: Tensor | None,
         state: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x = self._embed(input_ids)
-        if self.config.fusion == "input":
-            assert e is not None
-            e = e if e.dim() == 3 else e[:, None].expand(-1, x.shape[1], -1)
-            x = torch.cat([x, e], dim=-1)
         if state is None:
-            zeros = x.new_zeros(x.shape[0], self.config.num_layers, self.config.hidden_size)
+            shape = len(input_ids), self.config.num_layers, self.config.hidden_size
+            zeros = self.embed_tokens.weight.new_zeros(shape)
             state = (zeros, zeros)
             if self.config.fusion in EARLY and e is not None:
                 rows = e[:, None].expand(-1, self.config.num_layers, -1)
                 state = self._initial_state(rows)
         elif not state[0].is_floating_point():
             raise ValueError("this state comes from prefix_embeds [B, T, E]: pass them again")
+        if self._tokens_suffice(input_ids.shape[1]):
+            from fusion_model.kernels.triton_lstm import lstm_tokens
+
+            weights = self.embed_tokens.weight, state, self.lstm.all_weights
+            return lstm_tokens(input_ids, *weights, self._gate_table, mask)
+        x = self._embed(input_ids)
+        if self.config.fusion == "input":
+            assert e is not None
+            e = e if e.dim() == 3 else e[:, None].expand(-1, x.shape[1], -1)
+            x = torch.cat([x, e], dim=-1)
         return lstm_sequence(
             x,
             state,
@@ -211,6 +218,22 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             dropout=self.config.dropout if self.training else 0.0,
             backend=self.backend,
         )
+
+    def _tokens_suffice(self, steps: int) -> bool:
+        """Whether the kernels may read a table of input gates, a row a token."""
+        if torch.is_grad_enabled() or self.training or self.config.fusion == "input":
+            return False
+        device = self.device
+        if torch.is_autocast_enabled(device.type):
+            return False
+        chosen = resolve_backend(self.backend, device, steps, dtype=self.dtype)
+        if chosen != "triton":
+            return False
+        from fusion_model.kernels.triton_lstm import GateTable
+
+        if self._gate_table is None:
+            self._gate_table = GateTable()
+        return self._gate_table.fits(self.embed_tokens.weight, self.lstm.all_weights[0])
 
     def _run_prefixes(
         self,
@@ -321,4 +344,6 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             features, targets = features[real], targets[real]
         else:
             features, targets = features.flatten(0, 1), targets.flatten()
-        return target_log_probs(features, self.lm_head.weight, self.lm_head.bias, targets)
+        return target_log_probs(
+            features, self.lm_head.weight, self.lm_head.bias, targets, backend=self.backend
+        )

@@ -1,4 +1,4 @@
-"""Recurrent operations behind one `backend=` choice. They know PyTorch only.
+"""Operations behind one `backend=` choice. They know PyTorch, and Triton where it is installed.
 
 Notation: B sequences, T steps, R prefix rows, D input width, H hidden width, V vocabulary,
 L layers. Gates are in PyTorch's order: input, forget, cell, output.

@@ -1,27 +1,91 @@
-"""The one place where a backend for the recurrent operations is chosen."""
+"""The one place where a backend for the operations is chosen."""
 
 import torch
+from fusion_model.kernels.triton_launch import DTYPES, HAS_TRITON, chip_of, interpreting
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "torch", "cudnn", "triton", "reference")
+OPERATIONS = ("sequence", "prefix", "surprisal")
 
 
-def resolve_backend(backend: str, device: torch.device | str, steps: int | None = None) -> str:
+def choose(
+    operation: str,
+    device: str,
+    capability: int,
+    dtype: torch.dtype | None,
+    steps: int | None,
+    triton: bool,
+) -> str:
+    """What `auto` means: a pure function of what is known before the call.
+
+    On a CPU `torch`, but for a single step of a sequence, where PyTorch's LSTM takes about twice
+    as long as the equations. On a GPU from Ampere on, in 16 bits, `triton` for prefixes and
+    surprisal, where it does less work than PyTorch by construction; sequences stay with cuDNN
+    until `fusion-lm gpu-check` has shown on such a device which is faster.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        device: type of the device.
+        capability: 10 * major + minor of a GPU's compute capability, 0 for a CPU.
+        dtype: of the products, where it is known.
+        steps: length of the sequence, where it is known.
+        triton: whether triton is installed.
+    """
+    if device == "cpu":
+        return "reference" if operation == "sequence" and steps == 1 else "torch"
+    fits = device == "cuda" and capability >= 80 and dtype in (torch.bfloat16, torch.float16)
+    return "triton" if triton and fits and operation in ("prefix", "surprisal") else "torch"
+
+
+def obstacle(
+    backend: str, device: str, capability: int, dtype: torch.dtype | None, triton: bool
+) -> str | None:
+    """Why a backend cannot run there, or None."""
+    if backend == "cudnn" and device != "cuda":
+        return f"it needs a CUDA device, and the tensors are on {device}"
+    if backend != "triton":
+        return None
+    if not triton:
+        return "triton is not installed (pip install triton; Linux on x86-64)"
+    if device != "cuda" and not (device == "cpu" and interpreting()):
+        return f"it needs a CUDA device, and the tensors are on {device}"
+    if device == "cuda" and capability < 80:
+        return f"it needs compute capability 8.0, and the device has {capability / 10}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"it computes in bfloat16, float16 and float32, not in {dtype}"
+    return None
+
+
+def resolve_backend(
+    backend: str,
+    device: torch.device | str,
+    steps: int | None = None,
+    *,
+    operation: str = "sequence",
+    dtype: torch.dtype | None = None,
+) -> str:
     """Name of the backend that will run.
 
-    `torch` is PyTorch's own LSTM (oneDNN on a CPU, cuDNN on a GPU); `reference` is the
-    plain equations, one step at a time, on any device and dtype. `auto` is `torch`, but on a CPU
-    for a single step, where PyTorch's takes about twice as long as the equations.
+    `torch` is PyTorch's own (oneDNN on a CPU, cuDNN on a GPU), `cudnn` the same and only on a GPU,
+    `triton` the kernels of this package, `reference` the plain equations, one step at a time, on
+    any device and dtype. For `auto` see `choose`.
 
     Args:
         backend: one of `BACKENDS`.
         device: where the tensors are.
         steps: length of the sequence, where it is known.
+        operation: one of `OPERATIONS`.
+        dtype: of the products, where it is known.
 
     Raises:
-        ValueError: `backend` is not one of `BACKENDS`.
+        ValueError: `backend` is not one of `BACKENDS`, or cannot run there; it says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    device = torch.device(device)
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    capability = chip_of(device).capability if on_gpu else 0
     if backend == "auto":
-        return "reference" if steps == 1 and torch.device(device).type == "cpu" else "torch"
+        return choose(operation, device.type, capability, dtype, steps, HAS_TRITON)
+    if reason := obstacle(backend, device.type, capability, dtype, HAS_TRITON):
+        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend

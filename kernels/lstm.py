@@ -70,16 +70,23 @@ def lstm_sequence(
         mask: [B, T], true at real tokens; the state is held wherever it is false.
         dropout: probability between layers (not after the last); 0 outside training.
         backend: one of `BACKENDS`.
+
+    Raises:
+        ValueError: the backend cannot run here.
     """
-    backend = resolve_backend(backend, x.device, x.shape[1])
-    if backend == "reference" or mask is not None:
-        return lstm_sequence_reference(x, state, weights, mask, dropout)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    backend = resolve_backend(backend, x.device, x.shape[1], operation="sequence", dtype=dtype)
+    if backend == "reference" or (mask is not None and backend != "triton"):
+        return lstm_sequence_reference(x, state, weights, mask, dropout)
+    if dtype != x.dtype:
         # torch.lstm is on no autocast list: without this it runs in float32 (CPU).
-        dtype = torch.get_autocast_dtype(device)
         x, state = x.to(dtype), (state[0].to(dtype), state[1].to(dtype))
         weights = [[p.to(dtype) for p in layer] for layer in weights]
+    if backend == "triton":
+        from fusion_model.kernels import triton_lstm
+
+        return triton_lstm.lstm_sequence(x, state, weights, mask, dropout)
     out, h, c = torch.lstm(
         x,
         [s.transpose(0, 1).contiguous() for s in state],

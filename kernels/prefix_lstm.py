@@ -35,9 +35,18 @@ def prefix_lstm(
         weights: one `LayerWeights` a layer.
         mask: [B, T], true at real tokens; the state is held wherever it is false.
         dropout: probability between layers; 0 outside training.
-        backend: one of `BACKENDS`.
+        backend: one of `BACKENDS`; all but `triton` run the plain equations.
+
+    Raises:
+        ValueError: the backend cannot run here.
     """
-    resolve_backend(backend, x.device)  # one implementation so far: the plain equations
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if resolve_backend(backend, x.device, operation="prefix", dtype=dtype) == "triton":
+        from fusion_model.kernels import triton_lstm
+
+        cast = [[p.to(dtype) for p in layer] for layer in weights]
+        return triton_lstm.prefix_lstm(x.to(dtype), h0.to(dtype), c0.to(dtype), cast, mask, dropout)
     start = x.shape[1] - h0.shape[1]
     w_ih, _, b_ih, b_hh = weights[0]
     shared_gates = F.linear(x, w_ih, b_ih + b_hh)  # [B, T, 4H]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fusion_model.kernels.backend import resolve_backend
 from torch import Tensor
 
 CHUNK = 512  # positions a product: large enough to be efficient
@@ -72,7 +73,14 @@ def _pass(
     return out, None if upstream is None else (grad_x, grad_weight, grad_bias)
 
 
-def target_log_probs(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def target_log_probs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
     """log p(targets) in nats, float32 (float64 for float64 input), [N].
 
     Products run in the dtype of autocast, where that is on, sums in float32.
@@ -82,12 +90,21 @@ def target_log_probs(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         weight: the projection, [V, D].
         bias: its bias, [V], or None.
         targets: token ids, [N].
+        backend: one of `BACKENDS`; all but `triton` run in chunks by PyTorch.
+
+    Raises:
+        ValueError: the backend cannot run here.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     inputs = (x, weight, bias)
+    if resolve_backend(backend, x.device, operation="surprisal", dtype=x.dtype) == "triton":
+        from fusion_model.kernels import triton_surprisal
+
+        with torch.autocast(device, enabled=False):
+            return triton_surprisal.target_log_probs(*inputs, targets)
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             out: Tensor = _TargetLogProbs.apply(*inputs, targets)

@@ -279,7 +279,7 @@ def test_bench_mistakes_are_one_line(tmp_path: Path) -> None:
     word.write_text("Hello\n")
     keep = ("--quick", "--results", tmp_path)
     assert "unknown 'stepp'" in fails("bench", "--only", "stepp", *keep)
-    assert "unknown 'cudnn'" in fails("bench", "--backend", "cudnn", *keep)
+    assert "unknown 'cudann'" in fails("bench", "--backend", "cudann", *keep)
     assert "unknown dtype 'int4'" in fails("bench", "--dtype", "int4", *keep)
     assert "no-such-model" in fails("bench", "no-such-model", *keep)
     assert "1 word:" in fails("bench", "--only", "scoring", "--text", word, *keep)

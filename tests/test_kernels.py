@@ -209,5 +209,7 @@ def test_choice_of_backend() -> None:
 
 
 def test_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown backend 'cudann'.*auto, torch, reference"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'cudann'.*auto, torch, cudnn, triton, reference"
+    ):
         resolve_backend("cudann", "cpu")

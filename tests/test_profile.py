@@ -246,7 +246,7 @@ def test_profile_mistakes_are_one_line(tmp_path: Path, text_file: Path) -> None:
     word.write_text("Hello\n")
     assert "1 word: a profile needs" in fails("profile", "fusion-lm-small", "--text", word)
     assert "no-such-model" in fails("profile", "no-such-model", "--text", text_file)
-    backend = ("--backend", "cudnn")
+    backend = ("--backend", "cudann")
     assert "unknown backend" in fails("profile", "fusion-lm-small", "--text", text_file, *backend)
     plot = ("--plot", tmp_path / "p.gif")
     assert "end its name in" in fails("profile", "fusion-lm-small", "--text", text_file, *plot)

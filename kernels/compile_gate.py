@@ -1,0 +1,170 @@
+"""Every shipped kernel configuration, compiled ahead of time for chips not here, and judged.
+
+What ptxas and the disassembler say decides: registers, spills, shared memory, tensor-core
+instructions, local loads in the time loop, and that each release comes after a barrier that comes
+after the stores. The same limits hold for every triton version.
+"""
+
+import multiprocessing
+import re
+import subprocess
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusion_model.kernels.triton_launch import KNOWN_CHIPS
+from fusion_model.kernels.triton_variants import Variant
+
+STACK = 16  # bytes a thread may keep on the stack
+REGISTERS = 65_536  # of a multiprocessor
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
+
+
+@dataclass
+class Report:
+    """What one configuration compiled to for one chip; `problems` is empty where all is well."""
+
+    name: str
+    chip: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    tensor_core: int = 0
+    loop: int = 0
+    local_loads: int = 0
+    releases: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _tool(name: str, path: str, *options: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout
+
+
+def compile_variant(variant: Variant, chip: int) -> tuple[str, str, int]:
+    """(resource usage, disassembly, bytes of shared memory) of a configuration."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = variant.kernel()
+    names = kernel.arg_names
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    constants = {(names.index(k),): v for k, v in variant.constants.items()}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", chip, 32), options=dict(variant.options)
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", file.name, "--dump-resource-usage")
+        listing = _tool("nvdisasm", file.name, "-c")
+    return usage, listing, compiled.metadata.shared
+
+
+def instructions(listing: str) -> tuple[list[str], tuple[int, int]]:
+    """Opcodes in order, and the range of the longest loop among them (empty: (0, 0))."""
+    found: list[str] = []
+    labels: dict[str, int] = {}
+    loop = (0, 0)
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
+            found.append(code[1])
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if target and target[1] in labels:
+                start = labels[target[1]]
+                if len(found) - start > loop[1] - loop[0]:
+                    loop = (start, len(found))
+    return found, loop
+
+
+def releases_in_order(codes: Iterable[str]) -> tuple[int, bool]:
+    """Number of memory barriers after a store, and whether each has STG → BAR → MEMBAR."""
+    count, ordered = 0, True
+    stored = synchronised = False
+    for code in codes:
+        if code.startswith(("STG", "ST.E")):
+            stored, synchronised = True, False
+        elif code.startswith("BAR"):
+            synchronised = True
+        elif code.startswith("MEMBAR") and stored:
+            count += 1
+            ordered = ordered and synchronised
+            stored = False
+    return count, ordered
+
+
+def judge(variant: Variant, chip: int, usage: str, listing: str, shared: int) -> Report:
+    """The figures of a compiled configuration, and what is wrong with them."""
+    codes, (start, end) = instructions(listing)
+    in_loop = codes[start:end]
+    figure = {
+        key: int(found[1]) if (found := re.search(rf"{key}:(\d+)", usage)) else 0
+        for key in ("REG", "STACK")
+    }
+    releases, ordered = releases_in_order(in_loop)
+    report = Report(
+        variant.name,
+        chip,
+        registers=figure["REG"],
+        stack=figure["STACK"],
+        shared=shared,
+        tensor_core=sum(code.startswith(TENSOR_CORES) for code in codes),
+        loop=len(in_loop),
+        local_loads=sum(code.startswith("LDL") for code in in_loop),
+        releases=releases,
+    )
+    threads = 32 * int(variant.options["num_warps"])
+    room = KNOWN_CHIPS[chip].shared
+    checks = [
+        (report.registers > 0, "no resource usage was found in the cubin"),
+        (report.stack <= STACK, f"{report.stack} B of stack: registers spill"),
+        (shared <= room, f"{shared} B of shared memory, {room} fit"),
+        (report.registers * threads <= REGISTERS, f"{report.registers} registers x {threads}"),
+        (report.tensor_core > 0 or not variant.products, "no tensor-core instruction"),
+        (not report.local_loads, f"{report.local_loads} local loads in the loop"),
+        (not variant.spins or releases > 0, "no release after a store in the time loop"),
+        (not variant.spins or ordered, "a release without STG, BAR, MEMBAR before it"),
+    ]
+    report.problems = [what for good, what in checks if not good]
+    return report
+
+
+def examine(variant: Variant, chip: int) -> Report:
+    """Compile and judge; a configuration that does not compile is a problem, not an exception."""
+    try:
+        return judge(variant, chip, *compile_variant(variant, chip))
+    except Exception as error:
+        last = (str(error) or traceback.format_exc()).strip().splitlines()[-1]
+        return Report(variant.name, chip, problems=[f"{type(error).__name__}: {last[:200]}"])
+
+
+def gate(
+    work: list[tuple[Variant, int]], jobs: int, done: Callable[[int], None] = lambda _: None
+) -> list[Report]:
+    """Reports in the order of `work`, by `jobs` processes; `done` hears how many are finished."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context) if jobs > 1 else nullcontext() as pool:
+        reports = []
+        for report in (pool.map if pool else map)(examine, *zip(*work, strict=True)):
+            reports.append(report)
+            done(len(reports))
+    return reports

@@ -1,0 +1,312 @@
+"""Where and how the Triton kernels run: pure functions of chip, shape and dtype, and the guards.
+
+Nothing here imports triton, so that every choice can be made, and tested, without it.
+
+Notation: B sequences (columns of a step), H hidden width, HP = H rounded up to whole unit blocks,
+U hidden units a program. A program of U units owns 4U rows of the recurrent weights.
+"""
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a launch must fit into.
+
+    Attributes:
+        capability: 10 * major + minor of the compute capability; 0 for Triton's interpreter.
+        sms: multiprocessors: a cooperative grid has at most so many programs here.
+        shared: bytes of shared memory that one program may take.
+        cooperative: whether the device takes cooperative launches.
+    """
+
+    capability: int
+    sms: int
+    shared: int
+    cooperative: bool = True
+
+
+KNOWN_CHIPS = {  # for compiling ahead of time; at run time the device is asked
+    80: Chip(80, 108, 166_912),
+    90: Chip(90, 132, 232_448),
+    100: Chip(100, 148, 232_448),
+}
+INTERPRETER = Chip(0, 64, 232_448, cooperative=False)  # see `spinning_runner`
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, as in the tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _cuda_chip(index: int) -> Chip:
+    p = torch.cuda.get_device_properties(index)
+    shared = getattr(p, "shared_memory_per_block_optin", 0)
+    # From Volta on every device takes cooperative launches, unless a driver says otherwise (MPS).
+    return Chip(10 * p.major + p.minor, p.multi_processor_count, shared, p.major >= 7)
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind `device`; only CUDA devices, or any under the interpreter."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _cuda_chip(index)
+    return INTERPRETER
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply: three tf32 products keep float32's accuracy (about 1e-6)."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One product of matrices: rows x columns x depth of a tile, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
+    """Forward step: `columns` are units, of four gates each (estimates; nobody measured)."""
+    wide = dtype == torch.float32
+    if rows <= 64 or units < 32:
+        tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        return TileConfig(tall, units, 32 if wide else 128, 4, 3)
+    return TileConfig(64 if wide else 128, units, 32 if wide else 64, 8, 3 if wide else 4)
+
+
+def step_backward_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
+    """Backward step: a product [rows, 4 HP] x [4 HP, units] if few, then the derivatives."""
+    return TileConfig(64 if 16 < rows <= 64 else 16, units, 64, 4, 3)
+
+
+def step_units(rows: int, hidden: int) -> int:
+    """Units a program when every step is a launch: few rows need many programs to share W."""
+    return 16 if rows <= 64 or hidden <= 64 else 32
+
+
+def surprisal_config(dtype: torch.dtype) -> TileConfig:
+    wide = dtype == torch.float32
+    return TileConfig(64 if wide else 128, 128, 32 if wide else 64, 8, 3 if wide else 4)
+
+
+@dataclass(frozen=True)
+class SequenceConfig:
+    """A persistent launch over all steps: `ceil(HP / units) * groups` programs.
+
+    Attributes:
+        units: U, hidden units a program.
+        columns: sequences a group; groups are independent of each other.
+        warps: K is split over them where `resident` > 0 or `staged` > 0.
+        chunk: K elements of one product; 0 < chunk.
+        resident: chunks of W in registers, a warp.
+        staged: chunks of W in shared memory, a warp (split over warps) or in all (F2).
+        split: K is split over warps (mma); else every warp sees all of K (wgmma, F2).
+    """
+
+    units: int
+    columns: int
+    warps: int
+    chunk: int
+    resident: int
+    staged: int
+    split: bool
+
+    def programs(self, width: int) -> int:
+        return -(-width // self.units)
+
+    def groups(self, batch: int) -> int:
+        return -(-batch // self.columns)
+
+
+def padded(hidden: int, units: int) -> int:
+    """HP: the width in memory, a multiple of `units` and of 16."""
+    block = max(units, 16)
+    return -(-hidden // block) * block
+
+
+def _chunks(width: int, warps: int, most: int) -> tuple[int, int]:
+    """K elements of a chunk and chunks a warp, so that chunk * chunks * warps >= width."""
+    slices = -(-width // (16 * warps))
+    if slices > 4:
+        slices = -(-slices // 4) * 4
+    chunk = 16
+    while slices % 2 == 0 and chunk < most:
+        slices, chunk = slices // 2, chunk * 2
+    return chunk, slices
+
+
+def sequence_candidates(hidden: int, batch: int, dtype: torch.dtype) -> list[SequenceConfig]:
+    """Persistent forward configurations that the study compiled, best first (an estimate)."""
+    found: list[SequenceConfig] = []
+    columns = 8 if batch <= 8 else 16 if batch <= 16 else 32
+    if dtype == torch.float32:
+        if hidden <= 512 and columns <= 16:
+            chunk, n = _chunks(padded(hidden, 8), 8, 64)
+            found.append(SequenceConfig(8, columns, 8, chunk, n, 0, True))
+        return found
+    if hidden <= 1024:
+        warps = 4 if columns == 8 or (hidden <= 768 and columns == 16) else 8
+        chunk, n = _chunks(padded(hidden, 8), warps, 128)
+        if batch <= 32:
+            found.append(SequenceConfig(8, columns, warps, chunk, n, 0, True))
+        staged = -(-padded(hidden, 16) // 128)
+        found.append(SequenceConfig(16, 32, 4, 128, 0, staged, False))
+        if hidden <= 768:
+            staged = -(-padded(hidden, 32) // 128)
+            found.append(SequenceConfig(32, 64, 8, 128, 0, staged, False))
+    elif hidden <= 1536 and batch <= 16:
+        chunk, n = _chunks(padded(hidden, 16), 8, 64)
+        found.append(SequenceConfig(16, columns, 8, chunk, 1, n - 1, True))
+    elif hidden <= 2048 and batch <= 8:
+        found.append(SequenceConfig(16, columns, 8, 32, 2, 6, True))
+    return found
+
+
+def sequence_config(
+    chip: Chip, hidden: int, batch: int, dtype: torch.dtype
+) -> SequenceConfig | None:
+    """The persistent forward launch, or None: then every step is a launch of its own."""
+    if not chip.cooperative or (chip.capability == 80 and hidden > 768):
+        return None
+    for config in sequence_candidates(hidden, batch, dtype):
+        programs = config.programs(padded(hidden, config.units)) * config.groups(batch)
+        if programs <= chip.sms and (config.split or chip.capability in (0, 90, 100)):
+            return config
+    return None
+
+
+def sequence_backward_config(
+    chip: Chip, hidden: int, batch: int, dtype: torch.dtype
+) -> SequenceConfig | None:
+    """The persistent backward launch: W transposed in registers, K = 4 HP over 8 warps."""
+    if dtype == torch.float32 or hidden > 1024 or not chip.cooperative:
+        return None
+    if chip.capability == 80 and hidden > 768:
+        return None
+    chunk, n = _chunks(4 * padded(hidden, 8), 8, 128)
+    config = SequenceConfig(8, 16, 8, chunk, n, 0, True)
+    programs = config.programs(padded(hidden, 8)) * config.groups(batch)
+    return config if programs <= chip.sms else None
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """How the rows of one layer run: U, and whether all steps are one launch."""
+
+    units: int
+    persistent: bool
+
+
+def rows_plan(
+    chip: Chip, hidden: int, batch: int, rows: int, dtype: torch.dtype, steps: int, training: bool
+) -> RowsPlan:
+    """The plan for a layer of `rows` prefix rows a sentence (1: a plain sequence)."""
+    if rows == 1 and steps > 1:
+        config = sequence_config(chip, hidden, batch, dtype)
+        back = sequence_backward_config(chip, hidden, batch, dtype) if training else config
+        if config is not None and back is not None and config.units == back.units:
+            return RowsPlan(config.units, True)
+    return RowsPlan(step_units(batch * rows, hidden), False)
+
+
+class LaunchRefused(RuntimeError):
+    """A launch that would not fit, found out before it is made."""
+
+
+def check_grid(chip: Chip, programs: int, kernel: str) -> None:
+    """A spinning grid must be on the chip as a whole, or it waits for ever.
+
+    Raises:
+        LaunchRefused: more programs than multiprocessors, or no cooperative launches.
+    """
+    if not chip.cooperative:
+        raise LaunchRefused(f"{kernel}: this device refuses cooperative launches")
+    if programs > chip.sms:
+        raise LaunchRefused(
+            f"{kernel}: {programs} programs do not fit on {chip.sms} multiprocessors at once"
+        )
+
+
+Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    kernel[grid](*args, **options)
+
+
+spinning_runner: Runner = _run
+"""How persistent kernels start. The interpreter runs programs one after another, so that a
+kernel which waits for its neighbours never ends. Tests put a runner here that gives each program
+a process of its own, and then let `INTERPRETER` be cooperative."""
+
+
+def launch_spinning(
+    kernel: Any, grid: tuple[int, int], args: tuple[Any, ...], device: torch.device, **options: Any
+) -> None:
+    """Launch a kernel whose programs wait for each other: cooperative, and only if it fits."""
+    check_grid(chip_of(device), grid[0] * grid[1], kernel.fn.__name__)
+    cooperative = {"launch_cooperative_grid": True, "enable_fp_fusion": True}
+    spinning_runner(kernel, grid, args, options | cooperative)
+
+
+checked: dict[tuple[Any, ...], bool] = {}
+"""(kernel, device, configuration) -> whether it agreed with the reference."""
+
+
+def trusted(
+    name: str, key: tuple[Any, ...], device: torch.device, check: Callable[[], bool]
+) -> bool:
+    """Whether a kernel agrees with the reference here; found out once a device and configuration.
+
+    A kernel that fails, or disagrees, is not used: a warning names it, and the caller computes
+    without it. While a CUDA graph is being captured nothing can be compared; what was not
+    checked before is then taken on trust.
+    """
+    if interpreting():
+        return True  # the tests compare every kernel with the reference themselves
+    where = (name, str(device), *key)
+    if where not in checked:
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        checked[where] = True  # the check itself comes through here
+        reason = "its results differ from the reference's"
+        try:
+            checked[where] = check()
+        except Exception as error:  # whatever Triton or the driver raise: the fallback is right
+            checked[where] = False
+            reason = f"{type(error).__name__}: {error}"
+        if not checked[where]:
+            warnings.warn(
+                f"Triton kernel {name} {key} is not used on {device}, PyTorch computes instead: "
+                f"{reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return checked[where]
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Agreement for a self-check: far from what a wrong kernel gives, wide for rounding."""
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    scale = float(expected.float().abs().max()) + 1e-3
+    return bool((got.float() - expected.float()).abs().max() <= tolerance * scale)

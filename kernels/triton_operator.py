@@ -1,0 +1,240 @@
+"""One LSTM layer as an operator with a gradient, by whichever Triton kernel fits.
+
+The operator runs the rows of one layer: a sequence is one row a sentence, all prefixes are R rows
+a sentence. Each kernel is compared with the reference once before it is used.
+
+Notation: as in `fusion_model.kernels.packed_rows`.
+"""
+
+from typing import Any
+
+import torch
+from fusion_model.kernels.packed_rows import Backward, Forward, Rows, plain_backward, plain_forward
+from fusion_model.kernels.triton_launch import (
+    chip_of,
+    close,
+    sequence_backward_config,
+    sequence_config,
+    trusted,
+)
+from fusion_model.kernels.triton_rows import steps_backward, steps_forward
+from fusion_model.kernels.triton_sequence import sequence_forward
+from fusion_model.kernels.triton_sequence_backward import sequence_backward
+from torch import Tensor
+
+
+def _run_forward(persistent: bool, args: Forward) -> None:
+    """Fill the outputs by the first kernel that fits and agrees with the reference."""
+    width, batch, dtype, device = args.w.shape[1], args.rows.batch, args.h.dtype, args.h.device
+    given = args.ids is not None, args.keep is not None, args.gates is not None
+    key = (dtype, width, args.units, *given)
+    config = sequence_config(chip_of(device), width, batch, dtype) if persistent else None
+    if config is not None:
+
+        def launch(*given: Any) -> None:
+            persistently: Any = sequence_forward
+            persistently(*given[:8], given[8].steps, config)
+
+        if trusted(
+            "sequence_forward", (*key, config), device, lambda: _agrees_forward(launch, args)
+        ):
+            return launch(*args)
+    size = (args.rows.active(0) > 16, args.rows.active(0) > 64, args.shared)
+    if trusted("rows_forward", key + size, device, lambda: _agrees_forward(steps_forward, args)):
+        return steps_forward(*args)
+    return plain_forward(*args)
+
+
+def _agrees_forward(run: Any, args: Forward) -> bool:
+    """Whether `run` gives what PyTorch gives, on at most three steps of the same input."""
+    rows, count = args.rows, len(args.c)
+    if rows.count == 1:
+        rows = Rows(rows.batch, min(rows.steps, 3), 1)
+    total = rows.offsets()[-1]
+    ends = {"h": count + total, "c": count, "c_saved": count + total, "gates": total}
+    results = []
+    for function in (run, plain_forward):
+        values = {name: getattr(args, name) for name in ends}
+        fresh: Any = {name: None if v is None else v.clone() for name, v in values.items()}
+        function(*args._replace(**fresh, rows=rows))
+        results.append(
+            [fresh[name][:end] for name, end in ends.items() if values[name] is not None]
+        )
+    return all(close(a, b, args.h.dtype) for a, b in zip(*results, strict=True))
+
+
+def _run_backward(persistent: bool, args: Backward) -> None:
+    """As `_run_forward`."""
+    width, batch, dtype, device = args.w.shape[1], args.rows.batch, args.w.dtype, args.w.device
+    key = (dtype, width, args.units, args.keep is not None)
+    config = sequence_backward_config(chip_of(device), width, batch, dtype) if persistent else None
+    if config is not None and config.units == args.units:
+
+        def launch(*given: Any) -> None:
+            persistently: Any = sequence_backward
+            persistently(*given[:8], given[8].steps, config)
+
+        if trusted(
+            "sequence_backward", (*key, config), device, lambda: _agrees_backward(launch, args)
+        ):
+            return launch(*args)
+    size = (args.rows.active(0) > 16, args.rows.active(0) > 64)
+    if trusted("rows_backward", key + size, device, lambda: _agrees_backward(steps_backward, args)):
+        return steps_backward(*args)
+    return plain_backward(*args)
+
+
+def _agrees_backward(run: Any, args: Backward) -> bool:
+    results = []
+    for function in (run, plain_backward):
+        fresh: Any = {name: getattr(args, name).clone() for name in ("dc", "grad", "held")}
+        function(*args._replace(**fresh))
+        results.append(list(fresh.values()))
+    return all(close(a, b, args.w.dtype) for a, b in zip(*results, strict=True))
+
+
+@torch.library.custom_op("fusion_lm::lstm_rows", mutates_args=())
+def lstm_rows(
+    x_gates: Tensor,
+    ids: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    w: Tensor,
+    keep: Tensor | None,
+    batch: int,
+    steps: int,
+    shared: bool,
+    units: int,
+    persistent: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows of one layer.
+
+    Args:
+        x_gates: W_ih x + biases, packed: [T * B, 4 HP], shared by the rows of a sentence; or
+            [M, 4 HP], a row of its own for every row and step; or, with `ids`, a table [V, 4 HP].
+        ids: [T, B] int64, or None.
+        h0: [N, HP].
+        c0: [N, HP] float32.
+        w: W_hh packed, [4 HP, HP].
+        keep: [T, B] uint8, 0 holds the state; or None.
+        save: keep what the backward pass needs.
+
+    Returns:
+        h [N + M, HP]: h0, then of each step the active rows; the last c of every row [N, HP]; c
+        likewise [N + M, HP] and the activated gates [M, 4 HP], both empty unless `save`.
+    """
+    rows = Rows(batch, steps, len(h0) // batch)
+    width, count, total = w.shape[1], len(h0), rows.offsets()[-1]
+    h = x_gates.new_empty(count + total, width)
+    h[:count] = h0
+    c = c0.clone()
+    c_saved = c.new_empty(count + total if save else 0, width)
+    gates = x_gates.new_empty(total if save else 0, 4 * width)
+    if save:
+        c_saved[:count] = c
+    saved, given = (c_saved, gates) if save else (None, None), (rows, shared, units)
+    _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, saved[0], saved[1], *given))
+    return h, c, c_saved, gates
+
+
+@lstm_rows.register_fake
+def _(
+    x_gates: Tensor,
+    ids: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    w: Tensor,
+    keep: Tensor | None,
+    batch: int,
+    steps: int,
+    shared: bool,
+    units: int,
+    persistent: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = h0.shape[0], w.shape[1]
+    total = Rows(batch, steps, rows // batch).offsets()[-1]
+    return (
+        x_gates.new_empty(rows + total, width),
+        torch.empty_like(c0),
+        c0.new_empty(rows + total if save else 0, width),
+        x_gates.new_empty(total if save else 0, 4 * width),
+    )
+
+
+@torch.library.custom_op("fusion_lm::lstm_rows_backward", mutates_args=())
+def lstm_rows_backward(
+    dh: Tensor,
+    dc: Tensor,
+    w: Tensor,
+    keep: Tensor | None,
+    h: Tensor,
+    c_saved: Tensor,
+    gates: Tensor,
+    batch: int,
+    steps: int,
+    shared: bool,
+    units: int,
+    persistent: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x_gates, h0, c0 and w, from those of h [N + M, HP] and of the last c [N, HP]."""
+    count, width = dc.shape
+    rows = Rows(batch, steps, count // batch)
+    offsets = rows.offsets()
+    grad, dc, held = torch.empty_like(gates), dc.clone(), torch.zeros_like(dc)
+    _run_backward(persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units))
+    of_h0 = ((grad[:count] @ w).float() + dh[:count] + held).to(dh.dtype)
+    if rows.count == 1:
+        h_before, of_x = h[: offsets[-1]], grad
+    else:
+        starts = [0, *(count + o for o in offsets[:-2])]
+        parts = [h[s : s + rows.active(t)] for t, s in enumerate(starts)]
+        h_before, of_x = torch.cat(parts), grad
+        if shared:
+            of_x = grad.new_empty(steps * batch, 4 * width)
+            for t in range(steps):
+                own = grad[offsets[t] : offsets[t + 1]].view(-1, batch, 4 * width)
+                of_x[t * batch : (t + 1) * batch] = own.sum(0, dtype=torch.float32)
+    # An operator's outputs may not share memory; grad is of_x itself or no output.
+    return of_x, of_h0, dc, grad.t() @ h_before
+
+
+@lstm_rows_backward.register_fake
+def _(
+    dh: Tensor,
+    dc: Tensor,
+    w: Tensor,
+    keep: Tensor | None,
+    h: Tensor,
+    c_saved: Tensor,
+    gates: Tensor,
+    batch: int,
+    steps: int,
+    shared: bool,
+    units: int,
+    persistent: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = steps * batch if shared else gates.shape[0]
+    of_x = gates.new_empty(n, gates.shape[1])
+    return of_x, dh.new_empty(dc.shape), torch.empty_like(dc), torch.empty_like(w)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, ids, _, _, w, keep, *plan, save = inputs
+    if not save or ids is not None:
+        raise RuntimeError("lstm_rows has a gradient only with save=True and without ids")
+    h, _, c_saved, gates = output
+    ctx.save_for_backward(w, keep, h, c_saved, gates)
+    ctx.mark_non_differentiable(c_saved, gates)
+    ctx.plan = plan
+
+
+def _gradients(ctx: Any, dh: Tensor, dc: Tensor, *_: Any) -> tuple[Any, ...]:
+    w, keep, h, c_saved, gates = ctx.saved_tensors
+    inputs = (dh.contiguous(), dc.contiguous(), w, keep, h, c_saved, gates, *ctx.plan)
+    of_x, of_h0, of_c0, of_w = lstm_rows_backward(*inputs)
+    return of_x, None, of_h0, of_c0, of_w, *[None] * 7
+
+
+lstm_rows.register_autograd(_gradients, setup_context=_save)

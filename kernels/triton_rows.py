@@ -1,0 +1,279 @@
+"""LSTM rows, a launch a step: all prefixes at once, and sequences that no single launch can hold.
+
+A step is one product of the rows that are still active with the recurrent weights; its epilogue
+adds the input gates, shared by all rows of a sentence, and applies them. Rows leave at their last
+token, and are in such an order that the active ones come first: nothing is copied.
+
+Notation: B sentences, R rows a sentence, N = B * R rows in order (row R-1 of every sentence, then
+row R-2, …), T steps, N_t rows active at step t, M = sum of N_t, U units a block, HP padded width.
+Gates are packed [HP / U blocks, 4 gates, U units] along their axis of 4 HP.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fusion_model.kernels.packed_rows import Rows
+from fusion_model.kernels.triton_launch import precision, step_backward_config, step_config
+from fusion_model.kernels.triton_math import sigmoid, split_gates, tanh
+from torch import Tensor
+
+FUSED_ROWS = 64  # a backward step of more multiplies by PyTorch: its tiles re-use more than ours
+OWN, SHARED, TABLE = 0, 1, 2  # where a row's input gates lie: row n, row n % B, row ids[n % B]
+
+
+@triton.jit(do_not_specialize=["n", "batch"])
+def rows_forward(
+    p_x,  # [*, 4 HP]: input gates of this step
+    p_ids,  # [B] int64, or anything: rows of p_x, where INPUT is TABLE
+    p_h,  # [N_t, HP]
+    p_w,  # [4 HP, HP]
+    p_c,  # [N, HP] float32, replaced by the next
+    p_keep,  # [B] uint8: 0 holds the state
+    p_h_next,  # [N_t, HP]
+    p_c_next,  # [N_t, HP] float32, where SAVE
+    p_gates,  # [N_t, 4 HP]: activated gates, where SAVE
+    n,
+    batch,
+    WIDTH: tl.constexpr,
+    INPUT: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    SAVE: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TILES: tl.constexpr = WIDTH // UNITS
+    i_n, i_u = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    o_row = tl.where(m_n, o_n, 0).to(tl.int64)  # rows beyond the end read row 0
+    o_gate = i_u * 4 * UNITS + tl.arange(0, 4 * UNITS)
+    o_k = tl.arange(0, BLOCK_K)
+    o_h = o_row[:, None] * WIDTH + o_k[None, :]
+    o_w = o_gate[None, :] * WIDTH + o_k[:, None]
+    z = tl.zeros((BLOCK_N, 4 * UNITS), tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        if WIDTH % BLOCK_K == 0:
+            b_h = tl.load(p_h + o_h + k)
+            b_w = tl.load(p_w + o_w + k)
+        else:
+            b_h = tl.load(p_h + o_h + k, mask=(o_k < WIDTH - k)[None, :], other=0.0)
+            b_w = tl.load(p_w + o_w + k, mask=(o_k < WIDTH - k)[:, None], other=0.0)
+        z = tl.dot(b_h, b_w, z, input_precision=PRECISION)
+    o_x = o_row
+    if INPUT >= 1:
+        o_x = o_row % batch
+    if INPUT == 2:
+        o_x = tl.load(p_ids + o_x)
+    z += tl.load(p_x + o_x[:, None] * (4 * WIDTH) + o_gate[None, :]).to(tl.float32)
+    i, f, g, o = split_gates(z, UNITS, BLOCK_N)
+    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+    o_u = i_u * UNITS + tl.arange(0, UNITS)
+    o_state = o_row[:, None] * WIDTH + o_u[None, :]
+    before = tl.load(p_c + o_state)
+    c = f * before + i * g
+    h = (o * tanh(c)).to(p_h_next.dtype.element_ty)
+    if HAS_KEEP:
+        keep = (tl.load(p_keep + o_row % batch) != 0)[:, None]
+        c = tl.where(keep, c, before)
+        h = tl.where(keep, h, tl.load(p_h + o_state))
+    store = m_n[:, None] & (o_u >= 0)[None, :]
+    tl.store(p_c + o_state, c, mask=store)
+    tl.store(p_h_next + o_state, h, mask=store)
+    if SAVE:
+        tl.store(p_c_next + o_state, c, mask=store)
+        p_g = p_gates + o_row[:, None] * (4 * WIDTH) + i_u * 4 * UNITS + tl.arange(0, UNITS)[None]
+        kind = p_gates.dtype.element_ty
+        tl.store(p_g, i.to(kind), mask=store)
+        tl.store(p_g + UNITS, f.to(kind), mask=store)
+        tl.store(p_g + 2 * UNITS, g.to(kind), mask=store)
+        tl.store(p_g + 3 * UNITS, o.to(kind), mask=store)
+
+
+@triton.jit(do_not_specialize=["n", "n_next", "batch"])
+def rows_backward(
+    p_next,  # [N_{t+1}, 4 HP]: gradient of the next step's gates; unless FUSED, its product with W
+    p_w,  # [4 HP, HP]
+    p_dh,  # [N_t, HP]: gradient of this step's h from outside
+    p_dc,  # [N, HP] float32: gradient of c, replaced by the one before
+    p_held,  # [N, HP] float32: gradient of h that went past steps which held the state
+    p_gates,  # [N_t, 4 HP]
+    p_c,  # [N_t, HP] float32, after the step
+    p_c_before,  # [N_t, HP] float32
+    p_keep,  # [B] uint8
+    p_grad,  # [N_t, 4 HP]: gradient of this step's gates before activation
+    n,
+    n_next,
+    batch,
+    WIDTH: tl.constexpr,
+    FUSED: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    TILES: tl.constexpr = WIDTH // UNITS
+    i_n, i_u = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_row = tl.where(o_n < n, o_n, 0).to(tl.int64)
+    o_u = i_u * UNITS + tl.arange(0, UNITS)
+    o_k = tl.arange(0, BLOCK_K)
+    o_state = o_row[:, None] * WIDTH + o_u[None, :]
+    dh = tl.zeros((BLOCK_N, UNITS), tl.float32)
+    if not FUSED:
+        dh += tl.load(p_next + o_state, mask=(o_n < n_next)[:, None], other=0.0).to(tl.float32)
+    elif i_n * BLOCK_N < n_next:
+        o_g = o_row[:, None] * (4 * WIDTH) + o_k[None, :]
+        o_w = o_k[:, None] * WIDTH + o_u[None, :]
+        for k in range(0, 4 * WIDTH, BLOCK_K):  # BLOCK_K divides 4 WIDTH: 64 and a multiple of 16
+            b_g = tl.load(p_next + o_g + k, mask=(o_n < n_next)[:, None], other=0.0)
+            b_w = tl.load(p_w + o_w + k * WIDTH)
+            dh = tl.dot(b_g, b_w, dh, input_precision=PRECISION)
+    store = (o_n < n)[:, None] & (o_u >= 0)[None, :]
+    dh += tl.load(p_dh + o_state).to(tl.float32)
+    dc = tl.load(p_dc + o_state)
+    o_gate = o_row[:, None] * (4 * WIDTH) + i_u * 4 * UNITS + tl.arange(0, UNITS)[None, :]
+    i = tl.load(p_gates + o_gate).to(tl.float32)
+    f = tl.load(p_gates + o_gate + UNITS).to(tl.float32)
+    g = tl.load(p_gates + o_gate + 2 * UNITS).to(tl.float32)
+    o = tl.load(p_gates + o_gate + 3 * UNITS).to(tl.float32)
+    squashed = tanh(tl.load(p_c + o_state))
+    before = tl.load(p_c_before + o_state)
+    if HAS_KEEP:
+        dh += tl.load(p_held + o_state)
+        keep = (tl.load(p_keep + o_row % batch) != 0)[:, None]
+        tl.store(p_held + o_state, tl.where(keep, 0.0, dh), mask=store)
+    through = dc + dh * o * (1.0 - squashed * squashed)
+    d_i = through * g * i * (1.0 - i)
+    d_f = through * before * f * (1.0 - f)
+    d_g = through * i * (1.0 - g * g)
+    d_o = dh * squashed * o * (1.0 - o)
+    passed = through * f
+    if HAS_KEEP:
+        d_i, d_f = tl.where(keep, d_i, 0.0), tl.where(keep, d_f, 0.0)
+        d_g, d_o = tl.where(keep, d_g, 0.0), tl.where(keep, d_o, 0.0)
+        passed = tl.where(keep, passed, dc)
+    tl.store(p_dc + o_state, passed, mask=store)
+    kind = p_grad.dtype.element_ty
+    tl.store(p_grad + o_gate, d_i.to(kind), mask=store)
+    tl.store(p_grad + o_gate + UNITS, d_f.to(kind), mask=store)
+    tl.store(p_grad + o_gate + 2 * UNITS, d_g.to(kind), mask=store)
+    tl.store(p_grad + o_gate + 3 * UNITS, d_o.to(kind), mask=store)
+
+
+def forward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str, Any]:
+    """Tile and launch settings of `rows_forward`, but for what a call itself decides."""
+    config = step_config(rows, dtype, units)
+    return {
+        "WIDTH": width,
+        "UNITS": units,
+        "BLOCK_N": config.rows,
+        "BLOCK_K": config.depth,
+        "PRECISION": precision(dtype),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def backward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str, Any]:
+    """As `forward_constants`, of `rows_backward`."""
+    config = step_backward_config(rows, dtype, units)
+    constants = forward_constants(rows, dtype, width, units)
+    return constants | {
+        "FUSED": rows <= FUSED_ROWS,
+        "BLOCK_N": config.rows,
+        "BLOCK_K": config.depth,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def steps_forward(
+    x_gates: Tensor,
+    ids: Tensor | None,
+    w: Tensor,
+    h: Tensor,
+    c: Tensor,
+    keep: Tensor | None,
+    c_saved: Tensor | None,
+    gates: Tensor | None,
+    rows: Rows,
+    shared: bool,
+    units: int,
+) -> None:
+    """All T steps. Shapes as in `fusion_model.kernels.triton_lstm`; fills h, c, c_saved, gates."""
+    width, count, offsets = w.shape[1], len(c), rows.offsets()
+    source = TABLE if ids is not None else SHARED if shared else OWN
+    start = 0  # where the rows before this step's begin in h
+    for t in range(rows.steps):
+        n, done = rows.active(t), offsets[t]
+        constants = forward_constants(n, h.dtype, width, units)
+        grid = (triton.cdiv(n, constants["BLOCK_N"]) * (width // units),)
+        x = x_gates if ids is not None else x_gates[t * rows.batch if shared else done :]
+        after = count + done
+        rows_forward[grid](
+            x,
+            x if ids is None else ids[t],
+            h[start:],
+            w,
+            c,
+            c if keep is None else keep[t],
+            h[after:],
+            c if c_saved is None else c_saved[after:],
+            h if gates is None else gates[done:],
+            n,
+            rows.batch,
+            INPUT=source,
+            HAS_KEEP=keep is not None,
+            SAVE=gates is not None,
+            **constants,
+        )
+        start = after
+
+
+def steps_backward(
+    dh: Tensor,
+    dc: Tensor,
+    w: Tensor,
+    c_saved: Tensor,
+    gates: Tensor,
+    keep: Tensor | None,
+    grad: Tensor,
+    held: Tensor | None,
+    rows: Rows,
+    units: int,
+) -> None:
+    """The steps from the last to the first; fills grad, replaces dc and held."""
+    width, count, offsets = w.shape[1], len(dc), rows.offsets()
+    n_next = 0
+    for t in reversed(range(rows.steps)):
+        n, done = rows.active(t), offsets[t]
+        constants = backward_constants(n, w.dtype, width, units)
+        grid = (triton.cdiv(n, constants["BLOCK_N"]) * (width // units),)
+        before = 0 if t == 0 else count + offsets[t - 1]
+        following = grad[done + n : done + n + n_next]
+        if n_next and not constants["FUSED"]:
+            following = following @ w
+        rows_backward[grid](
+            following if n_next else grad,
+            w,
+            dh[count + done :],
+            dc,
+            dc if held is None else held,
+            gates[done:],
+            c_saved[count + done :],
+            c_saved[before:],
+            dc if keep is None else keep[t],
+            grad[done:],
+            n,
+            n_next,
+            rows.batch,
+            HAS_KEEP=keep is not None,
+            **constants,
+        )
+        n_next = n

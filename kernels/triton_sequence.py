@@ -1,0 +1,320 @@
+"""All T steps of an LSTM layer in one persistent launch, recurrent weights on the chip throughout.
+
+A program owns U units of a group of sequences: its 4U rows of W_hh stay in registers, in shared
+memory, or in both. At each step it reads h[t] from the L2 cache, multiplies, applies the gates,
+writes its part of h[t + 1], and waits until its group has done the same. T + 1 slots of h mean
+that nobody overwrites what another still reads.
+
+What lives where is decided by the kind of loop, seen in the compiled code: a load before a
+`while` stays in registers; used inside a run-time `for` within it, it stays in shared memory.
+
+Notation: B sequences in groups of COLUMNS, T steps, U units a program, HP padded width,
+S warps. Gates are packed [HP / U blocks, 4 gates, U units] along their axis of 4 HP.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fusion_model.kernels.triton_launch import SequenceConfig, launch_spinning, precision
+from fusion_model.kernels.triton_math import (
+    arrive,
+    sigmoid,
+    split_gates_first,
+    sum_warps,
+    tanh,
+    wait_for,
+)
+from torch import Tensor
+
+
+@triton.jit
+def input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH: tl.constexpr, TABLE: tl.constexpr):
+    """This step's input gates of the program, [4 U, COLUMNS] float32."""
+    o_x = t.to(tl.int64) * batch + o_b
+    if TABLE:
+        o_x = tl.load(p_ids + o_x)
+    return tl.load(p_x + o_x[None, :] * (4 * WIDTH) + o_gate[:, None]).to(tl.float32)
+
+
+@triton.jit
+def advance(
+    z,
+    c,
+    h,
+    t,
+    p_h,
+    p_keep,
+    p_c_saved,
+    p_gates,
+    o_b,
+    m_b,
+    i_u,
+    batch,
+    WIDTH: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """Gates z [4 U, COLUMNS] applied to c and h [U, COLUMNS]; stores them as of t + 1."""
+    i, f, g, o = split_gates_first(z, UNITS, COLUMNS)
+    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+    c_next = f * c + i * g
+    h_next = (o * tanh(c_next)).to(h.dtype)
+    o_row = t.to(tl.int64) * batch + o_b
+    if HAS_KEEP:
+        keep = (tl.load(p_keep + o_row) != 0)[None, :]
+        c_next = tl.where(keep, c_next, c)
+        h_next = tl.where(keep, h_next, h)
+    o_u = i_u * UNITS + tl.arange(0, UNITS)
+    o_next = (o_row + batch)[None, :] * WIDTH + o_u[:, None]
+    store = m_b[None, :] & (o_u >= 0)[:, None]
+    tl.store(p_h + o_next, h_next, mask=store)
+    if SAVE:
+        tl.store(p_c_saved + o_next, c_next, mask=store)
+        p_g = p_gates + o_row[None, :] * (4 * WIDTH) + i_u * 4 * UNITS
+        p_g += tl.arange(0, UNITS)[:, None]
+        kind = p_gates.dtype.element_ty
+        tl.store(p_g, i.to(kind), mask=store)
+        tl.store(p_g + UNITS, f.to(kind), mask=store)
+        tl.store(p_g + 2 * UNITS, g.to(kind), mask=store)
+        tl.store(p_g + 3 * UNITS, o.to(kind), mask=store)
+    return c_next, h_next
+
+
+@triton.jit(do_not_specialize=["steps", "batch", "one"])
+def sequence_forward_split(
+    p_x,  # [T * B, 4 HP] input gates, or a table [V, 4 HP]
+    p_ids,  # [T, B] int64: rows of the table, where TABLE
+    p_w,  # [4 HP, HP]
+    p_h,  # [T + 1, B, HP]; slot 0 is given
+    p_c,  # [B, HP] float32, replaced by the last
+    p_keep,  # [T, B] uint8: 0 holds the state
+    p_c_saved,  # [T + 1, B, HP] float32, where SAVE
+    p_gates,  # [T, B, 4 HP] activated gates, where SAVE
+    p_count,  # [groups] int32, zero
+    steps,
+    batch,
+    one,  # 1, unknown to the compiler: loops over it keep weights in shared memory
+    WIDTH: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGED: tl.constexpr,
+    TABLE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """K split over the warps: products [S, 4 U, CHUNK] x [S, CHUNK, COLUMNS] by mma."""
+    GATES: tl.constexpr = 4 * UNITS
+    DEPTH: tl.constexpr = CHUNK * (RESIDENT + STAGED)  # of one warp
+    MASKED: tl.constexpr = DEPTH * WARPS > WIDTH
+    i_u = tl.program_id(0)
+    o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_b = o_b < batch
+    o_b = tl.where(m_b, o_b, 0)  # columns beyond the end read sequence 0
+    o_gate = i_u * GATES + tl.arange(0, GATES)
+    o_k = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, None, :]
+    o_kt = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, :, None]
+    o_w = o_gate[None, :, None] * WIDTH + o_k
+    o_h = o_b.to(tl.int64)[None, None, :] * WIDTH + o_kt
+    resident = ()
+    for j in tl.static_range(RESIDENT):
+        if MASKED:
+            b_w = tl.load(p_w + o_w + j * CHUNK, mask=o_k + j * CHUNK < WIDTH, other=0.0)
+        else:
+            b_w = tl.load(p_w + o_w + j * CHUNK)
+        resident = resident + (b_w,)
+    o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
+    c = tl.load(p_c + o_state)
+    h = tl.load(p_h + o_state)
+    p_mine = p_count + tl.program_id(1)
+    outer = one * 0
+    while outer < one:
+        staged = ()
+        for j in tl.static_range(RESIDENT, RESIDENT + STAGED):
+            if MASKED:
+                b_w = tl.load(p_w + o_w + j * CHUNK, mask=o_k + j * CHUNK < WIDTH, other=0.0)
+            else:
+                b_w = tl.load(p_w + o_w + j * CHUNK)
+            staged = staged + (b_w,)
+        t = steps * 0
+        while t < steps:
+            z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
+            wait_for(p_mine, tl.num_programs(0) * t, LIMIT)
+            p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
+            z = tl.zeros((WARPS, GATES, COLUMNS), tl.float32)
+            for j in tl.static_range(RESIDENT):
+                # volatile: a plain load may be moved out of the loop, or served from L1
+                if MASKED:
+                    m_k = o_kt + j * CHUNK < WIDTH
+                    b_h = tl.load(p_h_t + o_h + j * CHUNK, mask=m_k, other=0.0, volatile=True)
+                else:
+                    b_h = tl.load(p_h_t + o_h + j * CHUNK, volatile=True)
+                z = tl.dot(resident[j], b_h, z, input_precision=PRECISION)
+            if STAGED > 0:
+                for _ in range(one):
+                    for j in tl.static_range(STAGED):
+                        o_j = o_h + (RESIDENT + j) * CHUNK
+                        if MASKED:
+                            m_k = o_kt + (RESIDENT + j) * CHUNK < WIDTH
+                            b_h = tl.load(p_h_t + o_j, mask=m_k, other=0.0, volatile=True)
+                        else:
+                            b_h = tl.load(p_h_t + o_j, volatile=True)
+                        z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
+            c, h = advance(
+                sum_warps(z, WARPS, GATES, COLUMNS) + z_x, c, h, t, p_h, p_keep, p_c_saved,
+                p_gates, o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
+            )  # fmt: skip
+            arrive(p_mine)
+            t += 1
+        outer += 1
+    o_u = tl.arange(0, UNITS)
+    tl.store(p_c + o_state, c, mask=m_b[None, :] & (o_u >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["steps", "batch", "one"])
+def sequence_forward_shared(
+    p_x,  # as in sequence_forward_split
+    p_ids,
+    p_w,
+    p_h,
+    p_c,
+    p_keep,
+    p_c_saved,
+    p_gates,
+    p_count,
+    steps,
+    batch,
+    one,
+    WIDTH: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGED: tl.constexpr,
+    TABLE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """W in shared memory: products [4 U, CHUNK] x [CHUNK, COLUMNS] by wgmma, all warps together."""
+    GATES: tl.constexpr = 4 * UNITS
+    MASKED: tl.constexpr = CHUNK * STAGED > WIDTH
+    i_u = tl.program_id(0)
+    o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_b = o_b < batch
+    o_b = tl.where(m_b, o_b, 0)
+    o_gate = i_u * GATES + tl.arange(0, GATES)
+    o_k = tl.arange(0, CHUNK)
+    o_w = o_gate[:, None] * WIDTH + o_k[None, :]
+    o_h = o_b.to(tl.int64)[None, :] * WIDTH + o_k[:, None]
+    staged = ()
+    for j in tl.static_range(STAGED):
+        if MASKED:
+            m_w = (o_k + j * CHUNK < WIDTH)[None, :]
+            staged = staged + (tl.load(p_w + o_w + j * CHUNK, mask=m_w, other=0.0),)
+        else:
+            staged = staged + (tl.load(p_w + o_w + j * CHUNK),)
+    o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
+    c = tl.load(p_c + o_state)
+    h = tl.load(p_h + o_state)
+    p_mine = p_count + tl.program_id(1)
+    t = steps * 0
+    while t < steps:
+        z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
+        wait_for(p_mine, tl.num_programs(0) * t, LIMIT)
+        p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
+        z = tl.zeros((GATES, COLUMNS), tl.float32)
+        for j in tl.static_range(STAGED):
+            if MASKED:
+                m_h = (o_k + j * CHUNK < WIDTH)[:, None]
+                b_h = tl.load(p_h_t + o_h + j * CHUNK, mask=m_h, other=0.0, volatile=True)
+            else:
+                b_h = tl.load(p_h_t + o_h + j * CHUNK, volatile=True)
+            z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
+        c, h = advance(
+            z + z_x, c, h, t, p_h, p_keep, p_c_saved, p_gates,
+            o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
+        )  # fmt: skip
+        arrive(p_mine)
+        t += 1
+    o_u = tl.arange(0, UNITS)
+    tl.store(p_c + o_state, c, mask=m_b[None, :] & (o_u >= 0)[:, None])
+
+
+def sequence_constants(config: SequenceConfig, dtype: Any, width: int) -> dict[str, Any]:
+    """Tile and launch settings, but for what a call itself decides."""
+    return {
+        "WIDTH": width,
+        "UNITS": config.units,
+        "COLUMNS": config.columns,
+        "WARPS": config.warps,
+        "CHUNK": config.chunk,
+        "RESIDENT": config.resident,
+        "STAGED": config.staged,
+        "PRECISION": precision(dtype),
+        "num_warps": config.warps,
+        "num_stages": 1,
+    }
+
+
+def sequence_kernel(config: SequenceConfig) -> Any:
+    return sequence_forward_split if config.split else sequence_forward_shared
+
+
+def sequence_forward(
+    x_gates: Tensor,
+    ids: Tensor | None,
+    w: Tensor,
+    h: Tensor,
+    c: Tensor,
+    keep: Tensor | None,
+    c_saved: Tensor | None,
+    gates: Tensor | None,
+    steps: int,
+    config: SequenceConfig,
+    limit: int = 0,
+) -> None:
+    """Shapes as in `fusion_model.kernels.triton_lstm`; fills h, c, c_saved, gates.
+
+    Args:
+        limit: looks at a counter before a program gives up waiting; 0 waits as long as it takes.
+
+    Raises:
+        LaunchRefused: the grid does not fit on the device as a whole.
+    """
+    batch, width = len(c), w.shape[1]
+    groups = config.groups(batch)
+    launch_spinning(
+        sequence_kernel(config),
+        (config.programs(width), groups),
+        (
+            x_gates,
+            x_gates if ids is None else ids,
+            w,
+            h,
+            c,
+            c if keep is None else keep,
+            c if c_saved is None else c_saved,
+            h if gates is None else gates,
+            torch.zeros(groups, dtype=torch.int32, device=h.device),
+            steps,
+            batch,
+            1,
+        ),
+        h.device,
+        TABLE=ids is not None,
+        HAS_KEEP=keep is not None,
+        SAVE=gates is not None,
+        LIMIT=limit,
+        **sequence_constants(config, h.dtype, width),
+    )

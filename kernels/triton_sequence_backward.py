@@ -1,0 +1,161 @@
+"""Backward through time of a layer in one persistent launch, W_hh transposed in registers.
+
+A program owns U units: it holds their rows of W_hh^T for all steps. From the last step to the
+first it reads the gradient of the gates of step t + 1 from the L2 cache, all 4 HP of them,
+multiplies, and writes the gradient of its own units' gates of step t. The gradient of W_hh is one
+product by PyTorch afterwards.
+
+Notation: as in `fusion_model.kernels.triton_sequence`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fusion_model.kernels.triton_launch import SequenceConfig, launch_spinning
+from fusion_model.kernels.triton_math import arrive, sum_warps, tanh, wait_for
+from fusion_model.kernels.triton_sequence import sequence_constants
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["steps", "batch"])
+def sequence_backward_kernel(
+    p_wt,  # [HP, 4 HP]: W_hh transposed
+    p_dh,  # [T + 1, B, HP]: gradient of h from outside
+    p_dc,  # [B, HP] float32: gradient of the last c, replaced by that of the first
+    p_held,  # [B, HP] float32: written, gradient of h_0 past steps that held the state
+    p_gates,  # [T, B, 4 HP]
+    p_c,  # [T + 1, B, HP] float32
+    p_keep,  # [T, B] uint8
+    p_grad,  # [T, B, 4 HP]: written, gradient of the gates before activation
+    p_count,  # [groups] int32, zero
+    steps,
+    batch,
+    WIDTH: tl.constexpr,
+    UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    DEPTH: tl.constexpr = CHUNK * RESIDENT
+    MASKED: tl.constexpr = DEPTH * WARPS > 4 * WIDTH
+    i_u = tl.program_id(0)
+    o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_b = o_b < batch
+    o_b = tl.where(m_b, o_b, 0).to(tl.int64)
+    o_u = i_u * UNITS + tl.arange(0, UNITS)
+    o_s = tl.arange(0, WARPS)[:, None, None] * DEPTH
+    o_k, o_kt = o_s + tl.arange(0, CHUNK)[None, None, :], o_s + tl.arange(0, CHUNK)[None, :, None]
+    weights = ()
+    for j in tl.static_range(RESIDENT):
+        p_w = p_wt + o_u[None, None, :] * (4 * WIDTH) + o_kt + j * CHUNK
+        if MASKED:
+            weights = weights + (tl.load(p_w, mask=o_kt + j * CHUNK < 4 * WIDTH, other=0.0),)
+        else:
+            weights = weights + (tl.load(p_w),)
+    o_g = o_b[None, :, None] * (4 * WIDTH) + o_k
+    o_state = o_b[:, None] * WIDTH + o_u[None, :]
+    o_gate = o_b[:, None] * (4 * WIDTH) + i_u * 4 * UNITS + tl.arange(0, UNITS)[None, :]
+    store = m_b[:, None] & (o_u >= 0)[None, :]
+    dc = tl.load(p_dc + o_state)
+    held = tl.zeros((COLUMNS, UNITS), tl.float32)
+    kind = p_grad.dtype.element_ty
+    p_mine = p_count + tl.program_id(1)
+    t = steps - 1
+    while t >= 0:
+        # All that does not depend on the other programs is read before the wait.
+        o_t = t.to(tl.int64) * batch
+        p_g = p_gates + o_t * (4 * WIDTH) + o_gate
+        i = tl.load(p_g).to(tl.float32)
+        f = tl.load(p_g + UNITS).to(tl.float32)
+        g = tl.load(p_g + 2 * UNITS).to(tl.float32)
+        o = tl.load(p_g + 3 * UNITS).to(tl.float32)
+        before = tl.load(p_c + o_t * WIDTH + o_state)
+        o_after = (o_t + batch) * WIDTH + o_state
+        squashed = tanh(tl.load(p_c + o_after))
+        dh = tl.load(p_dh + o_after).to(tl.float32) + held
+        wait_for(p_mine, tl.num_programs(0) * (steps - 1 - t), LIMIT)
+        if t < steps - 1:
+            p_next = p_grad + (o_t + batch) * (4 * WIDTH) + o_g
+            total = tl.zeros((WARPS, COLUMNS, UNITS), tl.float32)
+            for j in tl.static_range(RESIDENT):
+                if MASKED:
+                    m_k = o_k + j * CHUNK < 4 * WIDTH
+                    b_g = tl.load(p_next + j * CHUNK, mask=m_k, other=0.0, volatile=True)
+                else:
+                    b_g = tl.load(p_next + j * CHUNK, volatile=True)
+                total = tl.dot(b_g, weights[j], total, input_precision=PRECISION)
+            dh += sum_warps(total, WARPS, COLUMNS, UNITS)
+        through = dc + dh * o * (1.0 - squashed * squashed)
+        d_i = through * g * i * (1.0 - i)
+        d_f = through * before * f * (1.0 - f)
+        d_g = through * i * (1.0 - g * g)
+        d_o = dh * squashed * o * (1.0 - o)
+        if HAS_KEEP:
+            keep = (tl.load(p_keep + o_t + o_b) != 0)[:, None]
+            d_i, d_f = tl.where(keep, d_i, 0.0), tl.where(keep, d_f, 0.0)
+            d_g, d_o = tl.where(keep, d_g, 0.0), tl.where(keep, d_o, 0.0)
+            held = tl.where(keep, 0.0, dh)
+            dc = tl.where(keep, through * f, dc)
+        else:
+            dc = through * f
+        p_out = p_grad + o_t * (4 * WIDTH) + o_gate
+        tl.store(p_out, d_i.to(kind), mask=store)
+        tl.store(p_out + UNITS, d_f.to(kind), mask=store)
+        tl.store(p_out + 2 * UNITS, d_g.to(kind), mask=store)
+        tl.store(p_out + 3 * UNITS, d_o.to(kind), mask=store)
+        arrive(p_mine)
+        t -= 1
+    tl.store(p_dc + o_state, dc, mask=store)
+    tl.store(p_held + o_state, held, mask=store)
+
+
+def backward_settings(config: SequenceConfig, dtype: Any, width: int) -> dict[str, Any]:
+    """Tile and launch settings, but for what a call itself decides."""
+    constants = sequence_constants(config, dtype, width)
+    del constants["STAGED"]
+    return constants
+
+
+def sequence_backward(
+    dh: Tensor,
+    dc: Tensor,
+    w: Tensor,
+    c_saved: Tensor,
+    gates: Tensor,
+    keep: Tensor | None,
+    grad: Tensor,
+    held: Tensor,
+    steps: int,
+    config: SequenceConfig,
+    limit: int = 0,
+) -> None:
+    """Fills grad and held, replaces dc; the rest as in `sequence_forward`."""
+    batch, width = len(dc), w.shape[1]
+    groups = config.groups(batch)
+    launch_spinning(
+        sequence_backward_kernel,
+        (config.programs(width), groups),
+        (
+            w.t().contiguous(),
+            dh,
+            dc,
+            held,
+            gates,
+            c_saved,
+            dc if keep is None else keep,
+            grad,
+            torch.zeros(groups, dtype=torch.int32, device=dh.device),
+            steps,
+            batch,
+        ),
+        dh.device,
+        HAS_KEEP=keep is not None,
+        LIMIT=limit,
+        **backward_settings(config, dh.dtype, width),
+    )

@@ -1,0 +1,175 @@
+"""The kernel configurations that ship, as they are compiled ahead of time.
+
+They come from the same pure functions that choose at run time: hidden widths 512, 650, 768, 1024,
+1500 and 2048, batches 8 to 256, bfloat16 throughout, float16 and float32 where they differ.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fusion_model.kernels.triton_launch import (
+    KNOWN_CHIPS,
+    padded,
+    sequence_backward_config,
+    sequence_config,
+    step_units,
+)
+
+WIDTHS = (512, 650, 768, 1024, 1500, 2048)
+BATCHES = (8, 16, 32, 64, 128, 256)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+IDS = {"p_ids": "*i64", "p_targets": "*i64", "p_tokens": "*i64", "p_seed": "*i64",
+       "p_keep": "*u8", "p_done": "*u8", "p_count": "*i32"}  # fmt: skip
+FLOATS = ("p_c", "p_c_saved", "p_c_next", "p_c_before", "p_dc", "p_held", "p_max", "p_sum", "p_hit",
+          "p_lse", "p_upstream", "p_logits", "p_temperature")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its compile-time constants.
+
+    Attributes:
+        home: `module:kernel`, imported when it is compiled.
+        signature: argument to Triton type.
+        options: of the launch: num_warps and so on.
+        spins: programs wait for each other.
+        products: tensor cores must be used.
+    """
+
+    name: str
+    home: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    spins: bool = False
+    products: bool = True
+
+    def kernel(self) -> Any:
+        module, name = self.home.split(":")
+        return getattr(importlib.import_module(f"fusion_model.kernels.{module}"), name)
+
+
+def make(
+    name: str,
+    home: str,
+    dtype: torch.dtype,
+    scalars: tuple[str, ...],
+    settings: Mapping[str, Any],
+    spins: bool = False,
+    products: bool = True,
+) -> Variant:
+    """A variant whose pointers are of `dtype`, but for those known to be float32 or integer."""
+    module, kernel = home.split(":")
+    found = importlib.import_module(f"fusion_model.kernels.{module}")
+    signature = dict.fromkeys(scalars, "i32")
+    for argument in getattr(found, kernel).arg_names:
+        if argument.startswith("p_"):
+            own = "*fp32" if argument in FLOATS else f"*{NAMES[dtype]}"
+            signature[argument] = IDS.get(argument, own)
+    if kernel == "decode_choose":
+        signature["p_count"] = "*i64"
+    options = {k: v for k, v in settings.items() if k.startswith("num_") or k == "enable_fp_fusion"}
+    options["enable_fp_fusion"] = True
+    if spins:
+        options["launch_cooperative_grid"] = True
+    constants = {k: v for k, v in settings.items() if k not in options}
+    return Variant(f"{name} {NAMES[dtype]}", home, signature, constants, options, spins, products)
+
+
+def _sequences(chip: int) -> Iterator[Variant]:
+    from fusion_model.kernels.triton_sequence import sequence_constants, sequence_kernel
+    from fusion_model.kernels.triton_sequence_backward import backward_settings
+
+    modes = {
+        "table": {"TABLE": True, "HAS_KEEP": False, "SAVE": False},
+        "train": {"TABLE": False, "HAS_KEEP": True, "SAVE": True},
+    }
+    seen = set()
+    for dtype in NAMES:
+        for hidden in WIDTHS if dtype == torch.bfloat16 else (512, 768):
+            for batch in BATCHES:
+                config = sequence_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
+                if config is None or (dtype, hidden, config) in seen:
+                    continue
+                seen.add((dtype, hidden, config))
+                width = padded(hidden, config.units)
+                settings = sequence_constants(config, dtype, width) | {"LIMIT": 0}
+                kernel = sequence_kernel(config).__name__
+                shape = f"{hidden} U{config.units} B{config.columns}"
+                back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
+                for mode, flags in modes.items():
+                    if mode == "train" and (back is None or back.units != config.units):
+                        continue
+                    yield make(
+                        f"sequence {mode} {shape}", f"triton_sequence:{kernel}", dtype,
+                        ("steps", "batch", "one"), settings | flags, spins=True,
+                    )  # fmt: skip
+            back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, 16, dtype)
+            if back is not None:
+                settings = backward_settings(back, dtype, padded(hidden, back.units))
+                yield make(
+                    f"sequence backward {hidden} U{back.units} B{back.columns}",
+                    "triton_sequence_backward:sequence_backward_kernel", dtype,
+                    ("steps", "batch"), settings | {"HAS_KEEP": True, "LIMIT": 0}, spins=True,
+                )  # fmt: skip
+
+
+def _rows() -> Iterator[Variant]:
+    from fusion_model.kernels.triton_rows import backward_constants, forward_constants
+
+    for dtype in NAMES:
+        for hidden in WIDTHS if dtype == torch.bfloat16 else (768,):
+            for rows in (16, 64, 8192):
+                units = step_units(rows, hidden)
+                width = padded(hidden, units)
+                for mode, flags in {
+                    "decode": {"INPUT": 2, "HAS_KEEP": False, "SAVE": False},
+                    "train": {"INPUT": 1, "HAS_KEEP": True, "SAVE": True},
+                }.items():
+                    settings = forward_constants(rows, dtype, width, units) | flags
+                    yield make(
+                        f"rows {mode} {hidden} N{rows}", "triton_rows:rows_forward", dtype,
+                        ("n", "batch"), settings,
+                    )  # fmt: skip
+                settings = backward_constants(rows, dtype, width, units) | {"HAS_KEEP": True}
+                yield make(
+                    f"rows backward {hidden} N{rows}", "triton_rows:rows_backward", dtype,
+                    ("n", "n_next", "batch"), settings, products=settings["FUSED"],
+                )  # fmt: skip
+
+
+def _decode() -> Iterator[Variant]:
+    from fusion_model.kernels.triton_decode import linear_constants
+
+    for dtype in NAMES:
+        for rows in (1, 64):
+            for fusion, outputs, width in ((0, 8192, 512), (1, 512, 768), (2, 768, 768)):
+                settings = linear_constants(rows, outputs, width, dtype)
+                settings |= {"STRIDE": width, "FUSION": fusion, "ROWS": fusion > 0}
+                name = f"{('vocabulary', 'projection', 'gate')[fusion]} N{rows}"
+                scalars = ("n", "outputs")
+                yield make(name, "triton_decode:decode_linear", dtype, scalars, settings)
+    for mode, greedy in (("greedy", True), ("sample top k", False)):
+        settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": 8192, "num_warps": 8}
+        yield make(
+            mode, "triton_decode:decode_choose", torch.float32,
+            ("v", "batch", "steps", "k", "eos"), settings, products=False,
+        )  # fmt: skip
+
+
+def _surprisal() -> Iterator[Variant]:
+    from fusion_model.kernels.triton_surprisal import surprisal_constants
+
+    for dtype in NAMES:
+        settings = surprisal_constants(512, dtype, True)
+        for kernel in ("surprisal_forward", "surprisal_backward"):
+            name = kernel.replace("_", " ")
+            yield make(name, f"triton_surprisal:{kernel}", dtype, ("n", "v"), settings)
+
+
+def variants(chip: int) -> list[Variant]:
+    """What ships for a chip: 80, 90 or 100."""
+    return [*_surprisal(), *_rows(), *_decode(), *_sequences(chip)]

@@ -1,0 +1,152 @@
+"""The compile gate: what it sees in compiled code, and that it fails on what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("triton")
+
+from fusion_model.kernels.compile_gate import (
+    examine,
+    instructions,
+    judge,
+    releases_in_order,
+)
+from fusion_model.kernels.triton_launch import KNOWN_CHIPS
+from fusion_model.kernels.triton_variants import Variant, variants
+
+from fusion_model.cli import app
+
+COMPILING = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+COMPILING |= {"TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+def run(*options: str) -> tuple[int, list[dict[str, Any]]]:
+    command = [sys.executable, "-m", "fusion_model.cli", "kernels", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=COMPILING)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_kernels_of_the_published_size() -> None:
+    """On all chips; the rest of what ships is compiled by the slow test, and by the command."""
+    code, reports = run("--match", " 768 U8 B16 bf16")
+    assert {(r["name"], r["chip"]) for r in reports} == {
+        (f"sequence {mode} 768 U8 B16 bf16", chip)
+        for mode in ("table", "train", "backward")
+        for chip in KNOWN_CHIPS
+    }
+    for r in reports:
+        assert not r["problems"]
+        assert min(r["registers"], r["tensor_core"], r["loop"], r["releases"]) > 0
+    assert code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", KNOWN_CHIPS)
+def test_every_shipped_kernel(chip: int) -> None:
+    code, reports = run("--arch", str(chip))
+    assert len(reports) == len(variants(chip))
+    assert [(r["name"], r["problems"]) for r in reports if r["problems"]] == []
+    assert code == 0
+
+
+REGRESSION = """
+from dataclasses import replace
+from fusion_model.kernels.compile_gate import examine
+from fusion_model.kernels.triton_variants import variants
+[whole] = [v for v in variants(90) if v.name == "sequence table 768 U8 B16 bf16"]
+crowded = replace(whole, options={**whole.options, "num_warps": 1})
+wrong = replace(whole, constants={**whole.constants, "CHUNK": 5})
+for variant in (crowded, wrong):
+    print("; ".join(examine(variant, 90).problems))
+"""
+
+
+def test_a_regression_is_seen() -> None:
+    """The weights in the registers of one warp spill; a chunk of 5 does not compile."""
+    command = [sys.executable, "-c", REGRESSION]
+    out = subprocess.run(command, capture_output=True, text=True, env=COMPILING, check=True).stdout
+    crowded, wrong = out.splitlines()
+    assert "registers spill" in crowded
+    assert "Error" in wrong
+
+
+def test_what_the_command_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def output(*options: str) -> str:
+        result = CliRunner().invoke(app, ["kernels", *options])
+        assert result.exit_code == 1
+        return result.output
+
+    assert "TRITON_INTERPRET is set" in output()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert output("--arch", "70") == "error: no such chip, 70: choose of 80, 90, 100\n"
+    assert output("--match", "cosine") == "error: no kernel has 'cosine' in its name\n"
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ("LDG STG.E BAR.SYNC MEMBAR.ALL.GPU RED.E", (1, True)),
+        ("BAR.SYNC STG.E MEMBAR.SC.GPU ATOMG.E BAR.SYNC", (1, False)),
+        ("STG.E BAR.SYNC STG.E MEMBAR.ALL.GPU", (1, False)),
+        ("BAR.SYNC MEMBAR.ALL.GPU RED.E", (0, True)),
+        ("STG BAR MEMBAR STG BAR MEMBAR", (2, True)),
+    ],
+)
+def test_order_of_a_release(codes: str, expected: tuple[int, bool]) -> None:
+    assert releases_in_order(codes.split()) == expected
+
+
+LISTING = """
+.L_x_0:
+        /*0000*/                   LDG.E R1, [R2] ;
+.L_x_1:
+        /*0010*/                   HMMA.16816.F32 R4, R5, R6, R7 ;
+        /*0020*/              @P0  BRA `(.L_x_1) ;
+        /*0030*/                   LDL R1, [R1] ;
+        /*0040*/                   STG.E [R2], R1 ;
+        /*0050*/             @!P1  BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_the_longest_loop_is_found() -> None:
+    codes, (start, end) = instructions(LISTING)
+    assert codes[start:end] == ["LDG.E", "HMMA.16816.F32", "BRA", "LDL", "STG.E", "BRA"]
+    assert codes[-1] == "EXIT"
+
+
+def test_every_limit_is_judged() -> None:
+    good = Variant("x", "", {}, {}, {"num_warps": 4})
+    usage = "REG:100 STACK:0"
+    clean = LISTING.replace("LDL", "LDS")
+    assert judge(good, 90, usage, clean, 1000).problems == []
+    for variant, text, listing, shared, problem in [
+        (good, "REG:100 STACK:24", clean, 0, "24 B of stack"),
+        (good, usage, clean, 232_449, "232449 B of shared memory"),
+        (replace(good, options={"num_warps": 32}), usage, clean, 0, "100 registers x 1024"),
+        (good, usage, clean.replace("HMMA", "FFMA"), 0, "no tensor-core"),
+        (good, usage, LISTING, 0, "1 local loads"),
+        (replace(good, spins=True), usage, clean, 0, "no release"),
+        (good, "", clean, 0, "no resource usage"),
+    ]:
+        [found] = judge(variant, 90, text, listing, shared).problems
+        assert problem in found
+
+
+def test_what_does_not_compile_is_a_problem() -> None:
+    missing = Variant("x", "triton_math:nothing", {}, {}, {"num_warps": 4})
+    assert "AttributeError" in examine(missing, 90).problems[0]
+
+
+@pytest.mark.parametrize("chip", KNOWN_CHIPS)
+def test_names_are_unique(chip: int) -> None:
+    names = [v.name for v in variants(chip)]
+    assert len(set(names)) == len(names) > 80

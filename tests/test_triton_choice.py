@@ -1,0 +1,192 @@
+"""Which backend, which launch, and what stands between a launch and a hang: pure functions."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fusion_model.kernels import lstm_sequence, resolve_backend, triton_launch
+from fusion_model.kernels.backend import choose, obstacle
+from fusion_model.kernels.packed_rows import Rows
+from fusion_model.kernels.triton_launch import (
+    KNOWN_CHIPS,
+    LaunchRefused,
+    check_grid,
+    close,
+    padded,
+    rows_plan,
+    sequence_backward_config,
+    sequence_config,
+    trusted,
+)
+
+BF16, FP32 = torch.bfloat16, torch.float32
+H200 = KNOWN_CHIPS[90]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("sequence", "cpu", 0, FP32, 1, True), "reference"),
+        (("sequence", "cpu", 0, FP32, 2, True), "torch"),
+        (("prefix", "cpu", 0, FP32, 1, True), "torch"),
+        (("prefix", "cuda", 90, BF16, None, True), "triton"),
+        (("surprisal", "cuda", 80, torch.float16, None, True), "triton"),
+        (("surprisal", "cuda", 90, BF16, None, False), "torch"),
+        (("surprisal", "cuda", 75, BF16, None, True), "torch"),
+        (("prefix", "cuda", 90, FP32, None, True), "torch"),
+        (("prefix", "cuda", 90, None, None, True), "torch"),
+        (("sequence", "cuda", 90, BF16, 100, True), "torch"),
+    ],
+)
+def test_auto(arguments: Any, expected: str) -> None:
+    assert choose(*arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("cudnn", "cpu", 0, FP32, True), "CUDA device.*cpu"),
+        (("triton", "cuda", 90, BF16, False), "not installed"),
+        (("triton", "cuda", 70, BF16, True), r"compute capability 8.0.*7.0"),
+        (("triton", "cuda", 90, torch.float64, True), "not in torch.float64"),
+        (("triton", "mps", 0, BF16, True), "CUDA device.*mps"),
+    ],
+)
+def test_what_cannot_run_says_why(arguments: Any, reason: str) -> None:
+    found = obstacle(*arguments)
+    assert found is not None
+    assert re.search(reason, found)
+
+
+def test_what_can_run_has_no_obstacle() -> None:
+    assert obstacle("triton", "cuda", 80, BF16, True) is None
+    assert obstacle("cudnn", "cuda", 70, BF16, False) is None
+    assert obstacle("reference", "mps", 0, torch.float64, False) is None
+
+
+def test_triton_on_a_cpu_is_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    x, s = torch.randn(1, 2, 3), torch.zeros(1, 1, 4)
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: it needs a CUDA device.*cpu"):
+        lstm_sequence(x, (s, s), torch.nn.LSTM(3, 4).all_weights, backend="triton")
+    with pytest.raises(ValueError, match="'cudnn' cannot run here"):
+        resolve_backend("cudnn", "cpu")
+
+
+@pytest.mark.parametrize("chip", KNOWN_CHIPS.values(), ids=KNOWN_CHIPS)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_persistent_launches_fit(chip: Any, dtype: torch.dtype) -> None:
+    """Whatever is chosen fits on the chip at once, holds all of W, and covers all sequences."""
+    for hidden in (1, 16, 100, 512, 650, 768, 1024, 1025, 1500, 2048, 3000):
+        for batch in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300, 2000):
+            for training in (False, True):
+                plan = rows_plan(chip, hidden, batch, 1, dtype, 10, training)
+                if not plan.persistent:
+                    continue
+                configs = [sequence_config(chip, hidden, batch, dtype)]
+                depths = [1]
+                if training:
+                    configs.append(sequence_backward_config(chip, hidden, batch, dtype))
+                    depths.append(4)
+                for config, depth in zip(configs, depths, strict=True):
+                    assert config is not None
+                    assert config.units == plan.units
+                    width = padded(hidden, config.units)
+                    check_grid(chip, config.programs(width) * config.groups(batch), "x")
+                    assert config.programs(width) * config.units == width
+                    assert config.groups(batch) * config.columns >= batch
+                    chunks = config.chunk * (config.resident + config.staged)
+                    assert chunks * (config.warps if config.split else 1) >= depth * width
+
+
+def test_expected_plans() -> None:
+    def persistent(hidden: int, batch: int, training: bool, chip: Any = H200) -> bool:
+        return rows_plan(chip, hidden, batch, 1, BF16, 10, training).persistent
+
+    assert all(persistent(768, b, False) for b in (1, 16, 64, 256))
+    assert persistent(768, 16, True)
+    assert not persistent(768, 64, True)  # the backward pass holds one group of 16
+    assert persistent(1500, 16, False)
+    assert not persistent(1500, 16, True)
+    assert not persistent(1500, 64, False)
+    assert not persistent(768, 16, False, replace(H200, sms=20))
+    assert not persistent(768, 16, False, replace(H200, cooperative=False))
+    assert not rows_plan(H200, 768, 16, 1, BF16, 1, False).persistent  # a single step
+    assert not rows_plan(H200, 768, 16, 5, BF16, 10, False).persistent  # prefixes
+
+
+def test_a_grid_that_does_not_fit_is_refused() -> None:
+    check_grid(H200, 132, "k")
+    with pytest.raises(LaunchRefused, match="k: 133 programs do not fit on 132"):
+        check_grid(H200, 133, "k")
+    with pytest.raises(LaunchRefused, match="refuses cooperative"):
+        check_grid(replace(H200, cooperative=False), 1, "k")
+
+
+def test_rows() -> None:
+    rows = Rows(batch=2, steps=4, count=3)
+    assert [rows.active(t) for t in range(4)] == [6, 6, 4, 2]
+    assert rows.offsets() == [0, 6, 12, 16, 18]
+    assert Rows(3, 2, 1).offsets() == [0, 3, 6]
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-check as it runs where nothing is interpreted or captured."""
+    monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_launch, "checked", {})
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_kernel_is_checked_once() -> None:
+    calls = []
+
+    def check() -> bool:
+        calls.append(trusted("k", (1,), torch.device("cpu"), lambda: False))  # from within
+        return True
+
+    assert all(trusted("k", (1,), torch.device("cpu"), check) for _ in range(3))
+    assert calls == [True]
+    assert trusted("k", (2,), torch.device("cpu"), check)
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_wrong_kernel_is_named_and_not_used() -> None:
+    device = torch.device("cpu")
+    with pytest.warns(RuntimeWarning, match="kernel rows .*not used on cpu.*differ"):
+        assert not trusted("rows", (1,), device, lambda: False)
+    with pytest.warns(RuntimeWarning, match="kernel lines .*ZeroDivisionError"):
+        assert not trusted("lines", (1,), device, lambda: bool(1 / 0))
+    assert not trusted("rows", (1,), device, lambda: True)  # remembered, without a warning
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_layer_falls_back_to_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from fusion_model.kernels import triton_operator
+
+    monkeypatch.setattr(triton_operator, "steps_forward", lambda *_: None)  # writes nothing
+    monkeypatch.setattr(triton_operator, "steps_backward", lambda *_: 1 / 0)
+    module = torch.nn.LSTM(3, 5, batch_first=True)
+    x, zeros = torch.randn(2, 4, 3), torch.zeros(2, 1, 5)
+    with pytest.warns(RuntimeWarning, match="rows_forward"):
+        out, _ = lstm_sequence(x, (zeros, zeros), module.all_weights, backend="triton")
+    with pytest.warns(RuntimeWarning, match="rows_backward.*ZeroDivisionError"):
+        [gradient] = torch.autograd.grad(out.sum(), module.weight_hh_l0)
+    expected = module(x)[0]
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(expected.sum(), module.weight_hh_l0)[0]
+    )
+
+
+def test_close() -> None:
+    a = torch.randn(100)
+    assert close(a + 1e-6, a, FP32)
+    assert not close(a + 1e-2, a, FP32)
+    assert close(a + 1e-2, a, BF16)
+    assert not close(a * float("nan"), a, BF16)
