@@ -37,6 +37,7 @@ def shared_encoding(encoder: Encoder, rank: int, world: int) -> Iterator[Encode 
     if rank:
         while (items := _broadcast(None)) is not None:
             _gather(_encoded(encoder, items, rank, world), rank, world)
+        dist.barrier()
         yield None
         return
 
@@ -52,6 +53,7 @@ def shared_encoding(encoder: Encoder, rank: int, world: int) -> Iterator[Encode 
         yield encode
     finally:
         _broadcast(None)
+        dist.barrier()  # whoever ends first would take the connection down
 
 
 def _encoded(

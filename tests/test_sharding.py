@@ -18,7 +18,14 @@ from fusion_model.sharding import share_of
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Two gloo processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     return subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,
@@ -71,7 +78,9 @@ try:
             together([b"bad"] * 4)
 except EncoderError as error:
     print("main saw:", error)
-print(f"rank {rank} encoded {sum(asked)}")
+sys.stdout.flush()
+dist.destroy_process_group()
+sys.stdout.write(f"rank {rank} encoded {sum(asked)}\\n")
 """
 
 

@@ -235,7 +235,14 @@ def test_two_processes_give_the_loss_of_one(options, tmp_path: Path) -> None:
     chosen = options(dropout=0.0, prefix_dropout=0.0)
     train(chosen, tmp_path / "one")
     # `accelerate launch --cpu --num_processes 2` would start one.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     arguments = ["-m", "fusion_model.cli", "train", "--out", str(tmp_path / "two")]
     for field in dataclasses.fields(chosen):
         value, name = getattr(chosen, field.name), field.name.replace("_", "-")
