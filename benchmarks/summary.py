@@ -2,6 +2,7 @@
 
     pytest benchmarks/test_*_*.py --benchmark-enable --benchmark-json=benchmarks/results/NAME.json
     fusion-lm bench --quick                        # appends to benchmarks/results/*.jsonl
+    python -m fusion_model.benchmarks.policies     # writes policies/policies.json
     python -m fusion_model.benchmarks.summary      # in the clone: rewrites README.md and the plot
 
 The table is of what pytest-benchmark saved, the plot of the last run of a `.jsonl` file.
@@ -12,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fusion_model.benchmarks.machine import where as where_run
+from fusion_model.benchmarks.machine import where
+from fusion_model.benchmarks.policies import table as policies_table
 from fusion_model.benchmarks.report import overview, standalone
 from fusion_model.benchmarks.results import measured, read
 
@@ -55,13 +57,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def where(results: dict[str, Any]) -> str:
-    """Device, versions and date of a run."""
-    machine = results["machine_info"]
-    device = machine["gpu"] or f"{machine['threads']} CPU cores ({machine['cpu']['brand_raw']})"
-    return f"{device}, torch {machine['torch']}, {results['datetime'][:10]}"
-
-
 def plot(results: Path) -> str:
     """The overview of the last run of a file of results, as SVG."""
     _, records = read(results)[-1]
@@ -70,10 +65,11 @@ def plot(results: Path) -> str:
 
 def caption(results: Path) -> str:
     """Where and when that run was made."""
-    return where_run(read(results)[-1][0]["machine"])
+    return where(read(results)[-1][0]["machine"])
 
 
 TABLE = re.compile(r"(<!-- from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+POLICIES = re.compile(r"(<!-- policies from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 PLOT = re.compile(r"(<!-- plot from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
@@ -87,7 +83,7 @@ def renew(readme: str, root: Path) -> tuple[str, dict[Path, str]]:
 
     def table_of(found: re.Match[str]) -> str:
         loaded = json.loads((root / found[2]).read_text(encoding="utf-8"))
-        return f"{found[1]}{table(loaded)}\n\n{where(loaded)}{found[3]}"
+        return f"{found[1]}{table(loaded)}\n\n{where(loaded['machine_info'])}{found[3]}"
 
     def plot_of(found: re.Match[str]) -> str:
         results = root / found[2]
@@ -97,7 +93,12 @@ def renew(readme: str, root: Path) -> tuple[str, dict[Path, str]]:
         shown = f"![Speed of each backend relative to plain PyTorch]({path})"
         return f"{found[1]}{shown}\n\n{caption(results)}{found[3]}"
 
-    return PLOT.sub(plot_of, TABLE.sub(table_of, readme)), plots
+    def policies_of(found: re.Match[str]) -> str:
+        loaded = json.loads((root / found[2]).read_text(encoding="utf-8"))
+        return f"{found[1]}{policies_table(loaded)}\n\n{where(loaded['machine'])}{found[3]}"
+
+    readme = POLICIES.sub(policies_of, TABLE.sub(table_of, readme))
+    return PLOT.sub(plot_of, readme), plots
 
 
 def main() -> None:
