@@ -105,6 +105,9 @@ def profile(
         Path | None, typer.Option(help="for ui.perfetto.dev, chrome://tracing")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="latency by position: .svg, .png, .pdf")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="encoding policy (default: the model's own)")
+    ] = None,
     encoder: EncoderPath = None,
     encoder_dtype: EncoderDtype = "float32",
     dtype: Dtype = "float32",
@@ -119,7 +122,7 @@ def profile(
     from fusion_model.benchmarks.profiler import Settings, profile_model
 
     latency_report.check_plot(plot)
-    lm = open_model(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
+    lm = open_model(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend, policy)
     engine = "torch" if onnx is None else "onnx"
     where = resolve_device(device) if onnx is None else lm.device
     settings = Settings(runs, tokens, batch, prompt_words)

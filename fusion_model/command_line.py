@@ -112,7 +112,13 @@ def resolve_device(name: str) -> str:
 
 
 def load_model(
-    model: str, device: str, dtype: str, encoder: str | None, encoder_dtype: str, backend: str
+    model: str,
+    device: str,
+    dtype: str,
+    encoder: str | None,
+    encoder_dtype: str,
+    backend: str,
+    policy: str | None = None,
 ) -> Any:
     import fusion_model
 
@@ -123,6 +129,7 @@ def load_model(
         encoder=encoder,
         encoder_dtype=encoder_dtype,
         backend=backend,
+        policy=policy,
     )
 
 
@@ -135,6 +142,7 @@ def open_model(
     encoder: str | None,
     encoder_dtype: str,
     backend: str,
+    policy: str | None = None,
 ) -> Any:
     """A model, or an exported one; of the latter, what was settled at export cannot be chosen."""
     from fusion_model.errors import FusionLMError
@@ -142,7 +150,7 @@ def open_model(
     if onnx is None and model is not None:
         if threads is not None:
             raise FusionLMError("--threads goes with --onnx; PyTorch takes OMP_NUM_THREADS")
-        return load_model(model, device, dtype, encoder, encoder_dtype, backend)
+        return load_model(model, device, dtype, encoder, encoder_dtype, backend, policy)
     if onnx is None or model is not None:
         raise FusionLMError("name a model, or an exported one with --onnx: one of the two")
     for option, value, default in (
@@ -150,6 +158,7 @@ def open_model(
         ("--encoder", encoder, None),
         ("--encoder-dtype", encoder_dtype, "float32"),
         ("--backend", backend, "auto"),
+        ("--policy", policy, None),
     ):
         if value != default:
             raise FusionLMError(f"{option} does not go with --onnx: it was settled at export")

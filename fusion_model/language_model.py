@@ -152,6 +152,7 @@ def load(
     encoder: str | None = None,
     encoder_dtype: str = "float32",
     backend: str = "auto",
+    policy: str | None = None,
 ) -> FusionLM:
     """A saved model with tokenizer and encoder: safetensors only, no remote code.
 
@@ -163,6 +164,8 @@ def load(
         encoder: where the encoder lies now, if it moved since training.
         encoder_dtype: as `dtype`, of the encoder.
         backend: one of `fusion_model.kernels.BACKENDS`.
+        policy: in place of the model's own, to measure what it costs: the scores are then of
+            embeddings that the model was not trained with.
 
     Raises:
         CheckpointError: missing, damaged, pickled, or no fusion language model.
@@ -176,6 +179,8 @@ def load(
         raise FusionLMError(str(error)) from None
     config = model.config
     if config.fusion == "none":
+        if policy is not None:
+            raise FusionLMError(f"{name} is unfused: it has no encoding policy")
         return FusionLM(model, tokenizer, None)
     found = load_encoder(
         encoder or str(config.encoder),
@@ -184,7 +189,7 @@ def load(
         device=device,
         directory=Path(name),
         dim=config.prefix_size,
-        policy=config.policy,
+        policy=policy or config.policy,
     )
     if found.content_sha256 != config.encoder_sha256:
         raise EncoderError(

@@ -44,7 +44,10 @@ class NodePool:
         heads, device = layers.heads, model.device
 
         def room(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
-            return torch.zeros(self.capacity, *shape, dtype=dtype, device=device)
+            # Not zeros: memory that is never used is never touched. Slot 0 stands in for padding.
+            found = torch.empty(self.capacity, *shape, dtype=dtype, device=device)
+            found[:1] = 0
+            return found
 
         self.keys = [room(heads, width // heads) for _ in range(depth)]
         self.values = [room(heads, width // heads) for _ in range(depth)]

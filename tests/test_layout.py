@@ -123,6 +123,7 @@ def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     copy.parent.mkdir(parents=True)
     faster = re.sub(r'"speedup": [\d.]+', '"speedup": 7.77', results.read_text())
     copy.write_text(faster)
-    plot_only = README[README.index("<!-- plot from") :]
+    start, end = README.index("<!-- plot from"), "<!-- end -->"
+    plot_only = README[start : README.index(end, start) + len(end)]
     (changed,) = renew(plot_only, tmp_path)[1].values()
     assert changed != path.read_text()

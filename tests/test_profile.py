@@ -251,6 +251,9 @@ def test_profile_mistakes_are_one_line(tmp_path: Path, text_file: Path) -> None:
     plot = ("--plot", tmp_path / "p.gif")
     assert "end its name in" in fails("profile", "fusion-lm-small", "--text", text_file, *plot)
     assert "--onnx" in fails("profile", "--text", text_file)
+    policy = ("--text", text_file, "--policy", "often")
+    assert "unknown policy 'often'" in fails("profile", "fusion-lm-small", *policy)
+    assert "has no encoding policy" in fails("profile", "fusion-lm-small-unfused", *policy)
     assert "cannot read" in fails("profile", "fusion-lm-small", "--text", tmp_path / "no.txt")
 
 
@@ -272,3 +275,15 @@ def test_stages_of_an_engine_are_taken_off_when_generation_fails(lm: fusion_mode
     with pytest.raises(KeyError), broken():
         raise KeyError
     assert "features" not in vars(lm.model)
+
+
+def test_another_policy_can_be_profiled(text_file: Path, tmp_path: Path) -> None:
+    text_file.write_text(" ".join(SENTENCES[:8]))
+    code, stdout, _ = run(
+        *("profile", "fusion-lm-small", "--text", text_file, "--policy", "incremental"),
+        *("--runs", "2", "--tokens", "6", "--json", tmp_path / "found.json"),
+    )
+    assert code == 0
+    assert "encoding policy incremental" in stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["settings"]["policy"] == "incremental"
