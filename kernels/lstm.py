@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from fusion_model.kernels.backend import resolve_backend
 from torch import Tensor
 
+ROWS = 16  # of a matrix tile: oneDNN's LSTM in bfloat16 takes up to 5 times as long for others
+
 LayerWeights = Sequence[Tensor]
 """One layer as `torch.nn.LSTM` keeps it: w_ih [4H, D], w_hh [4H, H], b_ih [4H], b_hh [4H]."""
 
@@ -87,6 +89,11 @@ def lstm_sequence(
         from fusion_model.kernels import triton_lstm
 
         return triton_lstm.lstm_sequence(x, state, weights, mask, dropout)
+    rows = len(x)
+    if device == "cpu" and dtype == torch.bfloat16 and rows > ROWS:
+        spare = -rows % ROWS
+        x = F.pad(x, (0, 0, 0, 0, 0, spare))
+        state = F.pad(state[0], (0, 0, 0, 0, 0, spare)), F.pad(state[1], (0, 0, 0, 0, 0, spare))
     out, h, c = torch.lstm(
         x,
         [s.transpose(0, 1).contiguous() for s in state],
@@ -98,4 +105,4 @@ def lstm_sequence(
         False,  # bidirectional
         True,  # batch_first
     )
-    return out, (h.transpose(0, 1), c.transpose(0, 1))
+    return out[:rows], (h.transpose(0, 1)[:rows], c.transpose(0, 1)[:rows])

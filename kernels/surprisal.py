@@ -10,11 +10,11 @@ Notation: N positions, D features, V vocabulary.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fusion_model.kernels.backend import resolve_backend
 from torch import Tensor
 
-CHUNK = 512  # positions a product: large enough to be efficient
+CHUNK = 1024  # positions a product: large enough to be efficient
+SMALL = 1e-30  # sums of exponentials from here to its inverse need no shift against overflow
 ROWS = 64  # positions a softmax on a CPU: 2 MB at V = 8192 in fp32, which stay in its cache
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -52,25 +52,47 @@ def _pass(
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device)
         grad_bias = torch.zeros(len(weight), dtype=wide, device=x.device)
+    # The same memory for all: fresh pages would cost a third of the product.
+    few = min(len(x), ROWS if x.device.type == "cpu" else CHUNK)
+    all_logits = x.new_empty(min(len(x), CHUNK), len(weight))
+    exponentials = torch.empty(few, len(weight), dtype=wide, device=x.device)
     for chunk in _parts(len(x), CHUNK):
-        logits = F.linear(x[chunk], weight, bias)
-        y, log_probs = targets[chunk, None], out[chunk]
-        for rows in _parts(len(logits), ROWS if x.device.type == "cpu" else CHUNK):
-            z = logits[rows].to(wide)
-            of_target = z.gather(1, y[rows])
-            greatest = z.amax(dim=-1, keepdim=True)
-            total = z.sub_(greatest).exp_().sum(-1, keepdim=True)
-            log_probs[rows] = (of_target - greatest - total.log())[:, 0]
+        y = targets[chunk, None]
+        logits = _linear(x[chunk], weight, bias, all_logits[: len(y)])
+        of_target = logits.gather(1, y)[:, 0]
+        normalizer = torch.empty(len(y), dtype=wide, device=x.device)
+        for rows in _parts(len(y), few):
+            z = exponentials[: len(y[rows])]
+            shift, total = _exponentials(logits[rows], z)
+            normalizer[rows] = (total.log() + shift)[:, 0]
             if upstream is not None:
                 # d log p(y) / d logits = one_hot(y) - softmax(logits)
                 g = upstream[chunk][rows, None].to(wide)
                 z.mul_(-g / total).scatter_add_(1, y[rows], g)
                 grad_bias += z.sum(0)
                 logits[rows] = z
+        out[chunk] = of_target - normalizer
         if upstream is not None:
             torch.mm(logits, weight, out=grad_x[chunk])
             grad_weight += logits.t() @ x[chunk]
     return out, None if upstream is None else (grad_x, grad_weight, grad_bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _exponentials(logits: Tensor, out: Tensor) -> tuple[Tensor | float, Tensor]:
+    """`out` [N, V] becomes exp(logits - shift); the shift and the sums, [N, 1]."""
+    if out.device.type == "cpu":  # a GPU would have to wait for the answer
+        total = out.copy_(logits).exp_().sum(-1, keepdim=True)
+        low, high = total.aminmax()
+        if low > SMALL and high < 1 / SMALL:
+            return 0.0, total
+    shift = out.copy_(logits).amax(-1, keepdim=True)
+    return shift, out.sub_(shift).exp_().sum(-1, keepdim=True)
 
 
 def target_log_probs(

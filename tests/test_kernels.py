@@ -55,6 +55,25 @@ def test_mask_holds_the_state(side: str) -> None:
         torch.testing.assert_close(c[row], cn[:, 0])
 
 
+@pytest.mark.parametrize("batch", [15, 16, 17, 33])
+def test_bfloat16_rows_are_padded_without_a_trace(batch: int) -> None:
+    """Such batches are padded on a CPU: results and gradients are those of float64."""
+    exact = lstm(8, 12, 2)
+    x, initial = torch.randn(batch, 5, 8).double(), state(batch, 2, 12)
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        weights = [[p.detach().to(dtype).requires_grad_() for p in w] for w in exact.all_weights]
+        inputs = [t.to(dtype).requires_grad_() for t in (x, *initial)]
+        backend = "reference" if dtype == torch.float64 else "torch"
+        out, (h, c) = lstm_sequence(inputs[0], tuple(inputs[1:]), weights, backend=backend)
+        leaves = [*inputs, *(p for w in weights for p in w)]
+        gradients = torch.autograd.grad((out.square().sum() + h.sum() + c.sum()) / batch, leaves)
+        results.append([out, h, c, *gradients])
+    for expected, got in zip(*results, strict=True):
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got.double(), expected, atol=0.05, rtol=0.05)
+
+
 def test_autocast_runs_in_bfloat16_close_to_float32() -> None:
     module = nn.LSTM(8, 16, 1, batch_first=True)
     x, zeros = torch.randn(4, 6, 8), torch.zeros(4, 1, 16)
@@ -134,6 +153,20 @@ def test_target_log_probs(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         one_hot = torch.nn.functional.one_hot(y, 11)
         expected = (one_hot - probabilities).T @ x.double()
         torch.testing.assert_close(w.grad.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [-300.0, -75.0, 75.0, 300.0, 3e4])
+def test_log_probs_of_logits_whose_exponentials_leave_float32(shift: float) -> None:
+    x, w, b = torch.randn(5, 4), torch.randn(7, 4, requires_grad=True), torch.randn(7)
+    y = torch.randint(7, (5,))
+    wide = w.detach().double().requires_grad_()
+    exact = torch.log_softmax(x.double() @ wide.T + (b + shift).double(), -1)
+    expected = exact.gather(1, y[:, None])[:, 0]
+    got = target_log_probs(x, w, b + shift, y)
+    tolerance = dict(atol=1e-5 + abs(shift) * 1e-6, rtol=0)
+    torch.testing.assert_close(got.double(), expected, **tolerance)
+    gradients = [torch.autograd.grad(p.sum(), t)[0] for p, t in ((got, w), (expected, wide))]
+    torch.testing.assert_close(gradients[0].double(), gradients[1], **tolerance)
 
 
 def test_target_log_probs_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
