@@ -19,6 +19,7 @@ from fusion_model.text import Document
 from fusion_model.tokenizer import encode_sentences, encoder_ids
 
 KEY_BYTES = 16
+ROWS = 16  # a batch of a multiple of these is not padded for the matrix units
 POSITIONS_PER_CHUNK = 65_536  # encoded and committed at once
 
 
@@ -331,8 +332,11 @@ class Batching:
                 end == len(order) or (end + 1 - start) * self.lengths[order[end]] > tokens_per_batch
             )
             if full and (end - start >= least or end == len(order)):
-                batches.append(order[start:end])
-                start = end
+                rows = end - start
+                if rows > 2 * max(ROWS, least) and end < len(order):
+                    rows -= rows % ROWS
+                batches.append(order[start : start + rows])
+                start += rows
         if seed is not None:
             generator.shuffle(batches)
         return batches

@@ -52,47 +52,47 @@ def _pass(
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device)
         grad_bias = torch.zeros(len(weight), dtype=wide, device=x.device)
-    # The same memory for all: fresh pages would cost a third of the product.
+    # The same memory for all: fresh pages would cost a third of the product. The bias is added to
+    # what is in the cache: `addmm` would write it to all logits first.
     few = min(len(x), ROWS if x.device.type == "cpu" else CHUNK)
     all_logits = x.new_empty(min(len(x), CHUNK), len(weight))
     exponentials = torch.empty(few, len(weight), dtype=wide, device=x.device)
+    offset = torch.zeros((), dtype=wide, device=x.device) if bias is None else bias.to(wide)
     for chunk in _parts(len(x), CHUNK):
         y = targets[chunk, None]
-        logits = _linear(x[chunk], weight, bias, all_logits[: len(y)])
-        of_target = logits.gather(1, y)[:, 0]
-        normalizer = torch.empty(len(y), dtype=wide, device=x.device)
+        logits = torch.mm(x[chunk], weight.t(), out=all_logits[: len(y)])
+        of_target = logits.gather(1, y)[:, 0] + offset.expand(len(weight))[y[:, 0]]
+        if upstream is None:
+            out[chunk] = of_target - _log_sums(logits, offset, exponentials)
+            continue
         for rows in _parts(len(y), few):
-            z = exponentials[: len(y[rows])]
-            shift, total = _exponentials(logits[rows], z)
-            normalizer[rows] = (total.log() + shift)[:, 0]
-            if upstream is not None:
-                # d log p(y) / d logits = one_hot(y) - softmax(logits)
-                g = upstream[chunk][rows, None].to(wide)
-                z.mul_(-g / total).scatter_add_(1, y[rows], g)
-                grad_bias += z.sum(0)
-                logits[rows] = z
-        out[chunk] = of_target - normalizer
-        if upstream is not None:
-            torch.mm(logits, weight, out=grad_x[chunk])
-            grad_weight += logits.t() @ x[chunk]
+            z = exponentials[: len(y[rows])].copy_(logits[rows]).add_(offset)
+            shift = z.amax(-1, keepdim=True)
+            total = z.sub_(shift).exp_().sum(-1, keepdim=True)
+            out[chunk][rows] = of_target[rows] - (shift + total.log())[:, 0]
+            # d log p(y) / d logits = one_hot(y) - softmax(logits)
+            g = upstream[chunk][rows, None].to(wide)
+            z.mul_(-g / total).scatter_add_(1, y[rows], g)
+            grad_bias += z.sum(0)
+            logits[rows] = z
+        torch.mm(logits, weight, out=grad_x[chunk])
+        grad_weight += logits.t() @ x[chunk]
     return out, None if upstream is None else (grad_x, grad_weight, grad_bias)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _exponentials(logits: Tensor, out: Tensor) -> tuple[Tensor | float, Tensor]:
-    """`out` [N, V] becomes exp(logits - shift); the shift and the sums, [N, 1]."""
-    if out.device.type == "cpu":  # a GPU would have to wait for the answer
-        total = out.copy_(logits).exp_().sum(-1, keepdim=True)
-        low, high = total.aminmax()
+def _log_sums(logits: Tensor, bias: Tensor, buffer: Tensor) -> Tensor:
+    """log sum exp(logits + bias) over the vocabulary, [N], in the dtype of `buffer` [rows, V]."""
+    sums = buffer.new_empty(len(logits))
+    parts = [(rows, buffer[: len(sums[rows])]) for rows in _parts(len(logits), len(buffer))]
+    if buffer.device.type == "cpu":  # a GPU would have to wait for the answer
+        for rows, z in parts:
+            torch.sum(z.copy_(logits[rows]).add_(bias).exp_(), -1, out=sums[rows])
+        low, high = sums.aminmax()
         if low > SMALL and high < 1 / SMALL:
-            return 0.0, total
-    shift = out.copy_(logits).amax(-1, keepdim=True)
-    return shift, out.sub_(shift).exp_().sum(-1, keepdim=True)
+            return sums.log_()
+    for rows, z in parts:
+        torch.logsumexp(z.copy_(logits[rows]).add_(bias), -1, out=sums[rows])
+    return sums
 
 
 def target_log_probs(
