@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model.encoder_layers import AllToAll, EncoderLayers
+from fusion_model.attention import AllToAll
+from fusion_model.encoder_layers import EncoderLayers
 from fusion_model.encoders import minilm_path
 from fusion_model.errors import EncoderError
 from fusion_model.items import Pooling, Progress, TokenItems, parse_pooling, shared_batches
@@ -216,14 +217,16 @@ class HFEncoder(TokenItems):
         if wanted[-1] and all(p.name != "mean" for p in top) and not layers.relative:
             rows = self._nodes(top, groups)  # all that is read of the highest layer
         hidden = padded(hidden)
-        attend = AllToAll([(ids.shape[0], ids.shape[1]) for ids in groups], layers)
+        sizes = [ids.shape[1] for ids in groups for _ in ids]
+        few = None if rows is None else (wanted[-1] - 1, len(top))
+        attend = AllToAll(sizes, layers, hidden.dtype, few)
         outputs = dict(zip(wanted, layers.run(hidden, wanted, attend, rows), strict=True))
         found = {}
         for p in parts:
             output = outputs[self.layer_of(p)]
             if p.name == "mean":
-                sizes = [ids.numel() for ids in groups]
-                texts = zip(groups, output[: sum(sizes)].split(sizes), strict=True)
+                nodes = [ids.numel() for ids in groups]
+                texts = zip(groups, output[: sum(nodes)].split(nodes), strict=True)
                 found[p] = torch.cat([part.view(*ids.shape, -1).mean(1) for ids, part in texts])
                 continue
             if rows is not None and p in top:

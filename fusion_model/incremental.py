@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_model.encoder_layers import EncoderLayers
+from fusion_model.encoder_layers import EncoderLayers, check_architecture
 from fusion_model.errors import EncoderError
 from fusion_model.hf_encoder import HFEncoder, padded
 from fusion_model.items import Pooling, Progress
 from fusion_model.node_pool import NodePool
-from fusion_model.trees import Grid, Tree, grow_trees, similar_sizes
+from fusion_model.tree_attention import AlongTrees
+from fusion_model.trees import Tree, grow_trees, similar_sizes
 
 QUERIES = ("cls", "pooler", "sep", "mask")
 
@@ -47,7 +47,7 @@ class IncrementalEncoder(HFEncoder):
     ) -> None:
         super().__init__(name, model, tokenizer, pooling, policy)
         try:
-            EncoderLayers(model)
+            check_architecture(model.config)
         except ValueError as error:
             raise EncoderError(f"{name} cannot be incremental: {error}") from None
         self._queries = [p for p in self.poolings if p.name in QUERIES]
@@ -110,13 +110,11 @@ class IncrementalEncoder(HFEncoder):
         grids = [tree.grid(self._query_nodes) for tree in trees]
         ids = torch.tensor([token for grid in grids for token in grid.tokens], device=device)
         at = torch.tensor([place for grid in grids for place in grid.positions], device=device)
-        attend = _AlongTrees(trees, grids, at, self.layers, dtype, pool)
+        attend = AlongTrees(trees, grids, at, self.layers, dtype, pool)
         wanted = sorted({self.layer_of(p) for p in self.poolings if p.name != "static"})
         nodes = padded(self.layers.embed(ids[None], at[None])[0])
         outputs = dict(zip(wanted, self.layers.run(nodes, wanted, attend), strict=True))
         sums = [attend.sums(outputs[layer], number) for number, layer in enumerate(self.means)]
-        if pool is not None:
-            pool.keep(trees, attend.starts, attend.kept, sums, at)
         ends = _Ends(trees, attend.starts, self._after)
         seen = attend.seen[ends.nodes]
         parts = []
@@ -159,84 +157,3 @@ class _Ends:
             return found
         own = self.nodes - self._after + 1 if pooling == "sep" else self._first
         return torch.where(self._first >= 0, own, found)
-
-
-class _AlongTrees:
-    """Attention of trees whose nodes lie one after the other, [M, …], with their past.
-
-    Attributes:
-        starts: the first node of each tree.
-        seen: how many nodes each node sees, [M].
-        kept: keys and values of each layer, [M, A, d].
-    """
-
-    def __init__(
-        self,
-        trees: Sequence[Tree],
-        grids: Sequence[Grid],
-        positions: Tensor,
-        layers: EncoderLayers,
-        dtype: torch.dtype,
-        pool: NodePool | None,
-    ) -> None:
-        sizes = [len(grid.tokens) for grid in grids]
-        self._shape = (len(trees), max(sizes))
-        self.starts = np.cumsum([0, *sizes[:-1]]).tolist()
-        past = max(len(tree.past) for tree in trees)
-        sees = np.zeros((*self._shape, past + self._shape[1]), dtype=bool)
-        slots = np.zeros((len(trees), past), dtype=np.int64)
-        for row, (tree, grid, size) in enumerate(zip(trees, grids, sizes, strict=True)):
-            sees[row, :size, : len(tree.past)] = True
-            sees[row, :size, past : past + size] = grid.sees
-            sees[row, size:, -1] = True  # padding has to see something
-            slots[row, : len(tree.past)] = tree.past
-        device = positions.device
-        self._pool, self._slots = pool, torch.from_numpy(slots).to(device)
-        self._last_past = torch.tensor([tree.past[-1] if tree.past else -1 for tree in trees])
-        places = [row * self._shape[1] + np.arange(size) for row, size in enumerate(sizes)]
-        self._places = torch.from_numpy(np.concatenate(places)).to(device)
-        self._sees = torch.from_numpy(sees).to(device)
-        self.seen = self._sees.sum(dim=2).flatten()[self._places]
-        bias = torch.zeros(sees.shape, dtype=dtype, device=device)
-        self._bias = bias.masked_fill_(~self._sees, -torch.inf)[:, None]
-        queries_at = self._grid(positions)
-        keys_at = queries_at
-        if pool is not None:
-            keys_at = torch.cat([pool.positions[self._slots], queries_at], dim=1)
-        relative = layers.position_bias(queries_at, keys_at)
-        if relative is not None:
-            self._bias = self._bias + relative
-        self.kept: list[tuple[Tensor, Tensor]] = []
-
-    def _grid(self, nodes: Tensor) -> Tensor:
-        """Nodes [M, …] -> [N, L, …]."""
-        rows, columns = self._shape
-        out = nodes.new_zeros((rows * columns, *nodes.shape[1:]))
-        out[self._places] = nodes[: len(self._places)]
-        return out.view(rows, columns, *nodes.shape[1:])
-
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `EncoderLayers.run`; nodes after the last tree are padding."""
-        self.kept.append((key, value))
-        keys, values = self._grid(key), self._grid(value)
-        if self._pool is not None:
-            keys = torch.cat([self._pool.keys[number][self._slots], keys], dim=1)
-            values = torch.cat([self._pool.values[number][self._slots], values], dim=1)
-        q, k, v = (part.transpose(1, 2) for part in (self._grid(query), keys, values))
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias)
-        out = torch.zeros_like(query)
-        out[: len(self._places)] = found.transpose(1, 2).flatten(0, 1)[self._places]
-        return out
-
-    def sums(self, output: Tensor, number: int) -> Tensor:
-        """Of a layer's output [M, E], over what each node sees, [M, E] float32.
-
-        Args:
-            number: of the layer among those whose sums the pool keeps.
-        """
-        own = self._sees[:, :, -self._shape[1] :].float()
-        total = own @ self._grid(output.float())
-        if self._pool is not None:
-            before = self._pool.sums[self._last_past, number]
-            total += torch.where(self._last_past[:, None] >= 0, before, 0)[:, None].to(total)
-        return total.flatten(0, 1)[self._places]

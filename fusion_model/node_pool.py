@@ -148,33 +148,20 @@ class NodePool:
                 del self._children[origin]
         self._free += gone
 
-    def keep(
-        self,
-        trees: Sequence[Tree],
-        starts: Sequence[int],
-        kept: Sequence[tuple[Tensor, Tensor]],
-        sums: Sequence[Tensor],
-        positions: Tensor,
-    ) -> None:
-        """Write what a pass found for the trees that have slots.
+    def targets(self, trees: Sequence[Tree], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Slots of all nodes of trees that have some, and where in the pass these nodes are.
 
         Args:
             starts: the first node of each tree.
-            kept: keys and values of each layer, [M, A, d].
-            sums: of each `mean` layer, [M, E].
-            positions: of each node, [M].
         """
-        slots = torch.tensor([slot for tree in trees for slot in tree.slots], dtype=torch.int64)
-        nodes = torch.tensor(
-            [
-                start + i
-                for tree, start in zip(trees, starts, strict=True)
-                for i in range(len(tree.slots))
-            ],
-            dtype=torch.int64,
+        slots = [slot for tree in trees for slot in tree.slots]
+        nodes = [
+            start + i
+            for tree, start in zip(trees, starts, strict=True)
+            for i in range(len(tree.slots))
+        ]
+        device = self.positions.device
+        return (
+            torch.tensor(slots, dtype=torch.int64, device=device),
+            torch.tensor(nodes, dtype=torch.int64, device=device),
         )
-        for number, (key, value) in enumerate(kept):
-            self.keys[number][slots], self.values[number][slots] = key[nodes], value[nodes]
-        for number, total in enumerate(sums):
-            self.sums[slots, number] = total[nodes]
-        self.positions[slots] = positions[nodes]
