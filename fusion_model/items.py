@@ -20,7 +20,8 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static")
-TRIED = 256  # texts
+TRIED = 256  # texts of a call
+ENOUGH = 8  # of the first calls together
 WORD = re.compile(r"\s*\S+")
 
 
@@ -84,6 +85,7 @@ class TokenItems:
             )
         self._pieces: dict[str, list[int]] = {}  # ids of words
         self._by_word: bool | None = None  # until it was tried
+        self._agreed = 0  # texts, so far
 
     def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
         """Tokenise; a text longer than the encoder's window is refused."""
@@ -94,16 +96,21 @@ class TokenItems:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts, special tokens included; each word is tokenised once, where that is all
         the tokenizer does: some of the first texts are tried both ways."""
-        if self._by_word is None and len(texts) >= 8:
-            some = texts[:: max(len(texts) // TRIED, 1)]
-            self._by_word = self._joined(some) == self._tokenized(some)
-            if not self._by_word:
-                warnings.warn(
-                    f"the tokenizer of {self.name} does not go word by word: texts are tokenised "
-                    "whole, which takes longer",
-                    stacklevel=2,
-                )
-        return self._joined(texts) if self._by_word else self._tokenized(texts)
+        if self._by_word is not None:
+            return self._joined(texts) if self._by_word else self._tokenized(texts)
+        whole = self._tokenized(texts)
+        step = max(len(texts) // TRIED, 1)
+        self._by_word = None if self._joined(texts[::step]) == whole[::step] else False
+        self._agreed += len(texts[::step])
+        if self._by_word is False:
+            warnings.warn(
+                f"the tokenizer of {self.name} does not go word by word: texts are tokenised "
+                "whole, which takes longer",
+                stacklevel=2,
+            )
+        elif self._agreed >= ENOUGH:
+            self._by_word = True
+        return whole
 
     def _tokenized(self, texts: Sequence[str]) -> list[list[int]]:
         found: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)[

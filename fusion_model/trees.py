@@ -19,6 +19,7 @@ class Tree:
         tokens, parents: of each node; parent -1 is the head or the past.
         ends: the node that each text ends at, -1 for the head's own.
         slots: where head and nodes are to be kept, if they are.
+        copies: (slot, node) of further places.
     """
 
     head: list[int]
@@ -28,6 +29,7 @@ class Tree:
     parents: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
     _latest: tuple[list[int], int] = ([], -1)
 
@@ -54,6 +56,21 @@ class Tree:
             node = len(self.tokens) - 1
         self.ends.append(node)
         self._latest = tail, node
+
+    def deepest_first(self) -> Iterator[int]:
+        """All nodes, parents first, each followed by its child with the longest text below."""
+        height = [0] * len(self.tokens)
+        below: dict[int, list[int]] = {}
+        for node in reversed(range(len(self.tokens))):
+            parent = self.parents[node]
+            below.setdefault(parent, []).append(node)
+            if parent >= 0:
+                height[parent] = max(height[parent], height[node] + 1)
+        waiting = sorted(below.get(-1, ()), key=lambda node: height[node])
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += sorted(below.get(node, ()), key=lambda child: height[child])
 
     def __len__(self) -> int:
         return len(self.head) + len(self.tokens)
