@@ -48,10 +48,10 @@ class Grid:
 
 
 def similar(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, end) of neighbours that share a grid: none is padded to over twice its size."""
+    """(first, end) of neighbours that share a grid: little of it is padding."""
     found, first = [], 0
     for text, size in enumerate(sizes):
-        if size > width_of(sizes[first]) or 2 * width_of(size) < width_of(sizes[first]):
+        if size > width_of(sizes[first]) or 4 * width_of(size) < 3 * width_of(sizes[first]):
             found.append((first, text))
             first = text
     return [*found, (first, len(sizes))] if sizes else found

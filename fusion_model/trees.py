@@ -46,9 +46,13 @@ class Tree:
             count, node = count + 1, found
         return count, node
 
-    def add(self, tail: list[int]) -> None:
-        """A text that goes on from the head or the past with these tokens."""
-        count, node = self.find(tail)
+    def add(self, tail: list[int], found: tuple[int, int] | None = None) -> None:
+        """A text that goes on from the head or the past with these tokens.
+
+        Args:
+            found: what `find` says, if it was asked.
+        """
+        count, node = found or self.find(tail)
         for token in tail[count:]:
             self._children[node, token] = len(self.tokens)
             self.tokens.append(token)
@@ -126,16 +130,18 @@ def grow_trees(
     tree: Tree | None = None
     rows: list[int] = []
     for row, (head, tail) in enumerate(texts):
+        found = (0, -1)
         if tree is not None:
-            shared = tree.find(tail)[0]
+            found = tree.find(tail)
+            shared = found[0]
             apart = tree.tokens and 2 * shared < len(tail)
             full = len(tree.tokens) + len(tail) - shared > NODES_PER_TREE
             if apart or full or tree.head != head:
                 yield rows, tree
-                tree = None
+                tree, found = None, (0, -1)
         if tree is None:
             tree, rows = Tree(head, [], len(head) - depth), []
-        tree.add(tail)
+        tree.add(tail, found)
         rows.append(row)
     if tree is not None:
         yield rows, tree
