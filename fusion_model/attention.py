@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusion_model.transfers import sent
+
 if TYPE_CHECKING:
     from fusion_model.encoder_layers import EncoderLayers
 
@@ -96,7 +98,7 @@ def grids(
             padded_places(starts[first:end], sizes[first:end], width),
             np.concatenate(places),
         ]
-        ours, theirs, where = (torch.from_numpy(part).to(bias.device) for part in parts)
+        ours, theirs, where = (sent(torch.from_numpy(part), bias.device) for part in parts)
         found.append(Grid((first, end), (rows[first], rows[end]), ours, theirs, where, bias))
     return found
 
@@ -169,7 +171,7 @@ class AllToAll:
         device, groups = layers.device, similar(sizes)
 
         def bias_of(first: int, end: int, most: int, width: int) -> Tensor:
-            own = torch.tensor(sizes[first:end], device=device)
+            own = sent(torch.tensor(sizes[first:end]), device)
             hidden = torch.arange(width, device=device) >= own[:, None]
             bias = torch.zeros(end - first, 1, most, width, device=device)
             bias.masked_fill_(hidden[:, None, None], -torch.inf)

@@ -6,7 +6,7 @@ Notation: N items, L tokens each, E width of the encoder.
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from transformers import AutoModel, AutoTokenizer
 
 from fusion_model.attention import AllToAll
 from fusion_model.encoder_layers import EncoderLayers
+from fusion_model.encoder_memory import free_memory, shrinking, token_budget
 from fusion_model.encoders import minilm_path
 from fusion_model.errors import EncoderError
 from fusion_model.items import Pooling, Progress, TokenItems, parse_pooling, shared_batches
+from fusion_model.progress import note
+from fusion_model.transfers import Returns, overlapped, sent
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-TOKENS_PER_BATCH = {"cpu": 2048}
-TOKENS_PER_BATCH_GPU = 65536
 HELD_KEPT = 4096  # latest vectors of contexts that may be needed again
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
@@ -44,7 +45,13 @@ def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
 
 
 class HFEncoder(TokenItems):
-    """A pretrained encoder with a pooling; see `fusion_model.encoders.Encoder`."""
+    """A pretrained encoder with a pooling; see `fusion_model.encoders.Encoder`.
+
+    Attributes:
+        tokens_per_batch: most encoder tokens at once; None for what free memory allows.
+    """
+
+    tokens_per_batch: int | None = None
 
     def __init__(
         self, name: str, model: Any, tokenizer: Any, pooling: str = "cls", policy: str = "every"
@@ -77,6 +84,7 @@ class HFEncoder(TokenItems):
         dtype: str = "float32",
         device: str | torch.device = "cpu",
         policy: str = "every",
+        tokens_per_batch: int | None = None,
     ) -> "HFEncoder":
         """By hub name, local path or `minilm`: safetensors only, no remote code.
 
@@ -98,6 +106,7 @@ class HFEncoder(TokenItems):
         # The hash is taken before the cast: it names the weights, not the precision.
         encoder = cls(name, model, tokenizer, pooling, policy)
         encoder.model = encoder.model.to(device=device, dtype=torch_dtype)
+        encoder.tokens_per_batch = tokens_per_batch
         return encoder
 
     @property
@@ -145,11 +154,20 @@ class HFEncoder(TokenItems):
 
     def _encode_batches(self, items: list[bytes], progress: Progress | None) -> Tensor:
         out = torch.empty(len(items), self.dim)
-        done = 0
-        for batch in shared_batches(items, self.budget):
-            groups = [torch.from_numpy(ids).to(self.model.device) for _, ids in batch]
-            rows = [row for group, _ in batch for row in group]
-            out[rows] = self._pooled_batch(groups).float().cpu()
+        returns, done = Returns(self.model.device), 0
+
+        def start(batch: list[tuple[list[int], Any]]) -> Callable[[], Tensor]:
+            groups = [sent(torch.from_numpy(ids), self.model.device) for _, ids in batch]
+            return returns.start(self._pooled_batch(groups))
+
+        def encode(places: Sequence[int], budget: int) -> Iterator[list[int]]:
+            batches = shared_batches([items[place] for place in places], budget)
+            for batch, found in overlapped(batches, start, returns.ahead):
+                rows = [places[row] for group, _ in batch for row in group]
+                out[rows] = found
+                yield rows
+
+        for rows in shrinking(range(len(items)), self.budget, encode, self._shrink):
             done += len(rows)
             if progress:
                 progress(done, len(items))
@@ -157,8 +175,22 @@ class HFEncoder(TokenItems):
 
     @property
     def budget(self) -> int:
-        """Most tokens in a batch."""
-        return TOKENS_PER_BATCH.get(self.model.device.type, TOKENS_PER_BATCH_GPU)
+        """Most tokens in a batch: `tokens_per_batch`, or what free memory allows."""
+        if self.tokens_per_batch is not None:
+            return self.tokens_per_batch
+        config, device = self.model.config, self.model.device
+        return token_budget(
+            free_memory(device),
+            device.type,
+            config.hidden_size,
+            getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0),
+            config.num_attention_heads,
+            self.model.dtype.itemsize,
+        )
+
+    def _shrink(self, budget: int) -> None:
+        note(f"{self.name}: out of memory, going on with {budget} tokens a batch")
+        self.tokens_per_batch = budget
 
     def _pooled_batch(self, groups: list[Tensor]) -> Tensor:
         """Groups of texts of one length, [N, L] each -> [sum of N, dim].
@@ -246,7 +278,7 @@ class HFEncoder(TokenItems):
             own = torch.tensor([at[p.name] for p in parts])
             found.append((start + length * torch.arange(count)[:, None] + own).flatten())
             start += ids.numel()
-        return torch.cat(found).to(self.model.device)
+        return sent(torch.cat(found), self.model.device)
 
     @property
     def deepest(self) -> int:

@@ -12,7 +12,7 @@ Notation: as in `fusion_model.encoder_layers`; a batch is N trees of up to L nod
 up to P past nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from fusion_model.encoder_layers import EncoderLayers, check_architecture
+from fusion_model.encoder_memory import shrinking
 from fusion_model.errors import EncoderError
 from fusion_model.hf_encoder import HFEncoder, padded
 from fusion_model.items import Pooling, Progress
 from fusion_model.node_pool import NodePool
+from fusion_model.transfers import Returns, overlapped, sent
 from fusion_model.tree_attention import AlongTrees
 from fusion_model.trees import Tree, grow_trees, similar_sizes
 
@@ -90,10 +92,19 @@ class IncrementalEncoder(HFEncoder):
 
     def _encode_unique(self, items: list[bytes], progress: Progress | None) -> Tensor:
         out = torch.empty(len(items), self.dim)
-        trees = grow_trees([self.parse(item) for item in items], self._after)
-        done = 0
-        for rows, batch in similar_sizes(trees, self.budget):
-            out[rows] = self.run(batch).float().cpu()
+        returns, done = Returns(self.model.device), 0
+
+        def encode(places: Sequence[int], budget: int) -> Iterator[list[int]]:
+            trees = grow_trees([self.parse(items[place]) for place in places], self._after)
+            batches = similar_sizes(trees, budget)
+            for (rows, _), found in overlapped(
+                batches, lambda batch: returns.start(self.run(batch[1])), returns.ahead
+            ):
+                done_now = [places[row] for row in rows]
+                out[done_now] = found
+                yield done_now
+
+        for rows in shrinking(range(len(items)), self.budget, encode, self._shrink):
             done += len(rows)
             if progress:
                 progress(done, len(items))
@@ -108,14 +119,14 @@ class IncrementalEncoder(HFEncoder):
         """
         device, dtype = self.model.device, self.model.dtype
         grids = [tree.grid(self._query_nodes) for tree in trees]
-        ids = torch.tensor([token for grid in grids for token in grid.tokens], device=device)
-        at = torch.tensor([place for grid in grids for place in grid.positions], device=device)
+        ids = sent(torch.tensor([token for grid in grids for token in grid.tokens]), device)
+        at = sent(torch.tensor([place for grid in grids for place in grid.positions]), device)
         attend = AlongTrees(trees, grids, at, self.layers, dtype, pool)
         wanted = sorted({self.layer_of(p) for p in self.poolings if p.name != "static"})
         nodes = padded(self.layers.embed(ids[None], at[None])[0])
         outputs = dict(zip(wanted, self.layers.run(nodes, wanted, attend), strict=True))
         sums = [attend.sums(outputs[layer], number) for number, layer in enumerate(self.means)]
-        ends = _Ends(trees, attend.starts, self._after)
+        ends = _Ends(trees, attend.starts, self._after, device)
         seen = attend.seen[ends.nodes]
         parts = []
         for p in self.poolings:
@@ -136,7 +147,9 @@ class IncrementalEncoder(HFEncoder):
 class _Ends:
     """Where the nodes lie that a text's vectors are read off, text after text, each [texts]."""
 
-    def __init__(self, trees: Sequence[Tree], starts: Sequence[int], after: int) -> None:
+    def __init__(
+        self, trees: Sequence[Tree], starts: Sequence[int], after: int, device: torch.device
+    ) -> None:
         nodes, last, first, queries = [], [], [], []
         for tree, start in zip(trees, starts, strict=True):
             head, texts = len(tree.head), len(tree.ends)
@@ -146,13 +159,14 @@ class _Ends:
                 last.append(start + head + end if end >= 0 else start + head - after - 1)
                 first.append(start if end < 0 else -1)
                 queries.append((own_queries + number, texts))
-        self.nodes, self.last = torch.tensor(nodes), torch.tensor(last)
-        self._first, self._queries, self._after = torch.tensor(first), queries, after
+        self.nodes, self.last = (sent(torch.tensor(at), device) for at in (nodes, last))
+        self._first, self._queries, self._after = sent(torch.tensor(first), device), queries, after
 
     def query(self, pooling: str, number: int) -> Tensor:
         """Of the pooling that is the `number`-th of the queries; the head's own [CLS] and [SEP]
         where a text ends with it: these are exact."""
-        found = torch.tensor([node + number * texts for node, texts in self._queries])
+        of_texts = torch.tensor([node + number * texts for node, texts in self._queries])
+        found = sent(of_texts, self.nodes.device)
         if pooling == "mask":
             return found
         own = self.nodes - self._after + 1 if pooling == "sep" else self._first

@@ -92,9 +92,7 @@ class TokenItems:
         """Tokenise; a text longer than the encoder's window is refused."""
         if not texts:
             return []
-        return [
-            self._checked(ids, text) for ids, text in zip(self._ids(texts), texts, strict=True)
-        ]
+        return [self._checked(ids, text) for ids, text in zip(self._ids(texts), texts, strict=True)]
 
     def _ids(self, texts: Sequence[str]) -> list[bytes]:
         """Ids of texts, special tokens included; each word is tokenised once, where that is all

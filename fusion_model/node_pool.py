@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusion_model.transfers import sent
 from fusion_model.trees import Tree, similar_sizes
 
 if TYPE_CHECKING:
@@ -279,6 +280,6 @@ class NodePool:
         slots, nodes = zip(*placed, strict=True) if placed else ((), ())
         device = self.positions.device
         return (
-            torch.tensor(slots, dtype=torch.int64, device=device),
-            torch.tensor(nodes, dtype=torch.int64, device=device),
+            sent(torch.tensor(slots, dtype=torch.int64), device),
+            sent(torch.tensor(nodes, dtype=torch.int64), device),
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fusion_model.attention import attend, grids, in_grid, of_grid, prepared, similar, width_of
 from fusion_model.encoder_layers import EncoderLayers
+from fusion_model.transfers import sent
 from fusion_model.trees import Grid, Tree
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class AlongTrees:
             [plan.sees.sum(1) + len(tree.past) for tree, plan in zip(trees, plans, strict=True)]
         )
         device = positions.device
-        self.seen = torch.from_numpy(seen).to(device)
+        self.seen = sent(torch.from_numpy(seen), device)
         if pool is not None:
             self._slots, self._nodes = pool.targets(trees, self.starts)
             pool.positions[self._slots] = positions[self._nodes]
@@ -112,7 +113,7 @@ class AlongTrees:
                 total[grid.rows[0] : grid.rows[1]] = of_grid(found, grid)
         if self._pool is not None:
             last = [tree.past[-1] if tree.past else -1 for tree in self._trees]
-            of_node = torch.tensor(np.repeat(last, self._sizes), device=output.device)
+            of_node = sent(torch.tensor(np.repeat(last, self._sizes)), output.device)
             before = self._pool.sums[of_node, number]
             total += torch.where(of_node[:, None] >= 0, before, 0)
             self._pool.sums[self._slots, number] = total[self._nodes]
@@ -133,10 +134,10 @@ class AlongTrees:
             slots[row, : len(tree.past)] = tree.past
             at[row, :size] = plan.positions
         device = self._positions.device
-        own = torch.from_numpy(sees).to(device)
-        keys_at = torch.from_numpy(at).to(device)
+        own = sent(torch.from_numpy(sees), device)
+        keys_at = sent(torch.from_numpy(at), device)
         queries_at = keys_at[:, :most]
-        self._past.append(torch.from_numpy(slots).to(device))
+        self._past.append(sent(torch.from_numpy(slots), device))
         if self._pool is not None:
             keys_at = torch.cat([self._pool.positions[self._past[-1]], keys_at], dim=1)
         self._sees.append(own[:, :, past:].float())

@@ -106,7 +106,7 @@ def expected(reference: Reference, prefixes: list[list[int]], pooling: str, k: i
 def test_whole_sentences_are_the_definition(
     name: str, policy: str, encoder_folders: dict[str, Path], small_bpe, monkeypatch
 ) -> None:
-    monkeypatch.setitem(hf_encoder.TOKENS_PER_BATCH, "cpu", 150)  # several batches
+    monkeypatch.setattr(hf_encoder.HFEncoder, "budget", 150)  # several batches
     folder = encoder_folders[name]
     pooling = "+".join((*POOLINGS, "static", *(["pooler"] if name != "distilbert" else [])))
     encoder = load_encoder(str(folder), pooling, policy=policy)
