@@ -181,8 +181,16 @@ class AllToAll:
 
         self._grids = grids(groups, sizes, sizes, bias_of)
         self._few_at = None if few is None else few[0]
+        self._few = []
         if few is not None:
             self._few = grids(groups, [few[1]] * len(sizes), sizes, bias_of)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a pass reads and that differs from pass to pass."""
+        found = []
+        for grid in (*self._grids, *self._few):
+            found += [grid.queries, grid.keys, grid.places, grid.bias]
+        return found
 
     def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `EncoderLayers.run`; nodes after the last text are padding."""

@@ -21,6 +21,7 @@ from fusion_model.encoder_layers import EncoderLayers
 from fusion_model.encoder_memory import free_memory, shrinking, token_budget
 from fusion_model.encoders import minilm_path
 from fusion_model.errors import EncoderError
+from fusion_model.graphs import FEW_TOKENS, Graphs
 from fusion_model.items import Pooling, Progress, TokenItems, parse_pooling, shared_batches
 from fusion_model.progress import note
 from fusion_model.transfers import Returns, overlapped, sent
@@ -49,9 +50,11 @@ class HFEncoder(TokenItems):
 
     Attributes:
         tokens_per_batch: most encoder tokens at once; None for what free memory allows.
+        graphs: replay small passes of whole texts; None for plain ones only.
     """
 
     tokens_per_batch: int | None = None
+    graphs: Graphs | None = None
 
     def __init__(
         self, name: str, model: Any, tokenizer: Any, pooling: str = "cls", policy: str = "every"
@@ -107,6 +110,7 @@ class HFEncoder(TokenItems):
         encoder = cls(name, model, tokenizer, pooling, policy)
         encoder.model = encoder.model.to(device=device, dtype=torch_dtype)
         encoder.tokens_per_batch = tokens_per_batch
+        encoder.graphs = Graphs() if encoder.model.device.type == "cuda" else None
         return encoder
 
     @property
@@ -243,16 +247,25 @@ class HFEncoder(TokenItems):
     ) -> dict[Pooling, Tensor]:
         """One pass for several poolings, each [sum of N, E]."""
         wanted = sorted({self.layer_of(p) for p in parts})
-        hidden = torch.cat([layers.embed(ids).flatten(0, 1) for ids in groups])
         top = [p for p in parts if self.layer_of(p) == wanted[-1]]
         rows = None
         if wanted[-1] and all(p.name != "mean" for p in top) and not layers.relative:
             rows = self._nodes(top, groups)  # all that is read of the highest layer
-        hidden = padded(hidden)
         sizes = [ids.shape[1] for ids in groups for _ in ids]
         few = None if rows is None else (wanted[-1] - 1, len(top))
-        attend = AllToAll(sizes, layers, hidden.dtype, few)
-        outputs = dict(zip(wanted, layers.run(hidden, wanted, attend, rows), strict=True))
+        attend = AllToAll(sizes, layers, self.model.dtype, few)
+
+        def compute() -> list[Tensor]:
+            hidden = torch.cat([layers.embed(ids).flatten(0, 1) for ids in groups])
+            return layers.run(padded(hidden), wanted, attend, rows)
+
+        if self.graphs is not None and sum(sizes) <= FEW_TOKENS:
+            own = [] if rows is None else [rows]
+            name = (tuple(parts), len(groups))
+            results = self.graphs.run(name, [*groups, *own, *attend.tensors()], compute)
+        else:
+            results = compute()
+        outputs = dict(zip(wanted, results, strict=True))
         found = {}
         for p in parts:
             output = outputs[self.layer_of(p)]

@@ -22,6 +22,7 @@ from torch import Tensor
 from fusion_model.encoder_layers import EncoderLayers, check_architecture
 from fusion_model.encoder_memory import shrinking
 from fusion_model.errors import EncoderError
+from fusion_model.graphs import FEW_TOKENS
 from fusion_model.hf_encoder import HFEncoder, padded
 from fusion_model.items import Pooling, Progress
 from fusion_model.node_pool import NodePool
@@ -123,17 +124,27 @@ class IncrementalEncoder(HFEncoder):
         at = sent(torch.tensor([place for grid in grids for place in grid.positions]), device)
         attend = AlongTrees(trees, grids, at, self.layers, dtype, pool)
         wanted = sorted({self.layer_of(p) for p in self.poolings if p.name != "static"})
-        nodes = padded(self.layers.embed(ids[None], at[None])[0])
-        outputs = dict(zip(wanted, self.layers.run(nodes, wanted, attend), strict=True))
-        sums = [attend.sums(outputs[layer], number) for number, layer in enumerate(self.means)]
+
+        def compute() -> list[Tensor]:
+            nodes = padded(self.layers.embed(ids[None], at[None])[0])
+            of_layers = dict(zip(wanted, self.layers.run(nodes, wanted, attend), strict=True))
+            sums = [attend.sums(of_layers[p], number) for number, p in enumerate(self.means)]
+            return [*of_layers.values(), *sums]
+
+        if pool is not None and pool.graphs is not None and len(ids) <= FEW_TOKENS:
+            found = pool.graphs.run("step", [ids, at, *attend.tensors()], compute)
+        else:
+            found = compute()
+        outputs, sums = dict(zip(wanted, found, strict=False)), found[len(wanted) :]
         ends = _Ends(trees, attend.starts, self._after, device)
         seen = attend.seen[ends.nodes]
         parts = []
         for p in self.poolings:
-            output = outputs.get(self.layer_of(p), nodes)
             if p.name == "static":
-                part = self.model.get_input_embeddings()(ids[ends.last])
-            elif p.name == "mean":
+                parts.append(self.model.get_input_embeddings()(ids[ends.last]).float())
+                continue
+            output = outputs[self.layer_of(p)]
+            if p.name == "mean":
                 part = sums[self.means.index(self.layer_of(p))][ends.nodes] / seen[:, None]
             elif p.name == "last":
                 part = output[ends.last]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusion_model.graphs import Graphs
 from fusion_model.transfers import sent
 from fusion_model.trees import Tree, similar_sizes
 
@@ -38,6 +39,7 @@ class NodePool:
         keys, values: of each layer, [slots, A, d].
         sums: of each `mean` layer over the path to the node, [slots, layers, E] float32.
         positions: of each node, [slots].
+        graphs: replay steps, which write here; None for plain passes only.
     """
 
     def __init__(self, encoder: "IncrementalEncoder", max_bytes: int = MAX_BYTES) -> None:
@@ -59,6 +61,7 @@ class NodePool:
         self.values = [room(heads, width // heads) for _ in range(depth)]
         self.sums = room(len(encoder.means), width, dtype=torch.float32)
         self.positions = room(dtype=torch.int64)
+        self.graphs = Graphs() if device.type == "cuda" else None
         self._forget()
         self._step = 0
 

@@ -17,13 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_model.attention import attend, grids, in_grid, of_grid, prepared, similar, width_of
+from fusion_model.attention import (
+    LANES,
+    attend,
+    grids,
+    in_grid,
+    of_grid,
+    prepared,
+    similar,
+    width_of,
+)
 from fusion_model.encoder_layers import EncoderLayers
 from fusion_model.transfers import sent
 from fusion_model.trees import Grid, Tree
 
 if TYPE_CHECKING:
     from fusion_model.node_pool import NodePool
+
+
+def coarse(past: int) -> int:
+    """Places for a past on a GPU: few sizes occur, so that passes are replayed (`Graphs`)."""
+    return 2 ** max(past - 1, LANES - 1).bit_length() if past else 0
 
 
 class AlongTrees:
@@ -63,14 +77,19 @@ class AlongTrees:
         if pool is not None:
             self._slots, self._nodes = pool.targets(trees, self.starts)
             pool.positions[self._slots] = positions[self._nodes]
-        self._each = pool is not None and device.type == "cpu" and all(t.past for t in trees)
+            last = [tree.past[-1] if tree.past else -1 for tree in trees]
+            self._before = sent(torch.tensor(np.repeat(last, self._sizes)), device)
+        # Where calls cost more than bytes, a stream's sequences share one grid of few sizes.
+        self._calls = pool is not None and (device.type != "cpu" or pool.graphs is not None)
+        self._each = pool is not None and not self._calls and all(t.past for t in trees)
         if self._each:
             self._paths = [self._path(number) for number in range(len(trees))]
         else:
             self._past: list[Tensor] = []
             self._sees: list[Tensor] = []
             totals = [len(t.past) + size for t, size in zip(trees, self._sizes, strict=True)]
-            self._grids = grids(similar(totals), self._sizes, self._sizes, self._bias)
+            groups = [(0, len(trees))] if self._calls else similar(totals)
+            self._grids = grids(groups, self._sizes, self._sizes, self._bias)
 
     def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `EncoderLayers.run`; nodes after the last tree are padding."""
@@ -93,6 +112,13 @@ class AlongTrees:
             out[grid.rows[0] : grid.rows[1]] = of_grid(found, grid)
         return out
 
+    def tensors(self) -> list[Tensor]:
+        """All that a pass over grids reads and that differs from pass to pass."""
+        own = [] if self._pool is None else [self._slots, self._nodes, self._before]
+        for grid, past, sees in zip(self._grids, self._past, self._sees, strict=True):
+            own += [grid.queries, grid.keys, grid.places, grid.bias, past, sees]
+        return own
+
     def sums(self, output: Tensor, number: int) -> Tensor:
         """Of a layer's output [M, E], over what each node sees, [M, E] float32.
 
@@ -112,17 +138,16 @@ class AlongTrees:
                 found = sees @ in_grid(output, grid.keys)
                 total[grid.rows[0] : grid.rows[1]] = of_grid(found, grid)
         if self._pool is not None:
-            last = [tree.past[-1] if tree.past else -1 for tree in self._trees]
-            of_node = sent(torch.tensor(np.repeat(last, self._sizes)), output.device)
-            before = self._pool.sums[of_node, number]
-            total += torch.where(of_node[:, None] >= 0, before, 0)
+            before = self._pool.sums[self._before, number]
+            total += torch.where(self._before[:, None] >= 0, before, 0)
             self._pool.sums[self._slots, number] = total[self._nodes]
         return total
 
     def _bias(self, first: int, end: int, most: int, width: int) -> Tensor:
         """See `grids`; notes what the trees of this grid see, and their past."""
         trees, plans = self._trees[first:end], self._plans[first:end]
-        past = width_of(max(len(tree.past) for tree in trees))
+        past = max(len(tree.past) for tree in trees)
+        past = coarse(past) if self._calls else width_of(past)
         sees = np.zeros((len(trees), most, past + width), dtype=bool)
         slots = np.zeros((len(trees), past), dtype=np.int64)
         at = np.zeros((len(trees), width), dtype=np.int64)
