@@ -125,8 +125,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     n, q, a, d = query.shape
     k = key.shape[1]
     if not by_products(query.device, n * q, k):
-        ours = (part.transpose(1, 2) for part in (query, key, value))
-        return F.scaled_dot_product_attention(*ours, attn_mask=bias).transpose(1, 2)
+        parts = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return F.scaled_dot_product_attention(*parts, bias).transpose(1, 2)
     queries, keys, values = (_heads_first(part) for part in (query, key, value))
     scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=d**-0.5)
     found = torch.bmm(scores.softmax(-1), values)

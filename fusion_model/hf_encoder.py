@@ -183,14 +183,10 @@ class HFEncoder(TokenItems):
         if self.tokens_per_batch is not None:
             return self.tokens_per_batch
         config, device = self.model.config, self.model.device
-        return token_budget(
-            free_memory(device),
-            device.type,
-            config.hidden_size,
-            getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0),
-            config.num_attention_heads,
-            self.model.dtype.itemsize,
-        )
+        width: int = config.hidden_size
+        inner: int = getattr(config, "intermediate_size", getattr(config, "hidden_dim", 4 * width))
+        heads, itemsize = config.num_attention_heads, self.model.dtype.itemsize
+        return token_budget(free_memory(device), device.type, width, inner, heads, itemsize)
 
     def _shrink(self, budget: int) -> None:
         note(f"{self.name}: out of memory, going on with {budget} tokens a batch")

@@ -216,12 +216,12 @@ class _Path:
     ) -> None:
         """Write this tree's part of `out`; `keys` and `values` are the pool's."""
         first, end = self._nodes
-        parts = []
-        for held, new in ((keys, key), (values, value)):
-            part = held[self._run] if self._in_a_row else held.index_select(0, self._slots)
-            if self._others:
-                part = torch.cat([part, new[end - self._others : end]])
-            parts.append(part.transpose(0, 1)[None])
-        ours = query[first:end].transpose(0, 1)[None]
-        found = F.scaled_dot_product_attention(ours, *parts, attn_mask=self._bias)
+        parts = query[first:end], self._all(keys, key), self._all(values, value)
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)
+        found = F.scaled_dot_product_attention(q, k, v, self._bias)
         out[first:end] = found[0].transpose(0, 1)
+
+    def _all(self, held: Tensor, new: Tensor) -> Tensor:
+        part = held[self._run] if self._in_a_row else held.index_select(0, self._slots)
+        end = self._nodes[1]
+        return torch.cat([part, new[end - self._others : end]]) if self._others else part
