@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LANES = 16  # float32 numbers in a vector
 FEW_ROWS = 64  # for less, PyTorch's own kernel is as fast
 MANY_KEYS = 128  # from here on, too
+HIDDEN = -1e30  # a score that weighs nothing
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def padded_places(starts: Sequence[int], sizes: Sequence[int], width: int) -> np
     return np.asarray(starts)[:, None] + np.where(inside, steps, 0)
 
 
-def grids(
+def make_grids(
     groups: Sequence[tuple[int, int]],
     queries: Sequence[int],
     sizes: Sequence[int],
@@ -169,6 +170,8 @@ class AllToAll:
         few: tuple[int, int] | None = None,
     ) -> None:
         device, groups = layers.device, similar(sizes)
+        self._sizes = sizes
+        self._buffers: dict[int, _Buffers] = {}
 
         def bias_of(first: int, end: int, most: int, width: int) -> Tensor:
             own = sent(torch.tensor(sizes[first:end]), device)
@@ -179,11 +182,12 @@ class AllToAll:
             relative = layers.position_bias(at[:, :most], at)
             return prepared(bias if relative is None else bias + relative, layers.heads, dtype)
 
-        self._grids = grids(groups, sizes, sizes, bias_of)
+        self._grids = make_grids(groups, sizes, sizes, bias_of)
+        self._plain = layers.relative is None  # nothing but padding is hidden
         self._few_at = None if few is None else few[0]
         self._few = []
         if few is not None:
-            self._few = grids(groups, [few[1]] * len(sizes), sizes, bias_of)
+            self._few = make_grids(groups, [few[1]] * len(sizes), sizes, bias_of)
 
     def tensors(self) -> list[Tensor]:
         """All that a pass reads and that differs from pass to pass."""
@@ -194,8 +198,17 @@ class AllToAll:
 
     def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `EncoderLayers.run`; nodes after the last text are padding."""
-        out = torch.zeros_like(query)
-        for grid in self._few if number == self._few_at else self._grids:
+        out = torch.empty_like(query)
+        few = number == self._few_at
+        grids = self._few if few else self._grids
+        out[grids[-1].rows[1] :] = 0
+        for at, grid in enumerate(grids):
+            if not few and grid.bias.dim() == 3 and self._plain:
+                if at not in self._buffers:
+                    sizes = self._sizes[slice(*grid.texts)]
+                    self._buffers[at] = _Buffers(grid.rows[0], sizes, *query.shape[1:])
+                self._buffers[at].attend(query, key, value, out)
+                continue
             parts = (
                 in_grid(query, grid.queries),
                 in_grid(key, grid.keys),
@@ -204,3 +217,51 @@ class AllToAll:
             first, end = grid.rows
             out[first:end] = of_grid(attend(*parts, grid.bias), grid)
         return out
+
+
+class _Buffers:
+    """`attend` for the texts of one grid, in memory that all layers share.
+
+    Nodes are copied once a layer, equal lengths together, and the padding stays what it was made:
+    one more number in each query and key hides it, so that no bias is added.
+
+    Args:
+        first: the first node.
+        sizes: nodes of each text.
+        heads, width: A and d.
+    """
+
+    def __init__(self, first: int, sizes: Sequence[int], heads: int, width: int) -> None:
+        most = max(sizes)
+        n, keys = len(sizes), width_of(most)
+        self._query = torch.zeros(n, heads, most, width + 1)
+        self._key = torch.zeros(n, heads, keys, width + 1)
+        self._value = torch.zeros(n, heads, keys, width)
+        self._query[..., width] = 1
+        hidden = torch.arange(keys) >= torch.tensor(sizes)[:, None]
+        self._key[..., width] = hidden[:, None] * HIDDEN
+        self._scores = torch.empty(n * heads, most, keys)
+        self._runs: list[tuple[int, int, int, int]] = []  # texts, their first node, size of each
+        text = 0
+        for size, equal in itertools.groupby(sizes):
+            end = text + len(list(equal))
+            self._runs.append((text, end, first, size))
+            first, text = first + (end - text) * size, end
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+        """Write these texts' part of `out`, all [M, A, d]."""
+        a, d = query.shape[1:]
+        for text, end, first, size in self._runs:
+            nodes = slice(first, first + (end - text) * size)
+            for part, buffer in ((query, self._query), (key, self._key), (value, self._value)):
+                from_nodes = part[nodes].view(end - text, size, a, d).transpose(1, 2)
+                buffer[text:end, :, :size, :d].copy_(from_nodes)
+        queries, keys, values = (b.flatten(0, 1) for b in (self._query, self._key, self._value))
+        keys = keys.transpose(1, 2)
+        scores = self._scores
+        torch.baddbmm(scores, queries, keys, beta=0, alpha=d**-0.5, out=scores)
+        found = torch.bmm(scores.softmax(-1), values).view(-1, a, queries.shape[1], d)
+        for text, end, first, size in self._runs:
+            nodes = slice(first, first + (end - text) * size)
+            to_nodes = out[nodes].view(end - text, size, a, d)
+            to_nodes.copy_(found[text:end, :, :size].transpose(1, 2))

@@ -20,7 +20,6 @@ from torch import Tensor
 from fusion_model.attention import (
     LANES,
     attend,
-    grids,
     in_grid,
     of_grid,
     prepared,
@@ -89,7 +88,7 @@ class AlongTrees:
             self._sees: list[Tensor] = []
             totals = [len(t.past) + size for t, size in zip(trees, self._sizes, strict=True)]
             groups = [(0, len(trees))] if self._calls else similar(totals)
-            self._grids = grids(groups, self._sizes, self._sizes, self._bias)
+            self._grids = make_grids(groups, self._sizes, self._sizes, self._bias)
 
     def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `EncoderLayers.run`; nodes after the last tree are padding."""
@@ -144,7 +143,7 @@ class AlongTrees:
         return total
 
     def _bias(self, first: int, end: int, most: int, width: int) -> Tensor:
-        """See `grids`; notes what the trees of this grid see, and their past."""
+        """See `make_grids`; notes what the trees of this grid see, and their past."""
         trees, plans = self._trees[first:end], self._plans[first:end]
         past = max(len(tree.past) for tree in trees)
         past = coarse(past) if self._calls else width_of(past)

@@ -72,6 +72,7 @@ class Positions:
 
     def __init__(self, relative: bool) -> None:
         self._bias = torch.randn(200, 2) if relative else None
+        self.relative = self._bias
 
     def position_bias(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         if self._bias is None:
