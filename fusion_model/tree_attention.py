@@ -27,14 +27,6 @@ from fusion_model.attention import (
     similar,
     width_of,
 )
-    LANES,
-    attend,
-    in_grid,
-    of_grid,
-    prepared,
-    similar,
-    width_of,
-)
 from fusion_model.encoder_layers import EncoderLayers
 from fusion_model.transfers import sent
 from fusion_model.trees import Grid, Tree
