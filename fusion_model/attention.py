@@ -1,9 +1,8 @@
 """Attention of many short texts at once, each within itself.
 
 Texts, or trees of texts, lie one after the other as nodes [M, A, d]. Those of similar size share
-a padded grid, whatever their exact size, and one pair of products. On the CPU, PyTorch's own
-kernel spends most of its time on what surrounds such small products, and its softmax is slow
-where a row is no multiple of the processor's vectors: here rows are padded to one.
+a padded grid, whatever their exact size, and one call. On the CPU, PyTorch's kernel is slow where
+a row of scores is no multiple of the processor's vectors: here keys are padded to one.
 
 Notation: N texts in a grid, Q query rows and K keys of each, A heads of width d.
 """
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from fusion_model.encoder_layers import EncoderLayers
 
 LANES = 16  # float32 numbers in a vector
-FEW_ROWS = 64  # for less, PyTorch's own kernel is as fast
-MANY_KEYS = 128  # from here on, too
-HIDDEN = -1e30  # a score that weighs nothing
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,8 @@ class Grid:
         queries: the query row in each place, [N, Q]; padding names any.
         keys: the node in each place, [N, K]; padding names any.
         places: where the query rows lie in the flattened grid, [R].
-        bias: added to the scores, -inf where a key is hidden, as `prepared`.
+        bias: added to the scores, -inf where a key is hidden,
+            [N, 1 or A, Q, K].
     """
 
     texts: tuple[int, int]
@@ -104,42 +101,10 @@ def make_grids(
     return found
 
 
-def prepared(bias: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """A bias [N, 1 or A, Q, K] as `attend` adds it, once for all layers."""
-    n, _, q, k = bias.shape
-    if by_products(bias.device, n * q, k):
-        return bias.expand(n, heads, q, k).reshape(n * heads, q, k)
-    return bias.to(dtype)
-
-
-def by_products(device: torch.device, rows: int, keys: int) -> bool:
-    """Whether two plain products are faster than PyTorch's own kernel; measured."""
-    return device.type == "cpu" and rows >= FEW_ROWS and keys <= MANY_KEYS
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention in a grid: query [N, Q, A, d], key and value [N, K, A, d] -> [N, Q, A, d].
-
-    Args:
-        bias: what `prepared` made. Scores are float32 whatever the type of the rest.
-    """
-    n, q, a, d = query.shape
-    k = key.shape[1]
-    if not by_products(query.device, n * q, k):
-        parts = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return F.scaled_dot_product_attention(*parts, bias).transpose(1, 2)
-    queries, keys, values = (_heads_first(part) for part in (query, key, value))
-    scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=d**-0.5)
-    found = torch.bmm(scores.softmax(-1), values)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    return out.copy_(found.view(n, a, q, d).transpose(1, 2))
-
-
-def _heads_first(part: Tensor) -> Tensor:
-    """[N, L, A, d] -> [N A, L, d] float32, in one pass."""
-    n, length, a, d = part.shape
-    out = torch.empty(n, a, length, d, dtype=torch.float32)
-    return out.copy_(part.transpose(1, 2)).view(n * a, length, d)
+    """Attention in a grid: query [N, Q, A, d], key and value [N, K, A, d] -> [N, Q, A, d]."""
+    parts = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(*parts, bias).transpose(1, 2)
 
 
 def in_grid(nodes: Tensor, places: Tensor) -> Tensor:
@@ -170,8 +135,6 @@ class AllToAll:
         few: tuple[int, int] | None = None,
     ) -> None:
         device, groups = layers.device, similar(sizes)
-        self._sizes = sizes
-        self._buffers: dict[int, _Buffers] = {}
 
         def bias_of(first: int, end: int, most: int, width: int) -> Tensor:
             own = sent(torch.tensor(sizes[first:end]), device)
@@ -180,10 +143,9 @@ class AllToAll:
             bias.masked_fill_(hidden[:, None, None], -torch.inf)
             at = torch.arange(width, device=device)[None]
             relative = layers.position_bias(at[:, :most], at)
-            return prepared(bias if relative is None else bias + relative, layers.heads, dtype)
+            return (bias if relative is None else bias + relative).to(dtype)
 
         self._grids = make_grids(groups, sizes, sizes, bias_of)
-        self._plain = layers.relative is None  # nothing but padding is hidden
         self._few_at = None if few is None else few[0]
         self._few = []
         if few is not None:
@@ -199,16 +161,9 @@ class AllToAll:
     def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `EncoderLayers.run`; nodes after the last text are padding."""
         out = torch.empty_like(query)
-        few = number == self._few_at
-        grids = self._few if few else self._grids
+        grids = self._few if number == self._few_at else self._grids
         out[grids[-1].rows[1] :] = 0
-        for at, grid in enumerate(grids):
-            if not few and grid.bias.dim() == 3 and self._plain:
-                if at not in self._buffers:
-                    sizes = self._sizes[slice(*grid.texts)]
-                    self._buffers[at] = _Buffers(grid.rows[0], sizes, *query.shape[1:])
-                self._buffers[at].attend(query, key, value, out)
-                continue
+        for grid in grids:
             parts = (
                 in_grid(query, grid.queries),
                 in_grid(key, grid.keys),
@@ -217,51 +172,3 @@ class AllToAll:
             first, end = grid.rows
             out[first:end] = of_grid(attend(*parts, grid.bias), grid)
         return out
-
-
-class _Buffers:
-    """`attend` for the texts of one grid, in memory that all layers share.
-
-    Nodes are copied once a layer, equal lengths together, and the padding stays what it was made:
-    one more number in each query and key hides it, so that no bias is added.
-
-    Args:
-        first: the first node.
-        sizes: nodes of each text.
-        heads, width: A and d.
-    """
-
-    def __init__(self, first: int, sizes: Sequence[int], heads: int, width: int) -> None:
-        most = max(sizes)
-        n, keys = len(sizes), width_of(most)
-        self._query = torch.zeros(n, heads, most, width + 1)
-        self._key = torch.zeros(n, heads, keys, width + 1)
-        self._value = torch.zeros(n, heads, keys, width)
-        self._query[..., width] = 1
-        hidden = torch.arange(keys) >= torch.tensor(sizes)[:, None]
-        self._key[..., width] = hidden[:, None] * HIDDEN
-        self._scores = torch.empty(n * heads, most, keys)
-        self._runs: list[tuple[int, int, int, int]] = []  # texts, their first node, size of each
-        text = 0
-        for size, equal in itertools.groupby(sizes):
-            end = text + len(list(equal))
-            self._runs.append((text, end, first, size))
-            first, text = first + (end - text) * size, end
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-        """Write these texts' part of `out`, all [M, A, d]."""
-        a, d = query.shape[1:]
-        for text, end, first, size in self._runs:
-            nodes = slice(first, first + (end - text) * size)
-            for part, buffer in ((query, self._query), (key, self._key), (value, self._value)):
-                from_nodes = part[nodes].view(end - text, size, a, d).transpose(1, 2)
-                buffer[text:end, :, :size, :d].copy_(from_nodes)
-        queries, keys, values = (b.flatten(0, 1) for b in (self._query, self._key, self._value))
-        keys = keys.transpose(1, 2)
-        scores = self._scores
-        torch.baddbmm(scores, queries, keys, beta=0, alpha=d**-0.5, out=scores)
-        found = torch.bmm(scores.softmax(-1), values).view(-1, a, queries.shape[1], d)
-        for text, end, first, size in self._runs:
-            nodes = slice(first, first + (end - text) * size)
-            to_nodes = out[nodes].view(end - text, size, a, d)
-            to_nodes.copy_(found[text:end, :, :size].transpose(1, 2))

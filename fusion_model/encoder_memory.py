@@ -8,10 +8,10 @@ import torch
 
 from fusion_model.errors import EncoderError
 
-# Widths times tokens beyond which larger batches bring nothing: the products run at full speed,
+# Bytes of hidden states beyond which larger batches bring nothing: the products run at full speed,
 # and on a CPU what a layer makes no longer stays in its cache.
-ENOUGH = {"cpu": 2048 * 384}
-ENOUGH_ON_GPU = 65536 * 384
+ENOUGH = {"cpu": 2048 * 384 * 4}
+ENOUGH_ON_GPU = 65536 * 384 * 4
 LEAST = 256  # tokens; below, each call's own cost dominates
 SHARE = 4  # a batch may take one part in so many of what is free
 
@@ -29,7 +29,7 @@ def token_budget(
         heads: of attention.
         itemsize: bytes of a number.
     """
-    enough = max(ENOUGH.get(device_type, ENOUGH_ON_GPU) // width, LEAST)
+    enough = max(ENOUGH.get(device_type, ENOUGH_ON_GPU) // (width * itemsize), LEAST)
     if free is None:
         return enough
     return max(min(enough, free // SHARE // token_bytes(width, inner, heads, itemsize)), LEAST)
@@ -37,9 +37,8 @@ def token_budget(
 
 def token_bytes(width: int, inner: int, heads: int, itemsize: int) -> int:
     """What one token needs while a layer runs, at most."""
-    states = 8 * width + 2 * inner  # queries, keys, values; before and after each part
-    in_float32 = 4 * width + 2 * 128 * heads  # attention by products, see `attention.MANY_KEYS`
-    return states * itemsize + in_float32 * 4
+    states = 12 * width + 2 * inner  # queries, keys, values, in grids too; before and after parts
+    return states * itemsize + 4 * 2 * 128 * heads  # scores, as far as they are all kept
 
 
 def free_memory(device: torch.device) -> int | None:

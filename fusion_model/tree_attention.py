@@ -23,7 +23,6 @@ from fusion_model.attention import (
     in_grid,
     make_grids,
     of_grid,
-    prepared,
     similar,
     width_of,
 )
@@ -168,8 +167,7 @@ class AlongTrees:
         self._sees.append(own[:, :, past:].float())
         bias = torch.zeros(own.shape, device=device).masked_fill_(~own, -torch.inf)[:, None]
         relative = self._layers.position_bias(queries_at, keys_at)
-        bias = bias if relative is None else bias + relative
-        return prepared(bias, self._layers.heads, self._dtype)
+        return (bias if relative is None else bias + relative).to(self._dtype)
 
     def _path(self, number: int) -> "_Path":
         tree, plan = self._trees[number], self._plans[number]

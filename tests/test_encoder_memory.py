@@ -22,7 +22,8 @@ def test_the_budget_is_what_helps_or_what_fits() -> None:
     plenty = 2**40
     assert token_budget(plenty, "cpu", *MINILM) == token_budget(None, "cpu", *MINILM) == 2048
     assert token_budget(plenty, "cuda", *MINILM) == 65536
-    assert token_budget(plenty, "cuda", 768, 3072, 12, 2) == 32768  # wider: fewer are enough
+    assert token_budget(plenty, "cpu", 384, 1536, 12, 2) == 4096
+    assert token_budget(plenty, "cuda", 768, 3072, 12, 4) == 32768  # wider: fewer are enough
     for tokens in (300, 1000, 2000):
         free = 4 * tokens * token_bytes(*MINILM)
         assert token_budget(free, "cpu", *MINILM) == tokens

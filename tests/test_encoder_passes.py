@@ -72,7 +72,6 @@ class Positions:
 
     def __init__(self, relative: bool) -> None:
         self._bias = torch.randn(200, 2) if relative else None
-        self.relative = self._bias
 
     def position_bias(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         if self._bias is None:
@@ -81,12 +80,8 @@ class Positions:
 
 
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("by_products", [False, True])
 @pytest.mark.parametrize("sizes", [[3], [40, 39, 17, 16, 15, 2, 2], [70, 3], [2, 2, 9]], ids=str)
-def test_attention_in_grids(
-    sizes: list[int], by_products: bool, relative: bool, monkeypatch
-) -> None:
-    monkeypatch.setattr(attention, "by_products", lambda *_: by_products)
+def test_attention_in_grids(sizes: list[int], relative: bool) -> None:
     layers = Positions(relative)
     total, few = sum(sizes) + 5, (3, 2)
     query, key, value = (torch.randn(total, 2, 8) for _ in range(3))
