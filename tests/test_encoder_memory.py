@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SENTENCES
+from test_cli import run
 
-from fusion_model import encoder_memory, hf_encoder
+from fusion_model import encoder_memory, hf_encoder, preparation
 from fusion_model.encoder_memory import free_memory, free_ram, shrinking, token_budget, token_bytes
 from fusion_model.encoders import load_encoder
 from fusion_model.errors import EncoderError
@@ -194,3 +195,19 @@ def test_on_the_cpu_nothing_is_ahead() -> None:
     assert returns.start(vectors)().dtype == torch.float32
     assert torch.equal(returns.start(vectors)(), vectors.float())
     assert sent(vectors, cpu) is vectors
+
+
+def test_embed_takes_the_users_batch(
+    bert_folder: Path, text_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    asked = []
+    load = preparation.load_encoder
+    monkeypatch.setattr(
+        preparation,
+        "load_encoder",
+        lambda *args, **options: asked.append(load(*args, **options)) or asked[-1],
+    )
+    arguments = ["--text", text_file, "--encoder", bert_folder, "--vocab-size", "300"]
+    code, _, _ = run("embed", *arguments, "--out", tmp_path / "store", "--encoder-batch", "123")
+    assert code == 0
+    assert asked[0].budget == 123
