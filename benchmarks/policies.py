@@ -1,13 +1,16 @@
 """What each encoding policy costs: prefixes a second, encoder tokens a prefix, memory; and the
 time of a generated token against its position.
 
-    python -m fusion_model.benchmarks.policies [--text FILE] [--out DIR] [--quick]
+    python -m fusion_model.benchmarks.policies [--text FILE] [--out DIR] [--part PART]
+        [--device cuda] [--quick]
 
 The prefixes are those of the text's tokens under `fusion-lm-small`, all-MiniLM-L6-v2, pooling
 `mean` (`last@3+mean@3` where it says so). All ways run in turn in one process; a way's result is
 held against the encoder called one prefix at a time, where its policy is exact.
 """
 
+import ctypes
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -46,31 +49,34 @@ POLICIES = (
     ("incremental+refresh:16", "mean"),
 )
 GENERATED = ("every", "incremental", "incremental+refresh:16")
+PARTS = (*DTYPES, "generation")
 ONE_AT_A_TIME = 400  # prefixes of them, spread over the text
 
 
-def measure_encoding(text: str, dtype: str, quick: bool = False) -> list[dict[str, Any]]:
-    """A row for each way: `way`, `pooling`, prefixes a second, tokens a prefix, peak memory."""
+def measure_encoding(
+    text: str, dtype: str, device: str = "cpu", quick: bool = False
+) -> list[dict[str, Any]]:
+    """A row for each way: `way`, `pooling`, prefixes a second, tokens a prefix, memory."""
     tokenizer = load_model("fusion-lm-small")[1]
     corpus = Corpus.from_documents([Document("text", split_sentences(text))], tokenizer)
     texts = [t.strip() for s in corpus.sentences for t in prefix_texts(tokenizer, s[1:-1])]
     step = max(len(texts) // (40 if quick else ONE_AT_A_TIME), 1)
     few = texts[::step]
-    alone = one_at_a_time(dtype, "cpu")
-    rows = [_row("one at a time", "mean", len(few), None, *_timed(partial(alone, few)))]
+    alone = one_at_a_time(dtype, device)
+    rows = [_row("one at a time", "mean", len(few), None, *_timed(partial(alone, few), device))]
     expected = alone(few)
     for size in BATCHES:
         try:
-            theirs = sentence_transformers(dtype, "cpu", size)
+            theirs = sentence_transformers(dtype, device, size)
         except Unavailable as error:
             note(str(error))
             break
         _agree(theirs(few), expected, dtype)
         way = f"sentence-transformers, batch {size}"
-        rows.append(_row(way, "mean", len(texts), None, *_timed(partial(theirs, texts))))
+        rows.append(_row(way, "mean", len(texts), None, *_timed(partial(theirs, texts), device)))
     previous: list[Sequence[int]] = [(), *corpus.sentences[:-1]]
     for policy, pooling in POLICIES:
-        encoder = load_encoder("minilm", pooling, dtype=dtype, policy=policy)
+        encoder = load_encoder("minilm", pooling, dtype=dtype, policy=policy, device=device)
         assert isinstance(encoder, HFEncoder)
         planner = PrefixPlanner(encoder, tokenizer)
         encode = partial(_encode, planner, corpus.sentences, previous)
@@ -78,7 +84,7 @@ def measure_encoding(text: str, dtype: str, quick: bool = False) -> list[dict[st
             _agree(encode()[::step], expected, dtype)
         encoder.encode(planner.items(corpus.sentences[:1]))  # the trial of the first batch
         with counted_tokens(encoder) as tokens:
-            timed = _timed(encode)
+            timed = _timed(encode, device)
         rows.append(_row(policy, pooling, len(texts), sum(tokens), *timed))
     return rows
 
@@ -90,46 +96,77 @@ def _encode(
     return found
 
 
-def measure_generation(text: str, tokens: int) -> dict[str, list[float]]:
-    """Milliseconds to encode the prefix of each further token of one long sentence, by policy."""
+def measure_generation(text: str, tokens: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Milliseconds to encode the prefix of each further token of one long sentence, by policy.
+
+    Every policy's vectors are held against those of the whole sentence at once.
+    """
     tokenizer = load_model("fusion-lm-small")[1]
     ids = [1, *tokenizer(" ".join(text.split()), verbose=False)["input_ids"][:tokens]]
     found = {}
     for policy in GENERATED:
-        encoder = load_encoder("minilm", "static+mean", policy=policy)
-        stream = PrefixStream(PrefixPlanner(encoder, tokenizer))
+        encoder = load_encoder("minilm", "static+mean", policy=policy, device=device)
+        planner = PrefixPlanner(encoder, tokenizer)
+        stream = PrefixStream(planner)
         stream.of_rows([ids[:5]], 0)
-        times = []
+        times, vectors = [], []
         for t in range(6, len(ids) + 1):
             began = time.perf_counter()
-            stream.step([ids[:t]])
+            vectors += stream.step([ids[:t]])
             times.append((time.perf_counter() - began) * 1e3)
+        _agree(torch.stack(vectors), encoder.encode(planner.items([ids]))[5:], "float32")
         found[policy] = times
     return found
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:
     tolerance = 1e-5 if dtype == "float32" else 0.05
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found.cpu(), expected.cpu(), atol=tolerance, rtol=tolerance)
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, float | None]:
-    """Seconds, and the peak of the process's memory in MB (Linux)."""
+def _timed(call: Callable[[], Any], device: str) -> tuple[float, float | None, float | None]:
+    """Seconds; the peak of memory, and how far above what was held before, MB.
+
+    On the CPU of the process (Linux), else of PyTorch's memory on the GPU.
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        most = torch.cuda.max_memory_allocated() / 2**20
+        return time.perf_counter() - began, most, most - before
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is the system's again
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    held = _status("VmRSS")
     began = time.perf_counter()
     call()
     seconds = time.perf_counter() - began
+    peak = _status("VmHWM")
+    return seconds, peak, None if held is None or peak is None else peak - held
+
+
+def _status(name: str) -> float | None:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return seconds, None
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return seconds, int(peak.split()[1]) / 1024
+        return None
+    line = next(line for line in status.splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
 
 
 def _row(
-    way: str, pooling: str, prefixes: int, tokens: int | None, seconds: float, peak: float | None
+    way: str,
+    pooling: str,
+    prefixes: int,
+    tokens: int | None,
+    seconds: float,
+    peak: float | None,
+    working: float | None,
 ) -> dict[str, Any]:
     note(f"{way} {pooling}: {prefixes / seconds:.0f} prefixes/s")
     return {
@@ -138,14 +175,18 @@ def _row(
         "prefixes_per_second": prefixes / seconds,
         "tokens_per_prefix": None if tokens is None else tokens / prefixes,
         "peak_mb": peak,
+        "working_mb": working,
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: both dtypes side by side, ratios to the best of sentence-transformers."""
+    """Markdown: both dtypes side by side, ratios to the best of sentence-transformers.
+
+    Working memory is the process's peak above what it held before: weights not counted.
+    """
     lines = [
         "| way | pooling | encoder tokens a prefix | "
-        + " | ".join(f"{d}: prefixes/s | ratio | peak MB" for d in results["encoding"])
+        + " | ".join(f"{d}: prefixes/s | ratio | working MB" for d in results["encoding"])
         + " |",
         "|---|---|--:" + "|--:|--:|--:" * len(results["encoding"]) + "|",
     ]
@@ -162,8 +203,9 @@ def table(results: dict[str, Any]) -> str:
         cells = [row["way"], row["pooling"], "" if tokens is None else f"{tokens:.2f}"]
         for dtype, of_dtype in zip(best, group, strict=True):
             rate = of_dtype["prefixes_per_second"]
-            peak = of_dtype["peak_mb"]
-            cells += [f"{rate:,.0f}", f"{rate / best[dtype]:.2f}×", f"{peak:,.0f}" if peak else ""]
+            working = of_dtype["working_mb"]
+            memory = "" if working is None else f"{working:,.0f}"
+            cells += [f"{rate:,.0f}", f"{rate / best[dtype]:.2f}×", memory]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -186,22 +228,45 @@ def plot_generation(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def measure(part: str, text: str, device: str, quick: bool) -> Any:
+    """One of `PARTS`."""
+    if part == "generation":
+        return measure_generation(text, 60 if quick else 400, device)
+    return measure_encoding(text, part, device, quick)
+
+
 def main(
     text: Annotated[Path, typer.Option(help="plain text")] = TEXT,
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("policies"),
+    part: Annotated[
+        list[str] | None, typer.Option(help=f"only this one of {', '.join(PARTS)}; repeatable")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     quick: Annotated[bool, typer.Option(help="the text's first 3 000 characters only")] = False,
 ) -> None:
-    """Measure, and write `policies.json`, `policies.md` and `policies.svg`."""
+    """Measure, and write `policies.json`, `policies.md` and `policies.svg` once all is there."""
+    parts = part or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        raise typer.BadParameter(f"{unknown.pop()!r}: choose of {', '.join(PARTS)}")
     read = read_text(text)
     read = read[:3000] if quick else read
-    results: dict[str, Any] = {
-        "machine": describe("cpu"),
-        "text": text.name,
-        "encoding": {dtype: measure_encoding(read, dtype, quick) for dtype in DTYPES},
-        "generation": measure_generation(read, 60 if quick else 400),
-    }
+    saved = out / "policies.json"
+    results: dict[str, Any] = {"encoding": {}}
+    if part and saved.exists():
+        results = json.loads(saved.read_text())
+    results |= {"machine": describe(device), "text": text.name}
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "policies.json", json.dumps(results, indent=1) + "\n")
+    for name in parts:
+        found = measure(name, read, device, quick)
+        if name == "generation":
+            results[name] = found
+        else:
+            results["encoding"][name] = found
+            done = results["encoding"]
+            results["encoding"] = {dtype: done[dtype] for dtype in DTYPES if dtype in done}
+        write_text(saved, json.dumps(results, indent=1) + "\n")
+    if set(results["encoding"]) != set(DTYPES) or "generation" not in results:
+        return
     write_text(out / "policies.md", f"{table(results)}\n\n{where(results['machine'])}\n")
     plot_generation(results, out / "policies.svg")
     print(table(results))

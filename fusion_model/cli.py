@@ -208,6 +208,9 @@ def embed(
     encoder_dtype: EncoderDtype = "float32",
     store_dtype: Annotated[str | None, typer.Option(help="on disk: float16, float32")] = None,
     device: Device = "auto",
+    encoder_batch: Annotated[
+        int | None, typer.Option(help="most encoder tokens at once (default: by free memory)")
+    ] = None,
 ) -> None:
     """Fill a store with the embeddings of all prefixes of a text, for --store elsewhere."""
     from fusion_model.preparation import embed_text
@@ -228,6 +231,7 @@ def embed(
         encoder_dtype=encoder_dtype,
         store_dtype=store_dtype,
         device=resolve_device(device),
+        encoder_batch=encoder_batch,
     )
     if found is not None:
         print(f"{out}: {found.vectors:,} vectors for {found.positions:,} positions")

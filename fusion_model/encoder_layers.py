@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fusion_model.packed_linear import Linear
 
 BERT = (
     "attention.self.query",
@@ -53,21 +54,30 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """One post-norm layer; `qkv_weight` is [3 E, E]."""
+    """One post-norm layer; `qkv` gives queries, keys and values side by side, [M, 3 E]."""
 
-    qkv_weight: Tensor
-    qkv_bias: Tensor
-    out: Callable[[Tensor], Tensor]
+    qkv: Linear
+    out: Linear
     attention_norm: Callable[[Tensor], Tensor]
-    up: Callable[[Tensor], Tensor]
-    activation: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
+    up: Linear
+    down: Linear
     norm: Callable[[Tensor], Tensor]
 
     def finish(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        """From attention's result and the layer's input, both [..., E], to its output."""
-        hidden = self.attention_norm(self.out(attended).add_(hidden))
-        return self.norm(self.down(self.activation(self.up(hidden))).add_(hidden))
+        """From attention's result and the layer's input, both [M, E], to its output."""
+        hidden = self.attention_norm(self.out(attended, hidden))
+        return self.norm(self.down(self.up(hidden), hidden))
+
+
+def check_architecture(config: Any) -> None:
+    """Raise `ValueError` for a model that `EncoderLayers` does not cover."""
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"{config.model_type} is not one of {', '.join(ARCHITECTURES)}, whose layers are "
+            "known here"
+        )
+    if getattr(config, "is_decoder", False):
+        raise ValueError(f"this {config.model_type} is a decoder, not an encoder")
 
 
 class EncoderLayers:
@@ -82,15 +92,10 @@ class EncoderLayers:
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        if config.model_type not in ARCHITECTURES:
-            raise ValueError(
-                f"{config.model_type} is not one of {', '.join(ARCHITECTURES)}, whose layers are "
-                "known here"
-            )
-        if getattr(config, "is_decoder", False):
-            raise ValueError(f"this {config.model_type} is a decoder, not an encoder")
+        check_architecture(config)
         where, names = ARCHITECTURES[config.model_type]
-        self.layers = [_layer(module, names) for module in model.get_submodule(where)]
+        act = getattr(config, "hidden_act", getattr(config, "activation", None))
+        self.layers = [_layer(m, names, act == "gelu") for m in model.get_submodule(where)]
         self.heads: int = config.num_attention_heads
         self.device = model.device
         self._embeddings = model.embeddings
@@ -132,8 +137,7 @@ class EncoderLayers:
         """
         outputs = [hidden] if 0 in wanted else []
         for number, layer in enumerate(self.layers[: max(wanted, default=0)]):
-            qkv = F.linear(hidden, layer.qkv_weight, layer.qkv_bias)
-            query, key, value = qkv.view(len(hidden), 3, self.heads, -1).unbind(1)
+            query, key, value = layer.qkv(hidden).view(len(hidden), 3, self.heads, -1).unbind(1)
             if rows is not None and number + 1 == max(wanted):
                 query, hidden = query[rows], hidden[rows]
             hidden = layer.finish(attend(number, query, key, value).flatten(1), hidden)
@@ -142,43 +146,21 @@ class EncoderLayers:
         return outputs
 
 
-class AllToAll:
-    """Attention within texts that lie one after the other, equal lengths together.
-
-    Args:
-        groups: (texts, nodes of each) of every length.
-        layers: for the bias of positions.
-    """
-
-    def __init__(self, groups: Sequence[tuple[int, int]], layers: EncoderLayers) -> None:
-        self._groups = groups
-        self._biases = [
-            layers.position_bias(*[torch.arange(length)[None].to(layers.device)] * 2)
-            for _, length in groups
-        ]
-
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `EncoderLayers.run`; of R queries, each text has the same number."""
-        out = torch.zeros_like(query)  # nodes after the last text are padding
-        each = None if len(query) == len(key) else len(query) // sum(n for n, _ in self._groups)
-        start = first = 0
-        for (count, length), bias in zip(self._groups, self._biases, strict=True):
-            end, last = start + count * length, first + count * (each or length)
-            q, k, v = (
-                part.view(count, -1, *part.shape[1:]).transpose(1, 2)
-                for part in (query[first:last], key[start:end], value[start:end])
-            )
-            found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-            out[first:last] = found.transpose(1, 2).flatten(0, 1)
-            start, first = end, last
-        return out
-
-
-def _layer(module: Any, names: Sequence[str]) -> Layer:
+def _layer(module: Any, names: Sequence[str], is_gelu: bool) -> Layer:
     parts = [_attribute(module, name) for name in names]
-    weight = torch.cat([part.weight for part in parts[:3]]).detach()
-    bias = torch.cat([part.bias for part in parts[:3]]).detach()
-    return Layer(weight, bias, *parts[3:])
+    query, key, value, out, attention_norm, up, activation, down, norm = parts
+    qkv = Linear(
+        torch.cat([part.weight for part in (query, key, value)]),
+        torch.cat([part.bias for part in (query, key, value)]),
+    )
+    return Layer(
+        qkv,
+        Linear(out.weight, out.bias),
+        attention_norm,
+        Linear(up.weight, up.bias, activation, is_gelu),
+        Linear(down.weight, down.bias),
+        norm,
+    )
 
 
 def _attribute(module: Any, path: str) -> Any:

@@ -159,6 +159,7 @@ def load_encoder(
     directory: Path | None = None,
     dim: int = 768,
     policy: str = "every",
+    tokens_per_batch: int | None = None,
 ) -> Encoder:
     """An encoder by name.
 
@@ -169,10 +170,14 @@ def load_encoder(
         directory: where a bag of words was saved; it has no other home.
         dim: width of `zeros`.
         policy: one of `fusion_model.policies.POLICIES`, see there.
+        tokens_per_batch: most encoder tokens at once (default: what free memory allows, up to
+            where more brings nothing).
 
     Raises:
         EncoderError: unknown, not installed, not loadable, or not able to follow the policy.
     """
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise EncoderError(f"an encoder takes at least 1 token at once, not {tokens_per_batch}")
     incremental = parse_policy(policy).name == "incremental"
     if incremental and name in (*BAGS, "zeros"):
         raise EncoderError(f"the encoder {name!r} cannot be incremental: use another policy")
@@ -186,4 +191,5 @@ def load_encoder(
     from fusion_model.incremental import IncrementalEncoder
 
     kind = IncrementalEncoder if incremental else HFEncoder
-    return kind.load(name, pooling, dtype=dtype, device=device, policy=policy)
+    options: dict[str, Any] = {"policy": policy, "tokens_per_batch": tokens_per_batch}
+    return kind.load(name, pooling, dtype=dtype, device=device, **options)

@@ -6,7 +6,7 @@ Notation: N items, L tokens each, E width of the encoder.
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model.encoder_layers import AllToAll, EncoderLayers
+from fusion_model.attention import AllToAll
+from fusion_model.encoder_layers import EncoderLayers
+from fusion_model.encoder_memory import free_memory, shrinking, token_budget
 from fusion_model.encoders import minilm_path
 from fusion_model.errors import EncoderError
+from fusion_model.graphs import FEW_TOKENS, Graphs
 from fusion_model.items import Pooling, Progress, TokenItems, parse_pooling, shared_batches
+from fusion_model.progress import note
+from fusion_model.transfers import Returns, overlapped, sent
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-TOKENS_PER_BATCH = {"cpu": 2048}
-TOKENS_PER_BATCH_GPU = 65536
 HELD_KEPT = 4096  # latest vectors of contexts that may be needed again
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
@@ -43,7 +46,15 @@ def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
 
 
 class HFEncoder(TokenItems):
-    """A pretrained encoder with a pooling; see `fusion_model.encoders.Encoder`."""
+    """A pretrained encoder with a pooling; see `fusion_model.encoders.Encoder`.
+
+    Attributes:
+        tokens_per_batch: most encoder tokens at once; None for what free memory allows.
+        graphs: replay small passes of whole texts; None for plain ones only.
+    """
+
+    tokens_per_batch: int | None = None
+    graphs: Graphs | None = None
 
     def __init__(
         self, name: str, model: Any, tokenizer: Any, pooling: str = "cls", policy: str = "every"
@@ -76,6 +87,7 @@ class HFEncoder(TokenItems):
         dtype: str = "float32",
         device: str | torch.device = "cpu",
         policy: str = "every",
+        tokens_per_batch: int | None = None,
     ) -> "HFEncoder":
         """By hub name, local path or `minilm`: safetensors only, no remote code.
 
@@ -97,6 +109,8 @@ class HFEncoder(TokenItems):
         # The hash is taken before the cast: it names the weights, not the precision.
         encoder = cls(name, model, tokenizer, pooling, policy)
         encoder.model = encoder.model.to(device=device, dtype=torch_dtype)
+        encoder.tokens_per_batch = tokens_per_batch
+        encoder.graphs = Graphs() if encoder.model.device.type == "cuda" else None
         return encoder
 
     @property
@@ -144,11 +158,20 @@ class HFEncoder(TokenItems):
 
     def _encode_batches(self, items: list[bytes], progress: Progress | None) -> Tensor:
         out = torch.empty(len(items), self.dim)
-        done = 0
-        for batch in shared_batches(items, self.budget):
-            groups = [torch.from_numpy(ids).to(self.model.device) for _, ids in batch]
-            rows = [row for group, _ in batch for row in group]
-            out[rows] = self._pooled_batch(groups).float().cpu()
+        returns, done = Returns(self.model.device), 0
+
+        def start(batch: list[tuple[list[int], Any]]) -> Callable[[], Tensor]:
+            groups = [sent(torch.from_numpy(ids), self.model.device) for _, ids in batch]
+            return returns.start(self._pooled_batch(groups))
+
+        def encode(places: Sequence[int], budget: int) -> Iterator[list[int]]:
+            batches = shared_batches([items[place] for place in places], budget)
+            for batch, found in overlapped(batches, start, returns.ahead):
+                rows = [places[row] for group, _ in batch for row in group]
+                out[rows] = found
+                yield rows
+
+        for rows in shrinking(range(len(items)), self.budget, encode, self._shrink):
             done += len(rows)
             if progress:
                 progress(done, len(items))
@@ -156,8 +179,18 @@ class HFEncoder(TokenItems):
 
     @property
     def budget(self) -> int:
-        """Most tokens in a batch."""
-        return TOKENS_PER_BATCH.get(self.model.device.type, TOKENS_PER_BATCH_GPU)
+        """Most tokens in a batch: `tokens_per_batch`, or what free memory allows."""
+        if self.tokens_per_batch is not None:
+            return self.tokens_per_batch
+        config, device = self.model.config, self.model.device
+        width: int = config.hidden_size
+        inner: int = getattr(config, "intermediate_size", getattr(config, "hidden_dim", 4 * width))
+        heads, itemsize = config.num_attention_heads, self.model.dtype.itemsize
+        return token_budget(free_memory(device), device.type, width, inner, heads, itemsize)
+
+    def _shrink(self, budget: int) -> None:
+        note(f"{self.name}: out of memory, going on with {budget} tokens a batch")
+        self.tokens_per_batch = budget
 
     def _pooled_batch(self, groups: list[Tensor]) -> Tensor:
         """Groups of texts of one length, [N, L] each -> [sum of N, dim].
@@ -210,20 +243,31 @@ class HFEncoder(TokenItems):
     ) -> dict[Pooling, Tensor]:
         """One pass for several poolings, each [sum of N, E]."""
         wanted = sorted({self.layer_of(p) for p in parts})
-        hidden = torch.cat([layers.embed(ids).flatten(0, 1) for ids in groups])
         top = [p for p in parts if self.layer_of(p) == wanted[-1]]
         rows = None
         if wanted[-1] and all(p.name != "mean" for p in top) and not layers.relative:
             rows = self._nodes(top, groups)  # all that is read of the highest layer
-        hidden = padded(hidden)
-        attend = AllToAll([(ids.shape[0], ids.shape[1]) for ids in groups], layers)
-        outputs = dict(zip(wanted, layers.run(hidden, wanted, attend, rows), strict=True))
+        sizes = [ids.shape[1] for ids in groups for _ in ids]
+        few = None if rows is None else (wanted[-1] - 1, len(top))
+        attend = AllToAll(sizes, layers, self.model.dtype, few)
+
+        def compute() -> list[Tensor]:
+            hidden = torch.cat([layers.embed(ids).flatten(0, 1) for ids in groups])
+            return layers.run(padded(hidden), wanted, attend, rows)
+
+        if self.graphs is not None and sum(sizes) <= FEW_TOKENS:
+            own = [] if rows is None else [rows]
+            name = (tuple(parts), len(groups))
+            results = self.graphs.run(name, [*groups, *own, *attend.tensors()], compute)
+        else:
+            results = compute()
+        outputs = dict(zip(wanted, results, strict=True))
         found = {}
         for p in parts:
             output = outputs[self.layer_of(p)]
             if p.name == "mean":
-                sizes = [ids.numel() for ids in groups]
-                texts = zip(groups, output[: sum(sizes)].split(sizes), strict=True)
+                nodes = [ids.numel() for ids in groups]
+                texts = zip(groups, output[: sum(nodes)].split(nodes), strict=True)
                 found[p] = torch.cat([part.view(*ids.shape, -1).mean(1) for ids, part in texts])
                 continue
             if rows is not None and p in top:
@@ -243,7 +287,7 @@ class HFEncoder(TokenItems):
             own = torch.tensor([at[p.name] for p in parts])
             found.append((start + length * torch.arange(count)[:, None] + own).flatten())
             start += ids.numel()
-        return torch.cat(found).to(self.model.device)
+        return sent(torch.cat(found), self.model.device)
 
     @property
     def deepest(self) -> int:

@@ -12,20 +12,23 @@ Notation: as in `fusion_model.encoder_layers`; a batch is N trees of up to L nod
 up to P past nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_model.encoder_layers import EncoderLayers
+from fusion_model.encoder_layers import EncoderLayers, check_architecture
+from fusion_model.encoder_memory import shrinking
 from fusion_model.errors import EncoderError
+from fusion_model.graphs import FEW_TOKENS
 from fusion_model.hf_encoder import HFEncoder, padded
 from fusion_model.items import Pooling, Progress
 from fusion_model.node_pool import NodePool
-from fusion_model.trees import Grid, Tree, grow_trees, similar_sizes
+from fusion_model.transfers import Returns, overlapped, sent
+from fusion_model.tree_attention import AlongTrees
+from fusion_model.trees import Tree, grow_trees, similar_sizes
 
 QUERIES = ("cls", "pooler", "sep", "mask")
 
@@ -47,7 +50,7 @@ class IncrementalEncoder(HFEncoder):
     ) -> None:
         super().__init__(name, model, tokenizer, pooling, policy)
         try:
-            EncoderLayers(model)
+            check_architecture(model.config)
         except ValueError as error:
             raise EncoderError(f"{name} cannot be incremental: {error}") from None
         self._queries = [p for p in self.poolings if p.name in QUERIES]
@@ -90,10 +93,19 @@ class IncrementalEncoder(HFEncoder):
 
     def _encode_unique(self, items: list[bytes], progress: Progress | None) -> Tensor:
         out = torch.empty(len(items), self.dim)
-        trees = grow_trees([self.parse(item) for item in items], self._after)
-        done = 0
-        for rows, batch in similar_sizes(trees, self.budget):
-            out[rows] = self.run(batch).float().cpu()
+        returns, done = Returns(self.model.device), 0
+
+        def encode(places: Sequence[int], budget: int) -> Iterator[list[int]]:
+            trees = grow_trees([self.parse(items[place]) for place in places], self._after)
+            batches = similar_sizes(trees, budget)
+            for (rows, _), found in overlapped(
+                batches, lambda batch: returns.start(self.run(batch[1])), returns.ahead
+            ):
+                done_now = [places[row] for row in rows]
+                out[done_now] = found
+                yield done_now
+
+        for rows in shrinking(range(len(items)), self.budget, encode, self._shrink):
             done += len(rows)
             if progress:
                 progress(done, len(items))
@@ -108,23 +120,31 @@ class IncrementalEncoder(HFEncoder):
         """
         device, dtype = self.model.device, self.model.dtype
         grids = [tree.grid(self._query_nodes) for tree in trees]
-        ids = torch.tensor([token for grid in grids for token in grid.tokens], device=device)
-        at = torch.tensor([place for grid in grids for place in grid.positions], device=device)
-        attend = _AlongTrees(trees, grids, at, self.layers, dtype, pool)
+        ids = sent(torch.tensor([token for grid in grids for token in grid.tokens]), device)
+        at = sent(torch.tensor([place for grid in grids for place in grid.positions]), device)
+        attend = AlongTrees(trees, grids, at, self.layers, dtype, pool)
         wanted = sorted({self.layer_of(p) for p in self.poolings if p.name != "static"})
-        nodes = padded(self.layers.embed(ids[None], at[None])[0])
-        outputs = dict(zip(wanted, self.layers.run(nodes, wanted, attend), strict=True))
-        sums = [attend.sums(outputs[layer], number) for number, layer in enumerate(self.means)]
-        if pool is not None:
-            pool.keep(trees, attend.starts, attend.kept, sums, at)
-        ends = _Ends(trees, attend.starts, self._after)
+
+        def compute() -> list[Tensor]:
+            nodes = padded(self.layers.embed(ids[None], at[None])[0])
+            of_layers = dict(zip(wanted, self.layers.run(nodes, wanted, attend), strict=True))
+            sums = [attend.sums(of_layers[p], number) for number, p in enumerate(self.means)]
+            return [*of_layers.values(), *sums]
+
+        if pool is not None and pool.graphs is not None and len(ids) <= FEW_TOKENS:
+            found = pool.graphs.run("step", [ids, at, *attend.tensors()], compute)
+        else:
+            found = compute()
+        outputs, sums = dict(zip(wanted, found, strict=False)), found[len(wanted) :]
+        ends = _Ends(trees, attend.starts, self._after, device)
         seen = attend.seen[ends.nodes]
         parts = []
         for p in self.poolings:
-            output = outputs.get(self.layer_of(p), nodes)
             if p.name == "static":
-                part = self.model.get_input_embeddings()(ids[ends.last])
-            elif p.name == "mean":
+                parts.append(self.model.get_input_embeddings()(ids[ends.last]).float())
+                continue
+            output = outputs[self.layer_of(p)]
+            if p.name == "mean":
                 part = sums[self.means.index(self.layer_of(p))][ends.nodes] / seen[:, None]
             elif p.name == "last":
                 part = output[ends.last]
@@ -138,7 +158,9 @@ class IncrementalEncoder(HFEncoder):
 class _Ends:
     """Where the nodes lie that a text's vectors are read off, text after text, each [texts]."""
 
-    def __init__(self, trees: Sequence[Tree], starts: Sequence[int], after: int) -> None:
+    def __init__(
+        self, trees: Sequence[Tree], starts: Sequence[int], after: int, device: torch.device
+    ) -> None:
         nodes, last, first, queries = [], [], [], []
         for tree, start in zip(trees, starts, strict=True):
             head, texts = len(tree.head), len(tree.ends)
@@ -148,95 +170,15 @@ class _Ends:
                 last.append(start + head + end if end >= 0 else start + head - after - 1)
                 first.append(start if end < 0 else -1)
                 queries.append((own_queries + number, texts))
-        self.nodes, self.last = torch.tensor(nodes), torch.tensor(last)
-        self._first, self._queries, self._after = torch.tensor(first), queries, after
+        self.nodes, self.last = (sent(torch.tensor(at), device) for at in (nodes, last))
+        self._first, self._queries, self._after = sent(torch.tensor(first), device), queries, after
 
     def query(self, pooling: str, number: int) -> Tensor:
         """Of the pooling that is the `number`-th of the queries; the head's own [CLS] and [SEP]
         where a text ends with it: these are exact."""
-        found = torch.tensor([node + number * texts for node, texts in self._queries])
+        of_texts = torch.tensor([node + number * texts for node, texts in self._queries])
+        found = sent(of_texts, self.nodes.device)
         if pooling == "mask":
             return found
         own = self.nodes - self._after + 1 if pooling == "sep" else self._first
         return torch.where(self._first >= 0, own, found)
-
-
-class _AlongTrees:
-    """Attention of trees whose nodes lie one after the other, [M, …], with their past.
-
-    Attributes:
-        starts: the first node of each tree.
-        seen: how many nodes each node sees, [M].
-        kept: keys and values of each layer, [M, A, d].
-    """
-
-    def __init__(
-        self,
-        trees: Sequence[Tree],
-        grids: Sequence[Grid],
-        positions: Tensor,
-        layers: EncoderLayers,
-        dtype: torch.dtype,
-        pool: NodePool | None,
-    ) -> None:
-        sizes = [len(grid.tokens) for grid in grids]
-        self._shape = (len(trees), max(sizes))
-        self.starts = np.cumsum([0, *sizes[:-1]]).tolist()
-        past = max(len(tree.past) for tree in trees)
-        sees = np.zeros((*self._shape, past + self._shape[1]), dtype=bool)
-        slots = np.zeros((len(trees), past), dtype=np.int64)
-        for row, (tree, grid, size) in enumerate(zip(trees, grids, sizes, strict=True)):
-            sees[row, :size, : len(tree.past)] = True
-            sees[row, :size, past : past + size] = grid.sees
-            sees[row, size:, -1] = True  # padding has to see something
-            slots[row, : len(tree.past)] = tree.past
-        device = positions.device
-        self._pool, self._slots = pool, torch.from_numpy(slots).to(device)
-        self._last_past = torch.tensor([tree.past[-1] if tree.past else -1 for tree in trees])
-        places = [row * self._shape[1] + np.arange(size) for row, size in enumerate(sizes)]
-        self._places = torch.from_numpy(np.concatenate(places)).to(device)
-        self._sees = torch.from_numpy(sees).to(device)
-        self.seen = self._sees.sum(dim=2).flatten()[self._places]
-        bias = torch.zeros(sees.shape, dtype=dtype, device=device)
-        self._bias = bias.masked_fill_(~self._sees, -torch.inf)[:, None]
-        queries_at = self._grid(positions)
-        keys_at = queries_at
-        if pool is not None:
-            keys_at = torch.cat([pool.positions[self._slots], queries_at], dim=1)
-        relative = layers.position_bias(queries_at, keys_at)
-        if relative is not None:
-            self._bias = self._bias + relative
-        self.kept: list[tuple[Tensor, Tensor]] = []
-
-    def _grid(self, nodes: Tensor) -> Tensor:
-        """Nodes [M, …] -> [N, L, …]."""
-        rows, columns = self._shape
-        out = nodes.new_zeros((rows * columns, *nodes.shape[1:]))
-        out[self._places] = nodes[: len(self._places)]
-        return out.view(rows, columns, *nodes.shape[1:])
-
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `EncoderLayers.run`; nodes after the last tree are padding."""
-        self.kept.append((key, value))
-        keys, values = self._grid(key), self._grid(value)
-        if self._pool is not None:
-            keys = torch.cat([self._pool.keys[number][self._slots], keys], dim=1)
-            values = torch.cat([self._pool.values[number][self._slots], values], dim=1)
-        q, k, v = (part.transpose(1, 2) for part in (self._grid(query), keys, values))
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias)
-        out = torch.zeros_like(query)
-        out[: len(self._places)] = found.transpose(1, 2).flatten(0, 1)[self._places]
-        return out
-
-    def sums(self, output: Tensor, number: int) -> Tensor:
-        """Of a layer's output [M, E], over what each node sees, [M, E] float32.
-
-        Args:
-            number: of the layer among those whose sums the pool keeps.
-        """
-        own = self._sees[:, :, -self._shape[1] :].float()
-        total = own @ self._grid(output.float())
-        if self._pool is not None:
-            before = self._pool.sums[self._last_past, number]
-            total += torch.where(self._last_past[:, None] >= 0, before, 0)[:, None].to(total)
-        return total.flatten(0, 1)[self._places]

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static")
-TRIED = 256  # texts
+TRIED = 256  # texts of a call
+ENOUGH = 8  # of the first calls together
 WORD = re.compile(r"\s*\S+")
 
 
@@ -82,52 +84,57 @@ class TokenItems:
                 f"{name} adds no special tokens, so the empty prefix has no embedding: use an "
                 "encoder such as BERT, RoBERTa or MiniLM"
             )
-        self._pieces: dict[str, list[int]] = {}  # ids of words
+        self._pieces: dict[str, bytes] = {}  # ids of words
         self._by_word: bool | None = None  # until it was tried
+        self._agreed = 0  # texts of more than a word, so far
 
     def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
         """Tokenise; a text longer than the encoder's window is refused."""
         if not texts:
             return []
-        return [self._item(ids, text) for ids, text in zip(self._ids(texts), texts, strict=True)]
+        return [self._checked(ids, text) for ids, text in zip(self._ids(texts), texts, strict=True)]
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str]) -> list[bytes]:
         """Ids of texts, special tokens included; each word is tokenised once, where that is all
         the tokenizer does: some of the first texts are tried both ways."""
-        if self._by_word is None and len(texts) >= 8:
+        if self._by_word is None:
             some = texts[:: max(len(texts) // TRIED, 1)]
-            self._by_word = self._joined(some) == self._tokenized(some)
-            if not self._by_word:
+            whole = self._tokenized(some)
+            agrees = self._joined(some) == whole
+            self._agreed += sum(len(WORD.findall(text)) > 1 for text in some)
+            if not agrees:
+                self._by_word = False
                 warnings.warn(
                     f"the tokenizer of {self.name} does not go word by word: texts are tokenised "
                     "whole, which takes longer",
                     stacklevel=2,
                 )
+            elif self._agreed >= ENOUGH:
+                self._by_word = True
         return self._joined(texts) if self._by_word else self._tokenized(texts)
 
-    def _tokenized(self, texts: Sequence[str]) -> list[list[int]]:
-        found: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)[
-            "input_ids"
-        ]
-        return found
+    def _tokenized(self, texts: Sequence[str]) -> list[bytes]:
+        found = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return [_bytes(ids) for ids in found]
 
-    def _joined(self, texts: Sequence[str]) -> list[list[int]]:
-        known, cut = self._pieces, self._before
+    def _joined(self, texts: Sequence[str]) -> list[bytes]:
+        known, before, after = self._pieces, 4 * self._before, 4 * self._after
         split = [WORD.findall(text) for text in texts]
-        new = list({word for words in split for word in words} - known.keys())
+        new = list(set(chain.from_iterable(split)) - known.keys())
         if len(known) + len(new) > 1_000_000:
             known.clear()
-            new = list({word for words in split for word in words})
+            new = list(set(chain.from_iterable(split)))
         if new:
             for word, ids in zip(new, self._tokenized(new), strict=True):
-                known[word] = ids[cut : len(ids) - self._after]
-        before, after = self.specials[:cut], self.specials[cut:]
-        return [[*before, *(i for w in words for i in known[w]), *after] for words in split]
+                known[word] = ids[before : len(ids) - after]
+        specials = _bytes(self.specials)
+        first, last = specials[:before], specials[before:]
+        return [b"".join([first, *map(known.__getitem__, words), last]) for words in split]
 
     def items_from_ids(self, sequences: Sequence[Sequence[int]]) -> list[bytes]:
         """Items from the encoder's own token ids, special tokens not included."""
         before, after = self.specials[: self._before], self.specials[self._before :]
-        return [self._item([*before, *ids, *after]) for ids in sequences]
+        return [self._checked(_bytes([*before, *ids, *after])) for ids in sequences]
 
     def held(self, context: bytes, own: bytes) -> bytes:
         """The item whose vectors are those of `context`, but `static` of the text of `own`.
@@ -151,8 +158,10 @@ class TokenItems:
         """
         if self.poolings == (Pooling("static"),):
             return own
+        if anchor is None:
+            return b"\0\0\0\0" + own[4 * self._before : len(own) - 4 * self._after]
         ids = self._content(own)
-        first = ids[:0] if anchor is None else self._content(anchor)
+        first = self._content(anchor)
         shorter = min(len(first), len(ids))
         same = first[:shorter] == ids[:shorter]
         common = shorter if same.all() else int(same.argmin())
@@ -162,17 +171,23 @@ class TokenItems:
         ids = np.frombuffer(item, dtype="<i4")
         return ids[self._before : len(ids) - self._after]
 
-    def _item(self, ids: Sequence[int], text: str | None = None) -> bytes:
-        room = self.window - any(p.name == "mask" for p in self.poolings)
-        if len(ids) > room:
+    def _checked(self, ids: bytes, text: str | None = None) -> bytes:
+        """The item of a text's ids, special tokens included, if they fit the window."""
+        room, size = self.window - any(p.name == "mask" for p in self.poolings), len(ids) // 4
+        if size > room:
             shown = "" if text is None else f", starting {text[:40]!r}"
             raise EncoderError(
-                f"a prefix of {len(ids)} encoder tokens does not fit the window of {room} of "
+                f"a prefix of {size} encoder tokens does not fit the window of {room} of "
                 f"{self.name}{shown}: split the sentence, or cut it with --max-tokens"
             )
         if self.poolings == (Pooling("static"),):
-            ids = [ids[len(ids) - self._after - 1]]
-        return np.asarray(ids, dtype="<i4").tobytes()
+            last = 4 * (size - self._after - 1)
+            return ids[last : last + 4]
+        return ids
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    return np.asarray(ids, dtype="<i4").tobytes()
 
 
 def equal_lengths(items: Sequence[bytes], budget: int) -> Iterator[tuple[list[int], np.ndarray]]:

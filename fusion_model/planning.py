@@ -185,6 +185,8 @@ class PrefixPlanner:
         return context
 
     def _anchors(self, content: Sequence[int]) -> list[int]:
+        if self.policy.name != "word":
+            return self.policy.anchors([True] * len(content))
         pieces = self.tokenizer.convert_ids_to_tokens(list(content))
         if self._map is not None:  # word pieces
             return self.policy.anchors([not piece.startswith("##") for piece in pieces])

@@ -176,6 +176,7 @@ def embed_text(
     encoder_dtype: str = "float32",
     store_dtype: str | None = None,
     device: str | torch.device = "cpu",
+    encoder_batch: int | None = None,
 ) -> Embedded | None:
     """Fill a store with what training on `text` needs, or what `model` needs to score it.
 
@@ -184,6 +185,7 @@ def embed_text(
     Args:
         model: a trained model, whose tokens then end the prefixes; by default the tokens are
             those that `train` would find in `text` with the same options.
+        encoder_batch: most encoder tokens at once (default: what free memory allows).
         store_dtype: `float16` (default) or `float32`; an existing store keeps its own.
     """
     state = PartialState(cpu=torch.device(device).type == "cpu")
@@ -195,6 +197,7 @@ def embed_text(
         dtype=encoder_dtype,
         device=device if world == 1 else state.device,
         policy=policy,
+        tokens_per_batch=encoder_batch,
     )
     limit: int | None = max_tokens
     if model is None:

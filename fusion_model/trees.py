@@ -19,6 +19,7 @@ class Tree:
         tokens, parents: of each node; parent -1 is the head or the past.
         ends: the node that each text ends at, -1 for the head's own.
         slots: where head and nodes are to be kept, if they are.
+        copies: (slot, node) of further places.
     """
 
     head: list[int]
@@ -28,6 +29,7 @@ class Tree:
     parents: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
     _latest: tuple[list[int], int] = ([], -1)
 
@@ -44,9 +46,13 @@ class Tree:
             count, node = count + 1, found
         return count, node
 
-    def add(self, tail: list[int]) -> None:
-        """A text that goes on from the head or the past with these tokens."""
-        count, node = self.find(tail)
+    def add(self, tail: list[int], found: tuple[int, int] | None = None) -> None:
+        """A text that goes on from the head or the past with these tokens.
+
+        Args:
+            found: what `find` says, if it was asked.
+        """
+        count, node = found or self.find(tail)
         for token in tail[count:]:
             self._children[node, token] = len(self.tokens)
             self.tokens.append(token)
@@ -54,6 +60,21 @@ class Tree:
             node = len(self.tokens) - 1
         self.ends.append(node)
         self._latest = tail, node
+
+    def deepest_first(self) -> Iterator[int]:
+        """All nodes, parents first, each followed by its child with the longest text below."""
+        height = [0] * len(self.tokens)
+        below: dict[int, list[int]] = {}
+        for node in reversed(range(len(self.tokens))):
+            parent = self.parents[node]
+            below.setdefault(parent, []).append(node)
+            if parent >= 0:
+                height[parent] = max(height[parent], height[node] + 1)
+        waiting = sorted(below.get(-1, ()), key=lambda node: height[node])
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += sorted(below.get(node, ()), key=lambda child: height[child])
 
     def __len__(self) -> int:
         return len(self.head) + len(self.tokens)
@@ -109,16 +130,18 @@ def grow_trees(
     tree: Tree | None = None
     rows: list[int] = []
     for row, (head, tail) in enumerate(texts):
+        found = (0, -1)
         if tree is not None:
-            shared = tree.find(tail)[0]
+            found = tree.find(tail)
+            shared = found[0]
             apart = tree.tokens and 2 * shared < len(tail)
             full = len(tree.tokens) + len(tail) - shared > NODES_PER_TREE
             if apart or full or tree.head != head:
                 yield rows, tree
-                tree = None
+                tree, found = None, (0, -1)
         if tree is None:
             tree, rows = Tree(head, [], len(head) - depth), []
-        tree.add(tail)
+        tree.add(tail, found)
         rows.append(row)
     if tree is not None:
         yield rows, tree

@@ -47,7 +47,7 @@ def test_batched_is_one_at_a_time(
         with pytest.raises(EncoderError, match="has no pooler"):
             load_encoder(folder, pooling)
         return
-    monkeypatch.setitem(hf_encoder.TOKENS_PER_BATCH, "cpu", 20)  # several batches a length
+    monkeypatch.setattr(hf_encoder.HFEncoder, "budget", 20)  # several batches a length
     encoder = load_encoder(folder, pooling)
     model, tokenizer = (
         AutoModel.from_pretrained(folder).eval(),
