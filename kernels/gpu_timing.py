@@ -132,12 +132,12 @@ def decoding() -> Iterator[Result]:
 
 
 def _token(dtype: torch.dtype, batch: int) -> Result:
-    from fusion_model.kernels import triton_decode
+    from fusion_model.kernels import triton_token
 
     module, embedding = _lstm(dtype), _random(dtype, V, D)
     projection, head = (nn.Linear(*s).to(DEVICE, dtype) for s in ((H, D), (D, V)))
-    decoder = triton_decode.Decoder(
-        triton_decode.DecodeWeights(
+    decoder = triton_token.Decoder(
+        triton_token.DecodeWeights(
             embedding, module.all_weights, projection.weight, head.weight, head.bias
         ),
         batch,
@@ -155,7 +155,7 @@ def _token(dtype: torch.dtype, batch: int) -> Result:
             c.copy_(state[1])
 
     goals = {"goal": 3.0, "goal_us": 15.0} if batch == 1 else {}
-    token = triton_decode.TokenGraph(decoder)
+    token = triton_token.TokenGraph(decoder)
     return versus(f"token {NAMES[dtype]} B{batch}, graph", token.step, graphed(theirs), **goals)
 
 

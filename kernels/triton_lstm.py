@@ -4,7 +4,7 @@ Notation: B sentences, R rows a sentence, N = B * R, T steps, M = steps of all r
 H hidden width, HP = H padded, U units a block, L layers, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ def _steps_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]
     return x.transpose(0, 1).flatten(0, 1), keep
 
 
+def versions(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Changes when one of the tensors does."""
+    return tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+
+
 class GateTable:
     """Input gates of every token, `embedding @ W_ih.T + biases`, [V, 4 HP], kept while they hold.
 
@@ -97,10 +102,7 @@ class GateTable:
     def of(self, embedding: Tensor, weights: Sequence[Tensor], units: int) -> State:
         """The table and W_hh, packed for programs of so many units; anew if weights changed."""
         w_ih, w_hh, b_ih, b_hh = weights
-        key = tuple(
-            (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version)
-            for t in (embedding, *weights)
-        )
+        key = versions((embedding, *weights))
         if key != self._key:
             self._key, self._tables = key, {}
         if units not in self._tables:

@@ -156,7 +156,7 @@ def _decode() -> Iterator[Variant]:
         settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": 8192, "num_warps": 8}
         yield make(
             mode, "triton_decode:decode_choose", torch.float32,
-            ("v", "batch", "steps", "k", "eos"), settings, products=False,
+            ("v", "batch", "steps", "k", "eos", "pad"), settings, products=False,
         )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_timings_are_of_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes on the CPU, every timed call made once: none fails, all figures are there."""
-    from fusion_model.kernels import triton_decode
+    from fusion_model.kernels import triton_token
 
     def once(run: Any, rounds: int = 1) -> float:
         run()
@@ -101,7 +101,7 @@ def test_timings_are_of_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
         "microseconds": once, "graphed": lambda run: run,
     }.items():  # fmt: skip
         monkeypatch.setattr(gpu_timing, name, value)
-    monkeypatch.setattr(triton_decode, "TokenGraph", lambda decoder: decoder)
+    monkeypatch.setattr(triton_token, "TokenGraph", lambda decoder: decoder)
     rows = [
         *gpu_timing._sequence(torch.float16, 2, 3),
         *gpu_timing.decoding(),
