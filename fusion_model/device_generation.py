@@ -114,17 +114,18 @@ def _runner(model: FusionLMForCausalLM, batch: int, steps: int, choice: Choice, 
     kept = _decoders.get(model)
     if kept is None or kept[0] != key:
         hidden, fusion = model.config.hidden_size, model.config.fusion
-        weights = DecodeWeights(
-            model.embed_tokens.weight,
-            model.lstm.all_weights,
-            model.projection.weight[:, :hidden].contiguous(),
-            model.lm_head.weight,
-            model.lm_head.bias,
-            model.gate.weight[:, :hidden].contiguous() if fusion == "gate" else None,
-            fusion == "multiply",
-        )
-        decoder = Decoder(weights, batch, room, **options)
-        kept = _decoders[model] = key, (TokenGraph(decoder) if graph else decoder, decoder)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must stay writable
+            weights = DecodeWeights(
+                model.embed_tokens.weight,
+                model.lstm.all_weights,
+                model.projection.weight[:, :hidden].contiguous(),
+                model.lm_head.weight,
+                model.lm_head.bias,
+                model.gate.weight[:, :hidden].contiguous() if fusion == "gate" else None,
+                fusion == "multiply",
+            )
+            decoder = Decoder(weights, batch, room, **options)
+            kept = _decoders[model] = key, (TokenGraph(decoder) if graph else decoder, decoder)
     return kept[1]
 
 

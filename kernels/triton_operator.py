@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from fusion_model.kernels.packed_rows import Backward, Forward, Rows, plain_backward, plain_forward
+from fusion_model.kernels.step_graphs import run_steps
 from fusion_model.kernels.triton_launch import (
     chip_of,
     close,
@@ -41,7 +42,12 @@ def _run_forward(persistent: bool, args: Forward) -> None:
             return launch(*args)
     size = (args.rows.active(0) > 16, args.rows.active(0) > 64, args.shared)
     if trusted("rows_forward", key + size, device, lambda: _agrees_forward(steps_forward, args)):
-        return steps_forward(*args)
+        first = len(args.c)  # rows of h and c_saved that are given, before the first step
+        reads = {"x_gates": None, "ids": None, "w": None, "c": None, "keep": None}
+        reads |= {"h": first, "c_saved": first}
+        fixed = () if args.ids is None else ("x_gates",)
+        writes = ("h", "c", "c_saved", "gates")
+        return run_steps("rows_forward", steps_forward, args, reads, writes, fixed)
     return plain_forward(*args)
 
 
@@ -80,7 +86,9 @@ def _run_backward(persistent: bool, args: Backward) -> None:
             return launch(*args)
     size = (args.rows.active(0) > 16, args.rows.active(0) > 64)
     if trusted("rows_backward", key + size, device, lambda: _agrees_backward(steps_backward, args)):
-        return steps_backward(*args)
+        reads = dict.fromkeys(("dh", "dc", "w", "c_saved", "gates", "keep", "held"))
+        writes = ("dc", "grad", "held")
+        return run_steps("rows_backward", steps_backward, args, reads, writes)
     return plain_backward(*args)
 
 

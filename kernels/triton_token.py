@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from fusion_model.kernels.decoding import Token, plain_token, scores
 from fusion_model.kernels.packed_rows import pack
+from fusion_model.kernels.step_graphs import record
 from fusion_model.kernels.triton_decode import kernel_token
 from fusion_model.kernels.triton_launch import close, padded, step_units, trusted
 from torch import Tensor
@@ -257,18 +258,12 @@ class TokenGraph:
         if decoder.done.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, not {decoder.done.device}")
         self.decoder, decoder.parity = decoder, 0
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles and checks itself, which a capture must not
-                decoder.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graphs = []
-        for _ in range(2):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                decoder.step()
-            self.graphs.append((graph, decoder.logits))
+
+        def step() -> Tensor | None:
+            decoder.step()
+            return decoder.logits
+
+        self.graphs = [record(step), record(step)]
 
     def step(self) -> None:
         """As `Decoder.step`, by replaying the graph."""

@@ -182,7 +182,8 @@ def test_the_decoder_is_kept_while_it_fits(monkeypatch: pytest.MonkeyPatch) -> N
     model = model_of("add")
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
     e = torch.randn(2, 2, 5)
-    first = model.generate(IDS, prefix_embeds=e[0], **options)
+    with torch.inference_mode():
+        first = model.generate(IDS, prefix_embeds=e[0], **options)
     other = model.generate(IDS, prefix_embeds=e[1] * 9, **options)
     assert torch.equal(first, model.generate(IDS, prefix_embeds=e[0], **options))
     assert not torch.equal(first, other)
