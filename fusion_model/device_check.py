@@ -13,11 +13,12 @@ Result = dict[str, Any]
 STEPS = 60
 
 
-def _model(device: torch.device, **options: Any) -> FusionLMForCausalLM:
+def _model(device: torch.device, **options: Any) -> Any:
     torch.manual_seed(0)
     size = {"embedding_size": 128, "hidden_size": 320, "prefix_size": 64, "vocab_size": 5003}
     config = FusionLMConfig(**(size | {"initializer_range": 1.0} | options))
-    return FusionLMForCausalLM(config).eval().to(device)  # type: ignore[arg-type]
+    model: Any = FusionLMForCausalLM(config)
+    return model.eval().to(device)
 
 
 def greedy(device: torch.device, fusion: str, layers: int, batch: int) -> Result:
@@ -30,7 +31,7 @@ def greedy(device: torch.device, fusion: str, layers: int, batch: int) -> Result
     tokens = {}
     for backend in ("torch", "triton"):
         model.set_backend(backend)
-        tokens[backend] = model.generate(ids, **options)  # type: ignore[operator]
+        tokens[backend] = model.generate(ids, **options)
     used = model in device_generation._decoders
     same = torch.equal(*tokens.values())
     result: Result = {"ok": used and same}
@@ -46,14 +47,14 @@ def greedy(device: torch.device, fusion: str, layers: int, batch: int) -> Result
 
 def sampled(device: torch.device, top_k: int) -> Result:
     """In bfloat16: repeatable by the seed, and otherwise not the same."""
-    model = _model(device, fusion="gate").to(torch.bfloat16)  # type: ignore[call-arg]
+    model = _model(device, fusion="gate").to(torch.bfloat16)
     model.set_backend("triton")
     ids, e = torch.randint(3, 5003, (8, 4), device=device), torch.randn(8, 64, device=device)
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         options = {"do_sample": True, "top_k": top_k, "max_new_tokens": STEPS}
-        found.append(model.generate(ids, prefix_embeds=e, **options))  # type: ignore[operator]
+        found.append(model.generate(ids, prefix_embeds=e, **options))
     good = torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     return {"ok": good and model in device_generation._decoders}
 

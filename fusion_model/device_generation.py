@@ -108,7 +108,7 @@ def _runner(model: FusionLMForCausalLM, batch: int, steps: int, choice: Choice, 
     from fusion_model.kernels.triton_token import Decoder, DecodeWeights, TokenGraph
 
     room = max(64, 1 << (steps - 1).bit_length())
-    options = {"greedy": choice.temperature == 0, "top_k": choice.top_k}
+    options: dict[str, Any] = {"greedy": choice.temperature == 0, "top_k": choice.top_k}
     options |= {"eos": choice.eos, "pad": choice.pad}
     key = (batch, room, graph, *options.values(), *versions(model.parameters()))
     kept = _decoders.get(model)

@@ -367,4 +367,5 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             found = sample(self, *asked, streamer, model_kwargs)
             if found is not None:
                 return found
-        return super()._sample(*asked, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        ordinary: Any = super()
+        return ordinary._sample(*asked, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)

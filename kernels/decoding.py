@@ -15,15 +15,15 @@ MASK = 0xFFFFFFFF
 
 
 class Token(NamedTuple):
-    """What a token reads, and what it writes: ids, tokens, done, count, h_next, c.
+    """What a token reads, and what it writes: ids, tokens, done, made, h_next, c.
 
     The weights and biases of the LSTM are packed, as `packed_rows.pack` does.
     """
 
     ids: Tensor  # [B] int64: the input, replaced by the token chosen
-    tokens: Tensor  # [steps, B] int64: row `count` is written
+    tokens: Tensor  # [steps, B] int64: row `made` is written
     done: Tensor  # [B] uint8: sequences that have ended
-    count: Tensor  # [B] int64: tokens so far
+    made: Tensor  # [B] int64: tokens so far
     seed: Tensor  # [1] int64
     temperature: Tensor  # [1] float32
     h: Tensor  # [L, B, HP]
@@ -73,7 +73,7 @@ def scores(logits: Tensor, args: Token) -> Tensor:
     """What the token chosen is the greatest of, [B, V] float32; -inf where it may not be."""
     if args.greedy:
         return logits
-    z = logits / args.temperature + gumbel(args.seed, args.count, logits.shape[1])
+    z = logits / args.temperature + gumbel(args.seed, args.made, logits.shape[1])
     if 0 < args.top_k < logits.shape[1]:
         bound = logits.topk(args.top_k).values[:, -1:]
         z = z.masked_fill(logits < bound, -float("inf"))
@@ -104,6 +104,6 @@ def plain_token(args: Token) -> Tensor:
     chosen = torch.where(done, args.pad, chosen)
     args.done.copy_(done | (chosen == args.eos))
     args.ids.copy_(chosen)
-    args.tokens.scatter_(0, args.count.clamp(max=len(args.tokens) - 1)[None], chosen[None])
-    args.count.add_(1)
+    args.tokens.scatter_(0, args.made.clamp(max=len(args.tokens) - 1)[None], chosen[None])
+    args.made.add_(1)
     return logits

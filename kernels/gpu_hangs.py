@@ -7,6 +7,10 @@ from fusion_model.kernels import triton_launch
 from fusion_model.kernels.gpu_cases import Named, Result
 from torch import Tensor
 
+WIDTH, LOOKS = 64, 1000
+# Forward and backward: 8 programs of 4 warps each for WIDTH units.
+DEBUG = [triton_launch.SequenceConfig(8, 16, 4, 16, chunks, 0, True) for chunks in (1, 4)]
+
 
 def _counters(device: torch.device) -> tuple[Tensor, Tensor]:
     count, out = torch.zeros(2, 1, dtype=torch.int32, device=device)
@@ -17,30 +21,32 @@ def _gives_up(device: torch.device) -> Result:
     from fusion_model.kernels.triton_floor import wait_in_vain
 
     count, out = _counters(device)
-    wait_in_vain[(1,)](count, out, 1, LIMIT=1000)
+    wait_in_vain[(1,)](count, out, 1, LIMIT=LOOKS)
     return {"ok": int(out) == 1}
 
 
-def _without_neighbours(device: torch.device, backward: bool) -> Result:
-    """One program of a persistent kernel, in a debug build: the others never start."""
+def _in_vain(device: torch.device, backward: bool) -> Result:
+    """A persistent kernel in a debug build, whose programs wait for more than will ever come."""
     from fusion_model.kernels.triton_sequence import sequence_forward
     from fusion_model.kernels.triton_sequence_backward import sequence_backward
 
-    config = triton_launch.SequenceConfig(8, 16, 4, 16, 1 + 3 * backward, 0, True)
-    steps, width = 4, 64
-    h, c_saved = torch.zeros(2, steps + 1, 1, width, device=device)
-    gates, grad = torch.zeros(2, steps, 1, 4 * width, device=device)
-    w, c, held = torch.zeros(4 * width, width, device=device), h[0].clone(), h[0].clone()
+    config, steps, kind = DEBUG[backward], 4, torch.bfloat16
+    h = torch.zeros(steps + 1, 1, WIDTH, device=device, dtype=kind)
+    gates, grad = torch.zeros(2, steps, 1, 4 * WIDTH, device=device, dtype=kind)
+    w = torch.zeros(4 * WIDTH, WIDTH, device=device, dtype=kind)
+    c, held, c_saved = h[0].float(), h[0].float(), h.float()
 
-    def alone(kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
-        kernel[(1, 1)](*args, **options)
+    def in_vain(kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
+        [count] = (a for a in args if isinstance(a, Tensor) and a.dtype == torch.int32)
+        count.fill_(-1000)
+        kernel[grid](*args, **options)
 
-    old, triton_launch.spinning_runner = triton_launch.spinning_runner, alone
+    old, triton_launch.spinning_runner = triton_launch.spinning_runner, in_vain
     try:
         if backward:
-            sequence_backward(h, c, w, c_saved, gates, None, grad, held, steps, config, limit=1000)
+            sequence_backward(h, c, w, c_saved, gates, None, grad, held, steps, config, limit=LOOKS)
         else:
-            sequence_forward(gates, None, w, h, c, None, None, None, steps, config, limit=1000)
+            sequence_forward(gates, None, w, h, c, None, None, None, steps, config, limit=LOOKS)
         h.sum().item()  # waits for the launch
     finally:
         triton_launch.spinning_runner = old
@@ -75,8 +81,8 @@ def _too_large_for_the_driver(device: torch.device) -> Result:
 def hangs(device: torch.device) -> list[Named]:
     return [
         ("a debug build gives up waiting", lambda: _gives_up(device)),
-        ("a forward program alone gives up", lambda: _without_neighbours(device, False)),
-        ("a backward program alone gives up", lambda: _without_neighbours(device, True)),
+        ("a forward pass in vain gives up", lambda: _in_vain(device, False)),
+        ("a backward pass in vain gives up", lambda: _in_vain(device, True)),
         ("a grid larger than the chip is refused by us", lambda: _too_large(device)),
         ("a far larger one is refused by the driver", lambda: _too_large_for_the_driver(device)),
     ]

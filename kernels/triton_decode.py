@@ -170,7 +170,7 @@ def choose(logits: Tensor, args: Token) -> None:
     """The choice among logits [B, V] float32, and what follows from it."""
     batch, size = logits.shape
     decode_choose[(batch,)](
-        logits, args.ids, args.tokens, args.done, args.count, args.seed, args.temperature,
+        logits, args.ids, args.tokens, args.done, args.made, args.seed, args.temperature,
         size, batch, len(args.tokens), args.top_k, args.eos, args.pad,
         GREEDY=args.greedy, TOP_K=0 < args.top_k < size,
         BLOCK_V=triton.next_power_of_2(size), num_warps=8 if size <= 16_384 else 16,

@@ -43,7 +43,13 @@ def _run_forward(persistent: bool, args: Forward) -> None:
     size = (args.rows.active(0) > 16, args.rows.active(0) > 64, args.shared)
     if trusted("rows_forward", key + size, device, lambda: _agrees_forward(steps_forward, args)):
         first = len(args.c)  # rows of h and c_saved that are given, before the first step
-        reads = {"x_gates": None, "ids": None, "w": None, "c": None, "keep": None}
+        reads: dict[str, int | None] = {
+            "x_gates": None,
+            "ids": None,
+            "w": None,
+            "c": None,
+            "keep": None,
+        }
         reads |= {"h": first, "c_saved": first}
         fixed = () if args.ids is None else ("x_gates",)
         writes = ("h", "c", "c_saved", "gates")

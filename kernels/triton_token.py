@@ -15,7 +15,7 @@ from fusion_model.kernels.triton_decode import kernel_token
 from fusion_model.kernels.triton_launch import close, padded, step_units, trusted
 from torch import Tensor
 
-WRITTEN = ("ids", "tokens", "done", "count", "h_next", "c")
+WRITTEN = ("ids", "tokens", "done", "made", "h_next", "c")
 
 
 def _agrees(args: Token) -> bool:
@@ -33,7 +33,7 @@ def _agrees(args: Token) -> bool:
     return (
         all(close(a, b, args.h.dtype) for a, b in alike)
         and bool(right.all())
-        and torch.equal(got["count"], wanted["count"])
+        and torch.equal(got["made"], wanted["made"])
     )
 
 
@@ -42,7 +42,7 @@ def decode_token(
     ids: Tensor,
     tokens: Tensor,
     done: Tensor,
-    count: Tensor,
+    made: Tensor,
     seed: Tensor,
     temperature: Tensor,
     h: Tensor,
@@ -67,7 +67,7 @@ def decode_token(
 ) -> Tensor:
     """One token for every sequence; see `decoding.Token`. Returns the logits, [B, V] float32."""
     args = Token(
-        ids, tokens, done, count, seed, temperature, h, h_next, c, table, inner, outer, biases,
+        ids, tokens, done, made, seed, temperature, h, h_next, c, table, inner, outer, biases,
         projection, addend, vocabulary, bias, e, gate, gate_addend, units, greedy, top_k, eos, pad,
     )  # fmt: skip
     batch = len(ids)
@@ -85,7 +85,7 @@ def _(
     ids: Tensor,
     tokens: Tensor,
     done: Tensor,
-    count: Tensor,
+    made: Tensor,
     seed: Tensor,
     temperature: Tensor,
     h: Tensor,
@@ -177,7 +177,7 @@ class Decoder:
             ids=zeros(batch, dtype=torch.int64),
             tokens=zeros(steps, batch, dtype=torch.int64),
             done=zeros(batch, dtype=torch.uint8),
-            count=zeros(batch, dtype=torch.int64),
+            made=zeros(batch, dtype=torch.int64),
             seed=zeros(1, dtype=torch.int64),
             temperature=torch.ones(1, device=device),
             h=even,
@@ -210,7 +210,7 @@ class Decoder:
         """Go on from the last tokens [B] and the state before them, each [B, L, H]."""
         token, self.parity = self.steps[0], 0
         token.ids.copy_(ids)
-        for zeroed in (token.count, token.done, token.h, token.c):
+        for zeroed in (token.made, token.done, token.h, token.c):
             zeroed.zero_()
         token.h[:, :, : self.hidden] = h.transpose(0, 1)
         token.c[:, :, : self.hidden] = c.transpose(0, 1)

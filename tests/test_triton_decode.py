@@ -145,7 +145,7 @@ def chosen(logits: Tensor, count: int, temperature: float, top_k: int, seed: int
     """By the kernel; the same as by PyTorch."""
     batch = len(logits)
     args = decoder(torch.float32, batch=batch, greedy=False, top_k=top_k).steps[0]
-    args.count.fill_(count)
+    args.made.fill_(count)
     args.seed.fill_(seed)
     args.temperature.fill_(temperature)
     expected = scores(logits, args).argmax(-1)
