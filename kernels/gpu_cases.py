@@ -212,7 +212,7 @@ STEPS = [
     Case("sequence", "bf16", 64, 24, 64, 1500),
     Case("sequence", "fp16", 3, 24, 64, 1500, masked=True),
     Case("sequence", "fp32", 100, 16, 32, 650),
-    Case("prefix", "bf16", 8, 12, 64, 768, layers=2, masked=True),
+    Case("prefix", "bf16", 8, 20, 64, 768, layers=2, masked=True),
 ]
 
 

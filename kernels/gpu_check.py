@@ -29,6 +29,7 @@ BUDGET = 460.0  # seconds for everything
 CHECKS = 240.0  # of them at most for correctness
 START = 60.0  # seconds for a process to begin its first case
 POLL = 0.1
+PROCESS = [sys.executable, "-m", "fusion_model.kernels.gpu_check"]
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,15 @@ class Worker:
         self.over = False
         self.process: subprocess.Popen[bytes] | None = None
         self._read = 0
+        self._useful = False  # the process at hand began a case
 
     def start(self) -> None:
         """A process for the cases that are left."""
-        command = [sys.executable, "-m", f"{_HERE}.gpu_check", self.part.home, str(self.lines)]
-        command += [str(len(self.results)), self.device]
+        command = [*PROCESS, self.part.home, str(self.lines), str(len(self.results)), self.device]
         errors = open(self.lines.with_suffix(".err"), "wb")  # noqa: SIM115  (the process's)
         with errors:
             self.process = subprocess.Popen(command, stdout=errors, stderr=errors)
-        self._since = time.monotonic()
+        self._since, self._useful = time.monotonic(), False
 
     def poll(self) -> bool:
         """Takes in what is new; ends what takes too long. Whether anything changed."""
@@ -213,7 +214,7 @@ class Worker:
             if "plan" in line:
                 self.plan = line["plan"]
             elif "begin" in line:
-                self.begun = line["begin"]
+                self.begun, self._useful = line["begin"], True
             else:
                 self.results.append(line["result"])
                 self.begun = None
@@ -221,16 +222,15 @@ class Worker:
 
     def _failed(self, reason: str) -> None:
         """The case under way ended its process: on with the next, in another."""
-        if self.begun is None and (self.plan is None or len(self.results) == len(self.plan)):
-            self.results.append({"case": self.name, "ok": False, "error": reason})
-            self.over = True
+        if not self._useful:  # nor would the next process begin a case
+            return self.stop(reason)
+        if self.begun is not None:
+            self.results.append({"case": self.begun, "ok": False, "error": reason})
+        self.begun = None
+        if self.plan is not None and len(self.results) < len(self.plan):
+            self.start()
         else:
-            if self.begun is not None:
-                self.results.append({"case": self.begun, "ok": False, "error": reason})
-            self.begun = None
-            self.over = self.plan is not None and len(self.results) == len(self.plan)
-            if not self.over:
-                self.start()
+            self.over = True
 
     def _kill(self) -> None:
         if self.process is not None and self.process.poll() is None:

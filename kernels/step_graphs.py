@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STEPS = 16  # fewer launches than this are no more than the copies
 ROWS = 1024  # beyond, a step is thought to take longer than its launch by the host
 BYTES = 1 << 28  # beyond, copies cost more than launches
 MOST = 8  # graphs kept; the one not used for the longest time goes
@@ -42,7 +43,7 @@ def record(run: Callable[[], Any], warm: int = 2) -> tuple[Any, Any]:
 
 def worth(rows: int, steps: int, size: int) -> bool:
     """Whether a layer is better replayed: a pure function, of estimates."""
-    return steps > 1 and rows <= ROWS and size <= BYTES
+    return steps >= STEPS and rows <= ROWS and size <= BYTES
 
 
 def _replay_of(run: Callable[[], Any]) -> Callable[[], None]:

@@ -14,6 +14,7 @@ from fusion_model.kernels.step_graphs import run_steps
 from fusion_model.kernels.triton_launch import (
     chip_of,
     close,
+    on,
     sequence_backward_config,
     sequence_config,
     trusted,
@@ -148,7 +149,8 @@ def lstm_rows(
     if save:
         c_saved[:count] = c
     saved, given = (c_saved, gates) if save else (None, None), (rows, shared, units)
-    _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, saved[0], saved[1], *given))
+    with on(w.device):
+        _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, saved[0], saved[1], *given))
     return h, c, c_saved, gates
 
 
@@ -197,7 +199,10 @@ def lstm_rows_backward(
     rows = Rows(batch, steps, count // batch)
     offsets = rows.offsets()
     grad, dc, held = torch.empty_like(gates), dc.clone(), torch.zeros_like(dc)
-    _run_backward(persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units))
+    with on(w.device):
+        _run_backward(
+            persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units)
+        )
     of_h0 = ((grad[:count] @ w).float() + dh[:count] + held).to(dh.dtype)
     if rows.count == 1:
         h_before, of_x = h[: offsets[-1]], grad

@@ -12,7 +12,7 @@ from fusion_model.kernels.decoding import Token, plain_token, scores
 from fusion_model.kernels.packed_rows import pack
 from fusion_model.kernels.step_graphs import record
 from fusion_model.kernels.triton_decode import kernel_token
-from fusion_model.kernels.triton_launch import close, padded, step_units, trusted
+from fusion_model.kernels.triton_launch import close, on, padded, step_units, trusted
 from torch import Tensor
 
 WRITTEN = ("ids", "tokens", "done", "made", "h_next", "c")
@@ -75,9 +75,10 @@ def decode_token(
     fusion = "gate" if gate is not None else "multiply" if e is not None else "plain"
     choice = "greedy" if greedy else "top k" if top_k else "all"
     key = (h.dtype, *h.shape[::2], *vocabulary.shape, units, tall, fusion, choice)
-    if trusted("decode_token", key, h.device, lambda: _agrees(args)):
-        return kernel_token(args)
-    return plain_token(args)
+    with on(h.device):
+        if trusted("decode_token", key, h.device, lambda: _agrees(args)):
+            return kernel_token(args)
+        return plain_token(args)
 
 
 @decode_token.register_fake
@@ -263,7 +264,8 @@ class TokenGraph:
             decoder.step()
             return decoder.logits
 
-        self.graphs = [record(step), record(step)]
+        with on(decoder.done.device):
+            self.graphs = [record(step), record(step)]
 
     def step(self) -> None:
         """As `Decoder.step`, by replaying the graph."""

@@ -149,6 +149,8 @@ def test_replays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_graphs_of_steps_must_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = step_graphs.StepGraphs(lambda run: run)
+    assert all(case.steps >= step_graphs.STEPS for case in gpu_cases.STEPS)
+    monkeypatch.setattr(step_graphs, "STEPS", 2)
     monkeypatch.setattr(step_graphs, "graphs", graphs)
 
     def as_on_a_gpu(name: str, function: Any, args: Any, *rest: Any) -> None:

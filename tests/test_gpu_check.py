@@ -1,16 +1,18 @@
 """`fusion-lm gpu-check` itself: nothing stops it, what is known is written, goals are judged."""
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import gpu_fake_parts
 import pytest
 import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import gpu_check, gpu_timing, gpu_work
+from fusion_model.kernels import gpu_check, gpu_timing, gpu_work, triton_launch
 from fusion_model.kernels.gpu_check import PARTS, Part, run_parts
 from fusion_model.kernels.gpu_report import report
 from fusion_model.kernels.gpu_work import GOALS, Work, floor, give_floors, measured, verdicts
@@ -20,55 +22,111 @@ from fusion_model.cli import app
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _fake_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-
-
 def parts(*names: str, each: float = 60.0, timed: bool = False) -> dict[str, Part]:
     return {name: Part(f"gpu_fake_parts:{name}", each, timed) for name in names}
 
 
-def test_one_case_stops_no_other(tmp_path: Path) -> None:
-    told: list[str] = []
-    results = run_parts(parts("mixed", "unlistable", each=1.0), tmp_path, told.append, 2, "cpu")
-    assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert (tmp_path / "report.md").read_text() == report(results)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.md", "results.json"]
-    found = {row["case"]: row for row in results["parts"]["mixed"]}
+def check_mixed(found: dict[str, Any]) -> None:
     assert list(found) == [
-        "first", "raises", "dies", "between", "hangs", "wrong", "falls back", "last but one",
-        "hangs, too",
+        "first", "raises", "dies", "between", "hangs", "wrong", "last but one", "hangs, too",
     ]  # fmt: skip
     good = [name for name, row in found.items() if row["ok"]]
     assert good == ["first", "between", "last but one"]
     assert found["last but one"] == {"case": "last but one", "ok": True, "us": 3.0}
     assert "ZeroDivisionError" in found["raises"]["error"]
     assert "exit 3" in found["dies"]["error"]
-    assert found["hangs"]["error"] == found["hangs, too"]["error"] == "not done within 1 s"
-    assert found["falls back"]["fell_back"] == ["rows cpu"]
-    [lost] = results["parts"]["unlistable"]
-    assert "no such device" in lost["error"]
-    assert results["failed"] == 6 + 1
-    assert sorted(told) == ["mixed: 3 of 9", "unlistable: 0 of 1"]
+    assert found["hangs"]["error"] == found["hangs, too"]["error"] == "not done within 2 s"
+
+
+def test_one_case_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "PROCESS", [sys.executable, gpu_fake_parts.__file__])
+    monkeypatch.setenv("FAKE_MARK", str(tmp_path.parent / "mark"))
+    told: list[str] = []
+    fakes = parts("mixed", "unlistable", "lost", each=2.0)
+    results = run_parts(fakes, tmp_path, told.append, 2, "cpu")
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "report.md").read_text() == report(results)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.md", "results.json"]
+    check_mixed({row["case"]: row for row in results["parts"]["mixed"]})
+    [none] = results["parts"]["unlistable"]
+    assert "not run: exit 1" in none["error"]
+    assert "no such device" in none["error"]
+    rows = results["parts"]["lost"]
+    assert rows[0]["ok"]
+    assert ["exit 4" in rows[1]["error"], "not run: exit 1" in rows[2]["error"]] == [True, True]
+    assert results["failed"] == 5 + 1 + 2
+    assert sorted(told) == ["lost: 1 of 3", "mixed: 3 of 8", "unlistable: 0 of 1"]
+
+
+@pytest.mark.slow
+def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with the processes that the command starts."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    results = run_parts(parts("mixed", each=2.0), tmp_path, lambda _: None, 1, "cpu")
+    check_mixed({row["case"]: row for row in results["parts"]["mixed"]})
+
+
+def test_a_process_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def falls_back() -> dict[str, bool]:
+        triton_launch.checked["rows", "cpu"] = False
+        return {"ok": True}
+
+    listed = [("skipped", None), ("raises", lambda: 1 / 0), ("falls back", falls_back),
+              ("good", lambda: {"ok": True})]  # fmt: skip
+    monkeypatch.setattr(triton_launch, "checked", {})
+    monkeypatch.setattr(Part, "cases", lambda *_: listed)
+    gpu_check.work_off(Part(""), tmp_path / "lines", 1, CPU)
+    plan, *lines = map(json.loads, (tmp_path / "lines").read_text().splitlines())
+    assert plan == {"plan": ["skipped", "raises", "falls back", "good"]}
+    assert [line["begin"] for line in lines[::2]] == ["raises", "falls back", "good"]
+    raises, fallen, good = (line["result"] for line in lines[1::2])
+    assert "ZeroDivisionError" in raises["error"]
+    assert fallen == {"case": "falls back", "ok": False, "fell_back": ["rows cpu"]}
+    assert good == {"case": "good", "ok": True}
+
+
+class Clock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Endless(gpu_check.Worker):
+    """A case every look, ten thousand in all."""
+
+    started: ClassVar[list[str]] = []
+
+    def start(self) -> None:
+        self.started.append(self.name)
+        self.plan = [str(n) for n in range(10_000)]
+
+    def poll(self) -> bool:
+        self.results.append({"case": "x", "ok": True})
+        return False
 
 
 def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timed parts still run when checks take all the time that they may; the rest is noted."""
-    monkeypatch.setattr(gpu_check, "CHECKS", 8.0)
-    monkeypatch.setattr(gpu_check, "BUDGET", 16.0)
-    chosen = parts("slow", "mixed") | {"more": Part("gpu_fake_parts:slow", timed=True)}
-    chosen["most"] = chosen["more"]
-    results = run_parts(chosen, tmp_path, lambda _: None, 1, "cpu")
-    assert results["seconds"] < 20
-    for name, limit in (("slow", 8), ("more", 16)):
+    clock = Clock()
+    monkeypatch.setattr(gpu_check, "time", clock)
+    monkeypatch.setattr(gpu_check, "Worker", Endless)
+    chosen = parts("a", "b", "c") | parts("d", "e", timed=True)
+    results = run_parts(chosen, tmp_path, lambda _: None, 2, "cpu")
+    assert clock.now < gpu_check.BUDGET + 1
+    assert Endless.started == ["a", "b", "d"]
+    for name, begun, limit in (("a", True, 240), ("c", False, 240), ("d", True, 460),
+                               ("e", False, 460)):  # fmt: skip
         rows = results["parts"][name]
-        assert len(rows) == 1000
-        assert rows[0]["ok"]
+        assert len(rows) == (10_000 if begun else 1)
+        assert rows[0]["ok"] == begun
         assert rows[-1]["error"] == f"not run: {limit} s were over"
-    for name, limit in (("mixed", 8), ("most", 16)):
-        [row] = results["parts"][name]
-        assert row["error"] == f"not run: {limit} s were over"
 
 
 def test_under_eight_minutes_whatever_happens() -> None:

@@ -126,8 +126,8 @@ def test_few_graphs_are_kept(recorder: Recorder, monkeypatch: pytest.MonkeyPatch
     ("rows", "steps", "size", "expected"),
     [
         (64, 100, 1 << 20, True),
-        (1, 2, 1000, True),
-        (64, 1, 1000, False),
+        (1, 16, 1000, True),
+        (64, 15, 1000, False),
         (8192, 25, 1 << 20, False),
         (64, 100, 1 << 30, False),
     ],
