@@ -45,8 +45,9 @@ def lstm_packed(
     if chosen == "reference":
         padded, lengths = pad_packed_sequence(x, batch_first=True)
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(data.device)
-        options = {"mask": mask, "dropout": dropout}
-        out, last = lstm_sequence(padded, state, weights, backend="reference", **options)
+        out, last = lstm_sequence(
+            padded, state, weights, mask=mask, dropout=dropout, backend="reference"
+        )
         return pack_padded_sequence(out, lengths, batch_first=True, enforce_sorted=False), last
     h, c = (_ordered(s.to(dtype), order) for s in state)
     cast = [[p.to(dtype) for p in layer] for layer in weights]

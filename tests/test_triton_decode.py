@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from fusion_model.kernels import triton_launch, triton_token
 from fusion_model.kernels.decoding import Token, philox, plain_token, scores
+from fusion_model.kernels.gpu_decode_cases import copied
 from fusion_model.kernels.triton_decode import choose, kernel_token
 from fusion_model.kernels.triton_token import WRITTEN, Decoder, DecodeWeights, decode_token
 
@@ -73,21 +74,6 @@ def decoder(
     state = random(batch, 2, hidden), random(batch, 2, hidden)
     found.start(torch.randint(50, (batch,)), *state, seed=3, temperature=0.7)
     return found
-
-
-def copied(token: Token, dtype: torch.dtype | None = None) -> Token:
-    """On memory of its own; in `dtype`, if given."""
-
-    def of(value: Any) -> Any:
-        if isinstance(value, list):
-            return [of(v) for v in value]
-        if isinstance(value, Tensor):
-            return value.to(dtype or value.dtype, copy=True) if value.is_floating_point() else (
-                value.clone()
-            )  # fmt: skip
-        return value
-
-    return Token(*map(of, token))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
