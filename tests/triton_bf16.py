@@ -29,6 +29,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 def right_bfloat16() -> Iterator[list[str]]:
     """Patches the interpreter; yields a list that names every operation seen on bfloat16."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     seen: list[str] = []
@@ -68,7 +69,15 @@ def right_bfloat16() -> Iterator[list[str]]:
 
         return operation
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        """triton 3.6 cannot make a loop's bound of an array of one element with numpy 2.4."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     patches = {"create_dot": create_dot, "cast_impl": cast_impl}
     patches |= {name: refusing(name) for name in ("binary_op", "unary_op", "create_fma")}
-    with mock.patch.multiple(InterpreterBuilder, **patches):
+    index = mock.patch.object(interpreter, "_patch_lang_tensor", with_index)
+    with mock.patch.multiple(InterpreterBuilder, **patches), index:
         yield seen
