@@ -215,7 +215,7 @@ class Worker:
                 self.plan = line["plan"]
             elif "begin" in line:
                 self.begun, self._useful = line["begin"], True
-            else:
+            elif "result" in line:
                 self.results.append(line["result"])
                 self.begun = None
         return bool(fresh)
