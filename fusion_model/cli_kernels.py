@@ -77,13 +77,14 @@ def kernels(
 
 @command
 def gpu_check(
-    out: Annotated[Path, typer.Option(help="folder for results.json")],
+    out: Annotated[Path, typer.Option(help="folder for results.json and report.md")],
     part: Annotated[list[str] | None, typer.Option(help="only this part; repeatable")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="checks at a time; 0: one a core")] = 0,
 ) -> None:
     """Check and time every Triton kernel on the GPU of this machine, in under 8 minutes.
 
-    Each part runs in a process of its own, under a time limit: one that fails or hangs stops no
-    other. Exits with 1 where a check failed.
+    Each part runs in a process of its own: a case that fails or hangs stops no other, and what is
+    known is written at once. Exits with 1 where something failed; a goal that is not met is told.
     """
     import torch
 
@@ -93,20 +94,16 @@ def gpu_check(
         raise FusionLMError("gpu-check needs a CUDA device, and PyTorch finds none here")
     if not installed("triton"):
         raise FusionLMError("this needs triton: pip install triton (Linux on x86-64)")
-    from rich.console import Console
+    from fusion_model.kernels.gpu_check import PARTS, Part, run_parts
+    from fusion_model.kernels.gpu_report import report
 
-    from fusion_model.kernels.gpu_check import PARTS, rows_of, run_parts
-
-    if unknown := set(part or ()) - set(PARTS):
-        raise FusionLMError(f"no such part, {unknown.pop()}: choose of {', '.join(PARTS)}")
+    parts = {"generate": Part("fusion_model.device_check:cases"), **PARTS}
+    if unknown := set(part or ()) - set(parts):
+        raise FusionLMError(f"no such part, {unknown.pop()}: choose of {', '.join(parts)}")
     out.mkdir(parents=True, exist_ok=True)
-    results = run_parts(part or list(PARTS), out, lambda line: print(line, flush=True))
-    from rich.table import Table
-
-    table = Table("part", "case", "result", "", title=results["machine"]["gpu"])
-    for row in rows_of(results):
-        table.add_row(*row)
-    Console(width=None if os.isatty(1) else 160).print(table)
+    chosen = {name: parts[name] for name in part or parts}
+    results = run_parts(chosen, out, lambda line: print(line, flush=True), jobs)
+    print(report(results))
     print(f"{out / 'results.json'}: {results['failed']} failed")
     if results["failed"]:
         raise typer.Exit(1)

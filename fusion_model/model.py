@@ -347,3 +347,25 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         return target_log_probs(
             features, self.lm_head.weight, self.lm_head.bias, targets, backend=self.backend
         )
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling in `generate`: on the device where that can be."""
+        asked = input_ids, logits_processor, stopping_criteria, generation_config
+        chosen = resolve_backend(self.backend, self.device, operation="decode", dtype=self.dtype)
+        if chosen == "triton" and not synced_gpus:
+            from fusion_model.device_generation import sample
+
+            found = sample(self, *asked, streamer, model_kwargs)
+            if found is not None:
+                return found
+        ordinary: Any = super()
+        return ordinary._sample(*asked, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)

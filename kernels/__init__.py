@@ -10,6 +10,7 @@ if __name__ != "kernels":
     from fusion_model.kernels.backend import BACKENDS, resolve_backend
     from fusion_model.kernels.dropout import dropout
     from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence
+    from fusion_model.kernels.packed_lstm import lstm_packed
     from fusion_model.kernels.prefix_lstm import prefix_lstm
     from fusion_model.kernels.surprisal import target_log_probs
 
@@ -18,6 +19,7 @@ __all__ = [
     "LayerWeights",
     "State",
     "dropout",
+    "lstm_packed",
     "lstm_sequence",
     "prefix_lstm",
     "resolve_backend",

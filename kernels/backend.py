@@ -4,7 +4,7 @@ import torch
 from fusion_model.kernels.triton_launch import DTYPES, HAS_TRITON, chip_of, interpreting
 
 BACKENDS = ("auto", "torch", "cudnn", "triton", "reference")
-OPERATIONS = ("sequence", "prefix", "surprisal")
+OPERATIONS = ("sequence", "prefix", "surprisal", "decode")
 
 
 def choose(
@@ -19,8 +19,9 @@ def choose(
 
     On a CPU `torch`, but for a single step of a sequence, where PyTorch's LSTM takes about twice
     as long as the equations. On a GPU from Ampere on, in 16 bits, `triton` for prefixes and
-    surprisal, where it does less work than PyTorch by construction; sequences stay with cuDNN
-    until `fusion-lm gpu-check` has shown on such a device which is faster.
+    surprisal, where it does less work than PyTorch by construction, and for decoding, where the
+    host launches one graph a token; sequences stay with cuDNN until `fusion-lm gpu-check` has
+    shown on such a device which is faster.
 
     Args:
         operation: one of `OPERATIONS`.
@@ -33,7 +34,7 @@ def choose(
     if device == "cpu":
         return "reference" if operation == "sequence" and steps == 1 else "torch"
     fits = device == "cuda" and capability >= 80 and dtype in (torch.bfloat16, torch.float16)
-    return "triton" if triton and fits and operation in ("prefix", "surprisal") else "torch"
+    return "triton" if triton and fits and operation != "sequence" else "torch"
 
 
 def obstacle(

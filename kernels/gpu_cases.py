@@ -1,18 +1,19 @@
 """Correctness of the kernels on the device at hand: cases, and what each must show.
 
-A result is a dict with `case`, `ok` and figures. Every case can be built and run on a CPU under
-Triton's interpreter too, which is how the tests try this file.
+A case is a name and a function that returns a result: a dict with `ok` and figures. Every case can
+be built and run on a CPU under Triton's interpreter too, which is how the tests try this file.
 
 Notation: B sequences, T steps, D input width, H hidden width, V vocabulary.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from fusion_model.kernels.backend import resolve_backend
+from fusion_model.kernels import step_graphs
 from fusion_model.kernels.lstm import lstm_sequence
 from fusion_model.kernels.prefix_lstm import prefix_lstm
 from fusion_model.kernels.surprisal import target_log_probs
@@ -20,6 +21,7 @@ from fusion_model.kernels.triton_launch import chip_of, rows_plan
 from torch import Tensor
 
 Result = dict[str, Any]
+Named = tuple[str, Callable[[], Result]]
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL = {"bf16": 2e-2, "fp16": 2e-3, "fp32": 5e-6}
 
@@ -148,7 +150,6 @@ def compare(case: Case, device: torch.device) -> Result:
         shares.append(float((k.double() - x).abs().max() / budget))
     fallback = [str(w.message) for w in caught if "Triton kernel" in str(w.message)]
     return {
-        "case": str(case),
         "ok": all(share <= 1 for share in shares) and not fallback,  # NaN is not <= 1
         "of_budget": max(shares, key=lambda share: (share != share, share)),
         "plan": plan_of(case, device),
@@ -157,14 +158,10 @@ def compare(case: Case, device: torch.device) -> Result:
     }
 
 
-def check(operation: str, device: torch.device) -> Iterator[Result]:
-    """Every case; one that raises is a failed result."""
-    for case in cases(operation):
-        try:
-            resolve_backend("triton", device, dtype=TYPES[case.dtype])
-            yield compare(case, device)
-        except Exception as error:
-            yield {"case": str(case), "ok": False, "error": f"{type(error).__name__}: {error}"}
+def check(operation: str, device: torch.device, dtypes: Iterable[str] = TYPES) -> list[Named]:
+    """The grid of an operation: kernels against float64."""
+    found = [case for case in cases(operation) if case.dtype in dtypes]
+    return [(str(case), partial(compare, case, device)) for case in found]
 
 
 REPEATED = [
@@ -172,44 +169,76 @@ REPEATED = [
     Case("sequence", "bf16", 16, 64, 64, 768),
     Case("sequence", "bf16", 64, 64, 64, 768, training=False),
     Case("sequence", "bf16", 8, 32, 64, 1500, training=False),
+    Case("sequence", "bf16", 64, 32, 64, 1500, masked=True),
     Case("prefix", "bf16", 32, 16, 64, 768),
     Case("surprisal", "bf16", 1000, 0, 512, 8192),
 ]
 
 
-def repeat(device: torch.device, times: int = 200) -> Iterator[Result]:
+def same(first: Iterable[Tensor], again: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def repeated(case: Case, device: torch.device, times: int) -> Result:
+    leaves, run = build(case, device)
+    first = outputs(case, leaves, run, TYPES[case.dtype], "triton")
+    differing = sum(
+        not same(first, outputs(case, leaves, run, TYPES[case.dtype], "triton"))
+        for _ in range(times - 1)
+    )
+    return {"ok": not differing, "differing": differing}
+
+
+def repeats(device: torch.device, times: int = 200) -> list[Named]:
     """The same bits every time."""
-    for case in REPEATED:
-        try:
-            leaves, run = build(case, device)
-            first = outputs(case, leaves, run, TYPES[case.dtype], "triton")
-            differing = 0
-            for _ in range(times - 1):
-                again = outputs(case, leaves, run, TYPES[case.dtype], "triton")
-                differing += not all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-            name = f"{times} times {case}"
-            yield {"case": name, "ok": not differing, "differing": differing}
-        except Exception as error:
-            yield {"case": str(case), "ok": False, "error": f"{type(error).__name__}: {error}"}
+    return [(f"{times} times {case}", partial(repeated, case, device, times)) for case in REPEATED]
 
 
-def replay(device: torch.device, times: int = 100) -> Iterator[Result]:
+def replayed(case: Case, device: torch.device, times: int) -> Result:
     """A CUDA graph of the operation gives what it gave when it was launched."""
-    for case in REPEATED:
-        if case.training:
-            continue
-        leaves, run = build(case, device)
-        expected = run(leaves, "triton")  # compiles and checks itself: a capture can do neither
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(leaves, "triton")
-        differing = 0
-        for _ in range(times):
-            for tensor in captured:
-                tensor.zero_()
-            graph.replay()
-            same = [torch.equal(a, b) for a, b in zip(captured, expected, strict=True)]
-            differing += not all(same)
-        name = f"{times} replays {case}"
-        yield {"case": name, "ok": not differing, "differing": differing}
+    leaves, run = build(case, device)
+    expected = [t.clone() for t in run(leaves, "triton")]
+    graph, captured = step_graphs.record(lambda: run(leaves, "triton"))
+    differing = 0
+    for _ in range(times):
+        for tensor in captured:
+            tensor.zero_()
+        graph.replay()
+        differing += not same(captured, expected)
+    return {"ok": not differing, "differing": differing}
+
+
+STEPS = [
+    Case("sequence", "bf16", 64, 24, 64, 1500),
+    Case("sequence", "fp16", 3, 24, 64, 1500, masked=True),
+    Case("sequence", "fp32", 100, 16, 32, 650),
+    Case("prefix", "bf16", 8, 20, 64, 768, layers=2, masked=True),
+]
+
+
+def graphed_steps(case: Case, device: torch.device, times: int = 5) -> Result:
+    """The library's own graphs of steps: the same bits as launches, and that they did replay."""
+    leaves, run = build(case, device)
+    kind, graphs = TYPES[case.dtype], step_graphs.graphs
+    found = []
+    for most in (0, *[step_graphs.BYTES] * times):  # at 0 bytes nothing is worth a graph
+        step_graphs.BYTES, old = most, step_graphs.BYTES
+        try:
+            before = graphs.replays
+            found.append(outputs(case, leaves, run, kind, "triton"))
+        finally:
+            step_graphs.BYTES = old
+    replays = graphs.replays - before
+    differing = sum(not same(found[0], again) for again in found[1:])
+    return {"ok": not differing and replays > 0, "differing": differing, "replays": replays}
+
+
+def replays(device: torch.device, times: int = 100) -> list[Named]:
+    found: list[Named] = [
+        (f"{times} replays of {case}", partial(replayed, case, device, times))
+        for case in REPEATED
+        if not case.training
+    ]
+    return found + [
+        (f"steps as graphs, {case}", partial(graphed_steps, case, device)) for case in STEPS
+    ]

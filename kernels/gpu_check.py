@@ -1,167 +1,309 @@
-"""The whole check of a GPU: parts in processes of their own, results as JSON.
+"""The whole check of a GPU: parts in processes of their own, results as they come.
 
 A kernel that fails may leave the device unusable for its process, and one that hangs never
-returns: each part is therefore a process with a time limit, and its results are kept as they
-come, line by line. Together the limits stay under 8 minutes.
+returns. So each part is a process that says which case it begins; one that takes too long, or
+dies, is ended, that case is noted, and a new process goes on with the next. Correctness comes
+first, several parts at a time; then times, one part at a time. It ends within `BUDGET` whatever
+happens, and `results.json` holds all that is known at any moment.
 """
 
+import contextlib
+import importlib
 import json
 import os
-import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from fusion_model.kernels import gpu_cases, gpu_timing, triton_launch
+from fusion_model.kernels.gpu_cases import Named, Result
+from fusion_model.kernels.gpu_report import machine, report
+from fusion_model.kernels.gpu_work import give_floors, verdicts
 
-Result = dict[str, Any]
-Part = Callable[[torch.device], Iterator[Result]]
-
-
-def _hangs(device: torch.device) -> Iterator[Result]:
-    """Launches that could hang must raise, or end; this part's time limit is the proof."""
-    from fusion_model.kernels.triton_floor import empty_steps, wait_in_vain
-    from fusion_model.kernels.triton_launch import LaunchRefused, chip_of, launch_spinning
-
-    sms = chip_of(device).sms
-    count, out = torch.zeros(2, 1, dtype=torch.int32, device=device)
-    wait_in_vain[(1,)](count, out, 1, LIMIT=1000)
-    torch.cuda.synchronize()
-    yield {"case": "a debug build gives up waiting", "ok": int(out) == 1}
-    try:
-        launch_spinning(empty_steps, (sms + 1, 1), (count, 2), device, LIMIT=0)
-        refused = False
-    except LaunchRefused:
-        refused = True
-    yield {"case": "a grid larger than the chip is refused by us", "ok": refused}
-    many = 64 * sms
-    try:
-        empty_steps[(many,)](count, 2, LIMIT=10_000, launch_cooperative_grid=True, num_warps=8)
-        torch.cuda.synchronize()
-        refused = False
-    except Exception:  # whatever class the driver's refusal has
-        refused = True
-    yield {"case": f"{many} programs are refused by the driver", "ok": refused}
+BUDGET = 460.0  # seconds for everything
+CHECKS = 240.0  # of them at most for correctness
+START = 60.0  # seconds for a process to begin its first case
+POLL = 0.1
+PROCESS = [sys.executable, "-m", "fusion_model.kernels.gpu_check"]
 
 
-def _timing(run: Callable[[], Iterator[Result]]) -> Part:
-    return lambda _: run()
+@dataclass(frozen=True)
+class Part:
+    """Cases that run in one process after the other.
+
+    Attributes:
+        home: `module:function` that lists them for a device; more after a second colon is a
+            literal argument.
+        each: seconds that one case may take.
+        timed: runs with nothing beside it.
+    """
+
+    home: str
+    each: float = 60.0
+    timed: bool = False
+
+    def cases(self, device: torch.device) -> list[Named]:
+        module, function, *argument = self.home.split(":")
+        found: list[Named] = getattr(importlib.import_module(module), function)(device, *argument)
+        return found
 
 
-PARTS: dict[str, tuple[Part, float]] = {  # seconds: together 475
-    "hangs": (_hangs, 20),
-    "surprisal": (lambda device: gpu_cases.check("surprisal", device), 35),
-    "prefix": (lambda device: gpu_cases.check("prefix", device), 75),
-    "sequence": (lambda device: gpu_cases.check("sequence", device), 100),
-    "repeats": (gpu_cases.repeat, 40),
-    "graphs": (gpu_cases.replay, 30),
-    "floors": (_timing(gpu_timing.floors), 20),
-    "time tokens": (_timing(gpu_timing.decoding), 35),
-    "time sequences": (_timing(gpu_timing.sequences), 60),
-    "time prefixes": (_timing(gpu_timing.prefixes), 35),
-    "time surprisal": (_timing(gpu_timing.surprisals), 25),
+_HERE = "fusion_model.kernels"
+_TIMED = {
+    "time tokens": f"{_HERE}.gpu_timing:tokens",
+    "time sequences": f"{_HERE}.gpu_timing:sequences",
+    "time prefixes": f"{_HERE}.gpu_timing:prefixes",
+    "time surprisal": f"{_HERE}.gpu_timing:surprisals",
+}
+PARTS = {
+    "hangs": Part(f"{_HERE}.gpu_hangs:hangs", 20),
+    **{
+        f"sequence {dtype}": Part(f"{_HERE}.gpu_check:sequence_cases:{dtype}")
+        for dtype in ("bf16", "fp16", "fp32")
+    },
+    "prefix": Part(f"{_HERE}.gpu_check:prefix_cases"),
+    "surprisal": Part(f"{_HERE}.gpu_check:surprisal_cases"),
+    "token": Part(f"{_HERE}.gpu_decode_cases:check"),
+    "repeats": Part(f"{_HERE}.gpu_cases:repeats"),
+    "token repeats": Part(f"{_HERE}.gpu_decode_cases:repeats"),
+    "graphs": Part(f"{_HERE}.gpu_cases:replays"),
+    "token graphs": Part(f"{_HERE}.gpu_decode_cases:replays"),
+    # Compiled here, beside each other, what is timed below.
+    **{f"compile {n}": Part(f"{_HERE}.gpu_check:compiled:{n}", 90) for n in _TIMED},
+    "floors": Part(f"{_HERE}.gpu_floors:floors", 30, timed=True),
+    **{name: Part(home, 30, timed=True) for name, home in _TIMED.items()},
 }
 
 
-def run_part(name: str, out: Path, device: torch.device) -> None:
-    """One part in this process: a line of JSON a result, written at once."""
+def sequence_cases(device: torch.device, dtype: str) -> list[Named]:
+    from fusion_model.kernels import gpu_cases
+
+    return gpu_cases.check("sequence", device, [dtype])
+
+
+def prefix_cases(device: torch.device) -> list[Named]:
+    from fusion_model.kernels import gpu_cases
+
+    return gpu_cases.check("prefix", device)
+
+
+def surprisal_cases(device: torch.device) -> list[Named]:
+    from fusion_model.kernels import gpu_cases
+
+    return gpu_cases.check("surprisal", device)
+
+
+def compiled(device: torch.device, name: str) -> list[Named]:
+    """The eager cases of a timed part, each run once: Triton keeps on disk what it compiled."""
+    from fusion_model.kernels import gpu_timing
+
+    def run_once(run: Callable[[], Any], rounds: int = 1) -> float:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1.0
+
+    def without_figures(case: Callable[[], Result]) -> Result:
+        gpu_timing.microseconds = run_once
+        return {key: value for key, value in case().items() if key in ("ok", "us_error")}
+
+    cases = Part(_TIMED[name]).cases(device)
+    return [(n, partial(without_figures, case)) for n, case in cases if n.endswith("eager")]
+
+
+def work_off(part: Part, out: Path, skip: int, device: torch.device) -> None:
+    """The cases of a part from `skip` on, in this process: lines of JSON, written at once."""
+    from fusion_model.kernels import triton_launch
+
     with open(out, "a", encoding="utf-8") as file:
-        try:
-            for result in PARTS[name][0](device):
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-        except Exception as error:
-            failed = {"case": name, "ok": False, "error": f"{type(error).__name__}: {error}"}
-            file.write(json.dumps(failed) + "\n")
-        for kernel, agreed in triton_launch.checked.items():  # else PyTorch's time passes for ours
-            if not agreed:
-                failed = {"case": " ".join(map(str, kernel)), "ok": False, "error": "fell back"}
-                file.write(json.dumps(failed) + "\n")
+
+        def tell(**line: Any) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        cases = part.cases(device)
+        tell(plan=[name for name, _ in cases])
+        for name, run in cases[skip:]:
+            tell(begin=name)
+            known = set(triton_launch.checked)
+            result: Result
+            try:
+                result = {"case": name} | run()
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                result = {"case": name, "ok": False, "error": text[:500]}
+            # Else PyTorch's numbers and times would pass for the kernels'.
+            new = set(triton_launch.checked) - known
+            if fallen := [" ".join(map(str, k)) for k in new if not triton_launch.checked[k]]:
+                result |= {"ok": False, "fell_back": fallen}
+            tell(result=result)
+            if "error" in result and device.type == "cuda":
+                torch.cuda.synchronize()  # raises, and ends this process, if the device is lost
 
 
-def run_parts(names: list[str], out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    """All parts, each in its process; `results.json` in `out` is whole after every part."""
+class Worker:
+    """One part: its process, which is started anew after a case that ended it."""
+
+    def __init__(self, name: str, part: Part, folder: Path, device: str) -> None:
+        self.name, self.part, self.device = name, part, device
+        self.lines = folder / f"{name.replace(' ', '-')}.jsonl"
+        self.lines.unlink(missing_ok=True)
+        self.results: list[Result] = []
+        self.plan: list[str] | None = None
+        self.begun: str | None = None  # the case that is under way
+        self.over = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self._read = 0
+        self._useful = False  # the process at hand began a case
+
+    def start(self) -> None:
+        """A process for the cases that are left."""
+        command = [*PROCESS, self.part.home, str(self.lines), str(len(self.results)), self.device]
+        errors = open(self.lines.with_suffix(".err"), "wb")  # noqa: SIM115  (the process's)
+        with errors:
+            self.process = subprocess.Popen(command, stdout=errors, stderr=errors)
+        self._since, self._useful = time.monotonic(), False
+
+    def poll(self) -> bool:
+        """Takes in what is new; ends what takes too long. Whether anything changed."""
+        assert self.process is not None
+        ended = self.process.poll() is not None  # before reading: nothing is written later
+        fresh = self._take()
+        if self.over:
+            return fresh
+        waited = time.monotonic() - self._since
+        limit = START if self.begun is None else self.part.each
+        if not ended and waited > limit:
+            self._kill()
+            self._failed(f"not done within {limit:.0f} s")
+        elif ended and self.plan is not None and len(self.results) == len(self.plan):
+            self.over = True
+        elif ended:
+            text = self.lines.with_suffix(".err").read_text(errors="replace")
+            self._failed(f"exit {self.process.returncode}: {text[-300:]}")
+        else:
+            return fresh
+        return True
+
+    def stop(self, reason: str) -> None:
+        """Ends the part; what was not run is noted."""
+        self._kill()
+        self._take()
+        left = [self.name] if self.plan is None else self.plan[len(self.results) :]
+        for case in left:
+            self.results.append({"case": case, "ok": False, "error": f"not run: {reason}"})
+        self.over = True
+
+    def close(self) -> None:
+        for path in (self.lines, self.lines.with_suffix(".err")):
+            path.unlink(missing_ok=True)
+
+    def _take(self) -> bool:
+        whole = (
+            self.lines.read_text(encoding="utf-8").split("\n")[:-1] if self.lines.exists() else []
+        )
+        fresh = whole[self._read :]
+        self._read = len(whole)
+        for line in map(json.loads, fresh):
+            self._since = time.monotonic()
+            if "plan" in line:
+                self.plan = line["plan"]
+            elif "begin" in line:
+                self.begun, self._useful = line["begin"], True
+            elif "result" in line:
+                self.results.append(line["result"])
+                self.begun = None
+        return bool(fresh)
+
+    def _failed(self, reason: str) -> None:
+        """The case under way ended its process: on with the next, in another."""
+        if not self._useful:  # nor would the next process begin a case
+            return self.stop(reason)
+        if self.begun is not None:
+            self.results.append({"case": self.begun, "ok": False, "error": reason})
+        self.begun = None
+        if self.plan is not None and len(self.results) < len(self.plan):
+            self.start()
+        else:
+            self.over = True
+
+    def _kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold it
+                self.process.wait(10)
+
+
+def run_parts(
+    parts: Mapping[str, Part],
+    out: Path,
+    tell: Callable[[str], None],
+    jobs: int = 0,
+    device: str = "cuda",
+) -> dict[str, Any]:
+    """All parts; `results.json` and `report.md` in `out` say all that is known at any moment.
+
+    Args:
+        jobs: checks at a time; 0: as many as there are cores, at most 8.
+    """
+    began = time.monotonic()
+    jobs = jobs or min(8, os.cpu_count() or 1)
     results: dict[str, Any] = {"machine": machine(), "parts": {}, "failed": 0}
-    for name in names:
-        limit = PARTS[name][1]
-        lines = out / f"{name.replace(' ', '-')}.jsonl"
-        lines.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "fusion_model.kernels.gpu_check", name, str(lines)]
-        failure = None
-        try:
-            done = subprocess.run(command, timeout=limit, capture_output=True, text=True)
-            if done.returncode:
-                failure = f"exit {done.returncode}: {done.stderr[-500:]}"
-        except subprocess.TimeoutExpired:
-            failure = f"not done within {limit} s"
-        written = lines.read_text().split("\n")[:-1] if lines.exists() else []  # whole lines
-        found = [json.loads(line) for line in written]
-        if failure is not None:
-            found.append({"case": name, "ok": False, "error": failure})
-        lines.unlink(missing_ok=True)
-        results["parts"][name] = found
-        bad = sum(not r["ok"] for r in found)
-        results["failed"] += bad
-        temporary = out / "results.json.tmp"
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out / "results.json")
-        tell(f"{name}: {len(found) - bad} of {len(found)}")
+    workers: dict[str, Worker] = {}
+
+    def write() -> None:
+        results["parts"] = {n: workers[n].results for n in parts if n in workers}
+        give_floors(results["parts"])
+        results["goals"] = verdicts(results["parts"])
+        rows = [row for part in results["parts"].values() for row in part]
+        results["failed"] = sum(not row["ok"] for row in rows)
+        results["seconds"] = round(time.monotonic() - began, 1)
+        for name, text in (("results.json", json.dumps(results, indent=1) + "\n"),
+                           ("report.md", report(results))):  # fmt: skip
+            temporary = out / f"{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(out / name)
+
+    def work(waiting: list[str], limit: float, at_once: int) -> None:
+        running: list[Worker] = []
+        while waiting or running:
+            late = time.monotonic() - began > limit
+            while waiting and (late or len(running) < at_once):
+                name = waiting.pop(0)
+                workers[name] = Worker(name, parts[name], out, device)
+                running.append(workers[name])
+                if not late:
+                    workers[name].start()
+            changed = False
+            for worker in list(running):
+                if late:
+                    worker.stop(f"{limit:.0f} s were over")
+                else:
+                    changed |= worker.poll()
+                if worker.over:
+                    running.remove(worker)
+                    worker.close()
+                    good = sum(row["ok"] for row in worker.results)
+                    tell(f"{worker.name}: {good} of {len(worker.results)}")
+                    changed = True
+            if changed:
+                write()
+            time.sleep(POLL)
+
+    timed = [n for n in parts if parts[n].timed]
+    work([n for n in parts if not parts[n].timed], CHECKS if timed else BUDGET, jobs)
+    work(timed, BUDGET, 1)
+    write()
     return results
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    import triton
-
-    gpu = torch.cuda.is_available()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "driver": _first_line(query),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if gpu else None,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": _first_line(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _first_line(command: list[str]) -> str | None:
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.splitlines()[0].strip() if out.strip() else None
-
-
-def rows_of(results: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """(part, case, verdict, figures) of every result."""
-    for part, found in results["parts"].items():
-        for r in found:
-            figures = []
-            if "of_budget" in r:
-                figures.append(f"error {r['of_budget']:.2f} of the budget, {r['plan']}")
-            if "us" in r:
-                figures.append(f"{r['us']:.2f} us")
-            if "us" in r and "steps" in r:
-                figures.append(f"{r['us'] / r['steps']:.2f} us a step")
-            if "ratio" in r:
-                goal = f" (goal {r['goal']})" if r.get("goal") else ""
-                figures.append(f"{r['ratio']:.2f}x{goal} of {r['baseline_us']:.2f} us")
-            figures += [f"{r[k]:.0f} {unit}" for k, unit in UNITS.items() if k in r]
-            figures += [str(r[k]) for k in ("error", "us_error", "baseline_us_error") if k in r]
-            figures += r.get("fallback", [])
-            yield part, r["case"], "ok" if r["ok"] else "FAILED", ", ".join(figures)
-
-
-UNITS = {"tflops": "TFLOP/s", "gb_per_s": "GB/s"}
-
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)
-    run_part(sys.argv[1], Path(sys.argv[2]), torch.device("cuda"))
+    home, lines, skip, kind = sys.argv[1:]
+    if kind == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)
+    work_off(Part(home), Path(lines), int(skip), torch.device(kind))

@@ -1,22 +1,31 @@
-"""Times on the GPU at hand: the kernels, cuDNN beside them, and what the chip can do at best.
+"""Times on the GPU at hand: the kernels, and cuDNN or PyTorch beside them, eager and as graphs.
 
-H = 768, D = 512, V = 8192 throughout, the published sizes. Times are medians of runs between CUDA
-events, after a warm-up; both sides of a ratio run in the same process, one after the other.
+The published sizes: D = 512, V = 8192, H = 768 unless a row says otherwise. Times are medians of
+runs between CUDA events, after a warm-up; both sides of a ratio run in the same process, one after
+the other.
+
+Notation: B sequences, T steps, D input width, H hidden width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fusion_model.kernels import gpu_work, triton_launch
+from fusion_model.kernels.gpu_cases import Named, Result
 from fusion_model.kernels.prefix_lstm import prefix_lstm
+from fusion_model.kernels.step_graphs import record
 from fusion_model.kernels.surprisal import target_log_probs
 from torch import Tensor, nn
 
-Result = dict[str, Any]
 DEVICE = "cuda"
 D, H, V = 512, 768, 8192
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+BYTES = 2  # of a number
+
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def microseconds(run: Callable[[], Any], rounds: int = 15) -> float:
@@ -40,134 +49,163 @@ def microseconds(run: Callable[[], Any], rounds: int = 15) -> float:
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
     """The same work as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    replay: Callable[[], None] = record(run)[0].replay
+    return replay
 
 
-def versus(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], **more: Any) -> Result:
-    """A row with both times and their ratio; what fails on one side leaves that side out."""
-    row: Result = {"case": name, "ok": True, **more}
-    for side, run in (("us", ours), ("baseline_us", theirs)):
+def versus(make: Callable[[], Pair], graph: bool, work: gpu_work.Work, **more: Any) -> Result:
+    """Both times, and their ratio; a baseline that fails leaves the ratio unmeasured."""
+    row: Result = {"ok": True, "work": vars(work), **more}
+    for side, run in zip(("us", "baseline_us"), make(), strict=True):
         try:
-            row[side] = microseconds(run)
+            row[side] = microseconds(graphed(run) if graph else run)
         except Exception as error:
-            row["ok"] = False
-            row[f"{side}_error"] = f"{type(error).__name__}: {error}"
-    if row["ok"]:
+            row["ok"] = row["ok"] and side != "us"
+            row[f"{side}_error"] = f"{type(error).__name__}: {error}"[:300]
+    if "us" in row and work.flops:
+        row["tflops"] = work.flops / row["us"] / 1e6
+    if "us" in row and "baseline_us" in row:
         row["ratio"] = row["baseline_us"] / row["us"]
     return row
 
 
-def _with_graph(name: str, ours: Any, theirs: Any, **more: Any) -> Iterator[Result]:
-    yield versus(f"{name}, eager", ours, theirs, **more)
-    try:
-        pair = graphed(ours), graphed(theirs)
-    except Exception as error:
-        yield {"case": f"{name}, graph", "ok": False, "error": f"{type(error).__name__}: {error}"}
-        return
-    yield versus(f"{name}, graph", *pair, **more)
+def both(
+    name: str, make: Callable[[], Pair], work: Any, tags: list[str], **more: Any
+) -> list[Named]:
+    """The same eager, and as a graph: the floor is for graphs, which launch at no cost."""
+    graph_tags = [*tags, f"{tags[0]} graph", "floor"] if tags else []
+    return [
+        (f"{name}, eager", partial(versus, make, False, work, tags=tags, **more)),
+        (f"{name}, graph", partial(versus, make, True, work, tags=graph_tags, **more)),
+    ]
 
 
-def _lstm(dtype: torch.dtype) -> nn.LSTM:
-    return nn.LSTM(D, H, batch_first=True).to(DEVICE, dtype)
+def _lstm(dtype: torch.dtype, hidden: int) -> nn.LSTM:
+    return nn.LSTM(D, hidden, batch_first=True).to(DEVICE, dtype)
 
 
 def _random(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
-def sequences(steps: int = 256) -> Iterator[Result]:
-    """Sequences: inference from a table of input gates, and training steps, against nn.LSTM."""
-    for dtype in NAMES:
+def sequences(device: torch.device, steps: int = 256) -> list[Named]:
+    """Inference from a table of input gates, and training steps, against nn.LSTM."""
+    found = []
+    for dtype, kind in NAMES.items():
         for batch in (1, 16, 64, 256):
-            yield from _sequence(dtype, batch, steps)
+            found += _sequence(device, dtype, batch, H, steps, True)
+        if kind == "bf16":  # other widths: padded, hybrid, and a launch a step
+            for hidden, batch in ((650, 16), (1500, 16), (1500, 64)):
+                found += _sequence(device, dtype, batch, hidden, steps, False)
+    return found
 
 
-def _sequence(dtype: torch.dtype, batch: int, steps: int) -> Iterator[Result]:
+def _sequence(
+    device: torch.device, dtype: torch.dtype, batch: int, hidden: int, steps: int, tagged: bool
+) -> list[Named]:
+    name, kind = f"{NAMES[dtype]} B{batch} H{hidden} T{steps}", NAMES[dtype]
+    tags = {False: ["sequence 256" if batch == 256 else "sequence"], True: ["training"]}
+    found = []
+    for training, what in ((False, "sequence"), (True, "training step")):
+        chip = triton_launch.chip_of(device)
+        plan = triton_launch.rows_plan(chip, hidden, batch, 1, dtype, steps, training)
+        config = triton_launch.sequence_config(chip, hidden, batch, dtype)
+        shape = kind, batch, steps, hidden, D, training
+        work = gpu_work.sequence_work(config if plan.persistent else None, *shape)
+        make = partial(_training_pair if training else _inference_pair, dtype, batch, hidden, steps)
+        found += both(f"{what} {name}", make, work, tags[training] if tagged else [], steps=steps)
+    return found
+
+
+def _inference_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> Pair:
     from fusion_model.kernels import triton_lstm
 
-    module, embedding, tables = _lstm(dtype), _random(dtype, V, D), triton_lstm.GateTable()
-    weights = module.all_weights
+    module, embedding = _lstm(dtype, hidden), _random(dtype, V, D)
+    tables, weights = triton_lstm.GateTable(), module.all_weights
     ids = torch.randint(V, (batch, steps), device=DEVICE)
-    zeros = torch.zeros(batch, 1, H, device=DEVICE, dtype=dtype)
+    zeros = torch.zeros(batch, 1, hidden, device=DEVICE, dtype=dtype)
     inner = (zeros.transpose(0, 1), zeros.transpose(0, 1))
-
-    def ours() -> Any:
-        return triton_lstm.lstm_tokens(ids, embedding, (zeros, zeros), weights, tables)
 
     @torch.no_grad()
     def theirs() -> Any:
         return module(F.embedding(ids, embedding), inner)
 
-    name = f"{NAMES[dtype]} B{batch} T{steps}"
-    goal = 1.3 if batch == 256 else 2.0
-    yield from _with_graph(f"sequence {name}", ours, theirs, steps=steps, goal=goal)
+    return partial(triton_lstm.lstm_tokens, ids, embedding, (zeros, zeros), weights, tables), theirs
 
-    x, upstream = F.embedding(ids, embedding), _random(dtype, batch, steps, H)
 
-    def train() -> Any:
+def _training_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> Pair:
+    from fusion_model.kernels import triton_lstm
+
+    module, x = _lstm(dtype, hidden), _random(dtype, batch, steps, D)
+    upstream, weights = _random(dtype, batch, steps, hidden), module.all_weights
+    zeros = torch.zeros(batch, 1, hidden, device=DEVICE, dtype=dtype)
+    inner = (zeros.transpose(0, 1), zeros.transpose(0, 1))
+
+    def ours() -> Any:
         out, _ = triton_lstm.lstm_sequence(x, (zeros, zeros), weights)
         return torch.autograd.grad(out, weights[0], upstream)
 
-    def train_theirs() -> Any:
+    def theirs() -> Any:
         return torch.autograd.grad(module(x, inner)[0], weights[0], upstream)
 
-    yield versus(f"training step {name}", train, train_theirs, steps=steps, goal=1.3)
+    return ours, theirs
 
 
-def decoding() -> Iterator[Result]:
-    """A token, greedy, as one CUDA graph on both sides."""
-    for dtype in NAMES:
+def tokens(device: torch.device) -> list[Named]:
+    """A token, greedy: cell, projection, vocabulary, choice."""
+    found = []
+    for dtype, kind in NAMES.items():
         for batch in (1, 16):
-            with torch.no_grad():
-                yield _token(dtype, batch)
+            moved = BYTES * (4 * H * H + D * H + V * D + batch * (4 * H + V))
+            work = gpu_work.Work(moved, 2 * batch * moved // BYTES, kind, 4)
+            make = partial(_token, dtype, batch)
+            found += both(f"token {kind} B{batch}", make, work, [f"token {batch}"])
+    return found
 
 
-def _token(dtype: torch.dtype, batch: int) -> Result:
-    from fusion_model.kernels import triton_decode
+@torch.no_grad()
+def _token(dtype: torch.dtype, batch: int) -> Pair:
+    from fusion_model.kernels import triton_token
 
-    module, embedding = _lstm(dtype), _random(dtype, V, D)
+    module, embedding = _lstm(dtype, H), _random(dtype, V, D)
     projection, head = (nn.Linear(*s).to(DEVICE, dtype) for s in ((H, D), (D, V)))
-    decoder = triton_decode.Decoder(
-        triton_decode.DecodeWeights(
-            embedding, module.all_weights, projection.weight, head.weight, head.bias
-        ),
-        batch,
-        4,
+    weights = triton_token.DecodeWeights(
+        embedding, module.all_weights, projection.weight, head.weight, head.bias
     )
+    decoder = triton_token.Decoder(weights, batch, 4)
     decoder.set_prefix(projection.bias)
     ids = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
     h, c = torch.zeros(2, 1, batch, H, device=DEVICE, dtype=dtype)
 
+    @torch.no_grad()
     def theirs() -> None:
-        with torch.no_grad():
-            out, state = module(F.embedding(ids, embedding)[:, None], (h, c))
-            ids.copy_(head(projection(out[:, 0])).argmax(-1))
-            h.copy_(state[0])
-            c.copy_(state[1])
+        out, state = module(F.embedding(ids, embedding)[:, None], (h, c))
+        ids.copy_(head(projection(out[:, 0])).argmax(-1))
+        h.copy_(state[0])
+        c.copy_(state[1])
 
-    goals = {"goal": 3.0, "goal_us": 15.0} if batch == 1 else {}
-    token = triton_decode.TokenGraph(decoder)
-    return versus(f"token {NAMES[dtype]} B{batch}, graph", token.step, graphed(theirs), **goals)
+    return decoder.step, theirs
 
 
-def prefixes(sentences: int = 328, steps: int = 25) -> Iterator[Result]:
+def prefixes(device: torch.device, sentences: int = 328, steps: int = 25) -> list[Named]:
     """All prefixes of `sentences` of one length, against cuDNN on packed rows."""
-    for dtype in NAMES:
+    found = []
+    for dtype, kind in NAMES.items():
         for training in (False, True):
-            yield _prefixes(dtype, sentences, steps, training)
+            done = sentences * steps * (steps + 1) // 2  # steps of all rows together
+            flops = (3 if training else 1) * 8 * H * (done * H + sentences * steps * D)
+            moved = BYTES * (sentences * steps * (D + 4 * H) + done * H + 4 * H * (H + D))
+            if training:
+                moved += done * H * (2 * 4 * BYTES * 2 + 2 * 4)  # gates, their gradients, c
+            work = gpu_work.Work(moved, flops, kind, (2 if training else 1) * steps)
+            name = f"prefixes {kind} {sentences * steps} rows" + ", training" * training
+            make = partial(_prefixes, dtype, sentences, steps, training)
+            found += both(name, make, work, [] if training else ["prefixes"])
+    return found
 
 
-def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) -> Result:
-    module = _lstm(dtype)
+def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) -> Pair:
+    module = _lstm(dtype, H)
     x, e = _random(dtype, sentences, steps, D), _random(dtype, sentences, steps, H)
     lengths = torch.arange(1, steps + 1).repeat(sentences)
     rows = x[:, None].expand(-1, steps, -1, -1).flatten(0, 1)
@@ -186,22 +224,22 @@ def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) ->
             out = module(packed, (initial, initial))[1][0]
         return torch.autograd.grad(out.sum(), list(module.parameters())) if training else out
 
-    name = f"prefixes {NAMES[dtype]} {len(lengths)} rows" + ", training" * training
-    row = versus(name, ours, theirs, goal=4.0)
-    if "us" in row:
-        done = sentences * steps * (steps + 1) // 2  # steps of all rows together
-        row["tflops"] = done * 8 * H * H * (3 if training else 1) / row["us"] / 1e6
-    return row
+    return ours, theirs
 
 
-def surprisals(n: int = 8192) -> Iterator[Result]:
+def surprisals(device: torch.device, n: int = 8192) -> list[Named]:
     """Surprisal of n positions, against whole logits by PyTorch."""
-    for dtype in NAMES:
+    found = []
+    for dtype, kind in NAMES.items():
         for training in (False, True):
-            yield _surprisal(dtype, n, training)
+            moved = BYTES * (n * D + V * D) * (2 if training else 1)
+            work = gpu_work.Work(moved, 2 * n * D * V * (3 if training else 1), kind, 0)
+            name = f"surprisal {kind} N{n}" + ", training" * training
+            found += both(name, partial(_surprisal, dtype, n, training), work, [])
+    return found
 
 
-def _surprisal(dtype: torch.dtype, n: int, training: bool) -> Result:
+def _surprisal(dtype: torch.dtype, n: int, training: bool) -> Pair:
     shapes = ((n, D), (V, D), (V,))
     leaves = x, w, bias = [_random(dtype, *shape).requires_grad_() for shape in shapes]
     y = torch.randint(V, (n,), device=DEVICE)
@@ -216,45 +254,4 @@ def _surprisal(dtype: torch.dtype, n: int, training: bool) -> Result:
             out = -F.cross_entropy(F.linear(x, w, bias).float(), y, reduction="sum")
         return torch.autograd.grad(out, leaves) if training else out
 
-    row = versus(f"surprisal {NAMES[dtype]} N{n}" + ", training" * training, ours, theirs)
-    if "us" in row:
-        row["tflops"] = 2 * n * D * V * (4 if training else 1) / row["us"] / 1e6
-    return row
-
-
-def floors(size: int = 1 << 30, order: int = 8192) -> Iterator[Result]:
-    """What this chip can do: memory, products, and a grid that only waits for itself."""
-    a = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-    b = torch.empty_like(a)
-    us = microseconds(lambda: b.copy_(a))
-    yield {"case": f"copy {size} bytes", "ok": True, "us": us, "gb_per_s": 2 * size / us / 1e3}
-    for dtype in NAMES:
-        yield _product(dtype, order)
-    for programs in (24, 48, 96, 128):
-        yield _empty_steps(programs, 1000)
-
-
-def _product(dtype: torch.dtype, order: int) -> Result:
-    m = _random(dtype, order, order)
-    us = microseconds(lambda: m @ m)
-    row: Result = {"case": f"product {NAMES[dtype]} {order}^3", "ok": True, "us": us}
-    return row | {"tflops": 2 * order**3 / us / 1e6}
-
-
-def _empty_steps(programs: int, steps: int) -> Result:
-    from fusion_model.kernels import triton_floor, triton_launch
-
-    count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    case = f"empty step, {programs} programs"
-
-    def loop() -> None:
-        count.zero_()
-        triton_launch.launch_spinning(
-            triton_floor.empty_steps, (programs, 1), (count, steps), count.device, LIMIT=0,
-            num_warps=4,
-        )  # fmt: skip
-
-    try:
-        return {"case": case, "ok": True, "us": microseconds(loop) / steps}
-    except triton_launch.LaunchRefused as refused:  # a smaller chip: no failure of ours
-        return {"case": case, "ok": True, "refused": str(refused)}
+    return ours, theirs

@@ -1,6 +1,6 @@
-"""One token after another on the device: cell, late fusion, projection, vocabulary, choice.
+"""One token of every sequence on the device: cell, late fusion, projection, vocabulary, choice.
 
-Every step is the same few launches on the same memory, so that a CUDA graph can hold it; the token
+Four launches for one layer, on memory that stays, so that a CUDA graph can hold them; the token
 chosen is the next step's input without the host in between. Late fusion is part of the launches
 that are there anyway: what of it does not depend on h (the half of `concat` and `add` that
 multiplies e) comes in as an addend, `multiply` acts where the projection reads h, and `gate`,
@@ -9,16 +9,13 @@ which needs all of h, is a launch of its own.
 Notation: B sequences, H hidden width, HP padded, D features, V vocabulary, L layers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fusion_model.kernels.packed_rows import pack
-from fusion_model.kernels.triton_launch import TileConfig, padded, precision, step_units
+from fusion_model.kernels.decoding import Token
+from fusion_model.kernels.triton_launch import TileConfig, precision
 from fusion_model.kernels.triton_math import sigmoid
 from fusion_model.kernels.triton_rows import OWN, TABLE, forward_constants, rows_forward
 from torch import Tensor
@@ -56,7 +53,8 @@ def decode_linear(
         b_h = tl.load(p_h + row[:, None] * STRIDE + o_k[None, :] + k, mask=m_k[None, :], other=0.0)
         if FUSION == 1:
             o_e = row[:, None] * K + o_k[None, :] + k
-            b_h *= tl.load(p_e + o_e, mask=m_k[None, :], other=0.0)
+            b_e = tl.load(p_e + o_e, mask=m_k[None, :], other=0.0)
+            b_h = (b_h.to(tl.float32) * b_e.to(tl.float32)).to(b_h.dtype)
         b_w = tl.load(p_w + column[None, :] * K + o_k[:, None] + k, mask=m_k[:, None], other=0.0)
         z = tl.dot(b_h, b_w, z, input_precision=PRECISION)
     if ROWS:
@@ -72,13 +70,13 @@ def decode_linear(
     tl.store(p_out + o_out, z.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_o[None, :])
 
 
-@triton.jit(do_not_specialize=["v", "batch", "steps", "k", "eos"])
+@triton.jit(do_not_specialize=["v", "batch", "steps", "k", "eos", "pad"])
 def decode_choose(
     p_logits,  # [B, V] float32
     p_ids,  # [B] int64: written, the next step's input
     p_tokens,  # [steps, B] int64: written, row p_count
-    p_done,  # [B] uint8: sequences that have ended; their tokens stay `eos`
-    p_count,  # [1] int64: steps so far
+    p_done,  # [B] uint8: sequences that have ended; they go on with `pad`
+    p_count,  # [B] int64: steps so far, replaced by one more
     p_seed,  # [1] int64
     p_temperature,  # [1] float32
     v,
@@ -86,6 +84,7 @@ def decode_choose(
     steps,
     k,
     eos,
+    pad,
     GREEDY: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -98,7 +97,8 @@ def decode_choose(
     o_v = tl.arange(0, BLOCK_V)
     m_v = o_v < v
     z = tl.load(p_logits + i_b.to(tl.int64) * v + o_v, mask=m_v, other=-float("inf"))
-    count = tl.load(p_count)
+    count = tl.load(p_count + i_b)
+    done = tl.load(p_done + i_b) != 0
     if TOP_K:
         # The k-th greatest, bit by bit, over unsigned integers in the order of the floats.
         bits = z.to(tl.int32, bitcast=True)
@@ -121,11 +121,12 @@ def decode_choose(
         z = z / tl.load(p_temperature) - tl.log(-tl.log(uniform))
     z = tl.where(m_v, z, -float("inf"))
     token = tl.argmax(z, axis=0, tie_break_left=True).to(tl.int64)
-    done = tl.load(p_done + i_b) != 0
-    token = tl.where(done, eos, token)
+    token = tl.where(done, pad, token)
+    tl.debug_barrier()  # every thread has read what is now overwritten
     tl.store(p_done + i_b, (done | (token == eos)).to(tl.uint8))
     tl.store(p_ids + i_b, token)
     tl.store(p_tokens + count * batch + i_b, token, mask=count < steps)
+    tl.store(p_count + i_b, count + 1)
 
 
 def linear_config(rows: int, outputs: int, dtype: torch.dtype) -> TileConfig:
@@ -165,182 +166,44 @@ def linear(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class DecodeWeights:
-    """What a token needs; all of one dtype and device.
-
-    Attributes:
-        embedding: [V, D].
-        layers: of the LSTM, each (w_ih, w_hh, b_ih, b_hh).
-        projection: [D', H]; what multiplies e is not in it.
-        vocabulary, bias: [V, D'], [V].
-        gate: [H, H], the half of the gate that reads h; or None.
-    """
-
-    embedding: Tensor
-    layers: Sequence[Sequence[Tensor]]
-    projection: Tensor
-    vocabulary: Tensor
-    bias: Tensor
-    gate: Tensor | None = None
+def choose(logits: Tensor, args: Token) -> None:
+    """The choice among logits [B, V] float32, and what follows from it."""
+    batch, size = logits.shape
+    decode_choose[(batch,)](
+        logits, args.ids, args.tokens, args.done, args.made, args.seed, args.temperature,
+        size, batch, len(args.tokens), args.top_k, args.eos, args.pad,
+        GREEDY=args.greedy, TOP_K=0 < args.top_k < size,
+        BLOCK_V=triton.next_power_of_2(size), num_warps=8 if size <= 16_384 else 16,
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
-class Decoder:
-    """Steps of `batch` sequences on memory that stays where it is.
-
-    Attributes:
-        ids: the tokens that the next step reads, [B] int64.
-        logits: of the last step, [B, V] float32.
-        tokens: chosen so far, row by row, [steps, B] int64.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        weights: DecodeWeights,
-        batch: int,
-        steps: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        seed: int = 0,
-        eos: int = -1,
-    ) -> None:
-        """`temperature` 0 is greedy; `top_k` 0 samples from all tokens; `eos` -1 never ends."""
-        self.weights, self.batch, self.top_k, self.eos = weights, batch, top_k, eos
-        hidden, kind = weights.layers[0][1].shape[1], weights.embedding.dtype
-        device, layers = weights.embedding.device, len(weights.layers)
-        self.units = step_units(batch, hidden)
-        self.hidden, self.width = hidden, padded(hidden, self.units)
-        self.greedy, self.parity = temperature == 0, 0
-
-        def zeros(*shape: int, dtype: torch.dtype = kind) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.ids = zeros(batch, dtype=torch.int64)
-        self.tokens = zeros(steps, batch, dtype=torch.int64)
-        self.done = zeros(batch, dtype=torch.uint8)
-        self.count, self.seed = zeros(1, dtype=torch.int64), zeros(1, dtype=torch.int64) + seed
-        self.temperature = zeros(1, dtype=torch.float32) + (temperature or 1.0)
-        # h of even and odd steps: a step must not overwrite what it reads.
-        self.h = zeros(2, layers, batch, self.width)
-        self.c = zeros(layers, batch, self.width, dtype=torch.float32)
-        self.gates = zeros(batch, 4 * self.width)
-        self.mixed = zeros(batch, hidden)
-        self.features = zeros(batch, len(weights.projection))
-        self.logits = zeros(batch, len(weights.vocabulary), dtype=torch.float32)
-        self.addend = zeros(batch, len(weights.projection))
-        self.gate_addend = zeros(batch, hidden)
-        self.e: Tensor | None = None
-        fill = (0, self.width - hidden)
-        self._inner = [self._packed(F.pad(layer[1], fill)) for layer in weights.layers]
-        self._biases = [self._packed(layer[2] + layer[3]) for layer in weights.layers]
-        self._outer = [self._packed(layer[0]) for layer in weights.layers[1:]]
-        first = self._packed(weights.layers[0][0])
-        self._table = F.linear(weights.embedding, first, self._biases[0])
-
-    def _packed(self, w: Tensor) -> Tensor:
-        return pack(w, self.units).contiguous()
-
-    @torch.no_grad()
-    def start(self, ids: Tensor, h: Tensor, c: Tensor) -> None:
-        """Go on from the last tokens [B] and the state before them, each [B, L, H]."""
-        self.parity = 0
-        self.ids.copy_(ids)
-        self.count.zero_()
-        self.done.zero_()
-        self.h[0, :, :, : self.hidden] = h.transpose(0, 1)
-        self.c[:, :, : self.hidden] = c.transpose(0, 1)
-
-    @torch.no_grad()
-    def set_prefix(
-        self, addend: Tensor, e: Tensor | None = None, gate_addend: Tensor | None = None
-    ) -> None:
-        """What e adds from now on.
-
-        Args:
-            addend: bias of the projection and what e gives through it, [B, D'] or [D'].
-            e: [B, H], where fusion multiplies or gates.
-            gate_addend: bias of the gate and what e gives through it, [B, H].
-        """
-        self.addend.copy_(addend.expand_as(self.addend))
-        if e is not None:
-            self.e = torch.empty_like(self.mixed) if self.e is None else self.e
-            self.e.copy_(e)
-        if gate_addend is not None:
-            self.gate_addend.copy_(gate_addend)
-
-    def step(self) -> None:
-        """One token for every sequence; nothing here waits for the device."""
-        before, after = self.h[self.parity], self.h[1 - self.parity]
-        constants = forward_constants(self.batch, before.dtype, self.width, self.units)
-        grid = (triton.cdiv(self.batch, constants["BLOCK_N"]) * (self.width // self.units),)
-        for layer, w in enumerate(self._inner):
-            if layer:
-                linear(after[layer - 1], self._outer[layer - 1], self._biases[layer], self.gates)
-            h, c, x = before[layer], self.c[layer], self.gates if layer else self._table
-            rows_forward[grid](
-                x, self.ids, h, w, c, c, after[layer], c, h, self.batch, self.batch,
-                INPUT=OWN if layer else TABLE, HAS_KEEP=False, SAVE=False, **constants,
-            )  # fmt: skip
-        h, weights, fusion, e = after[-1], self.weights, PLAIN, None
-        if weights.gate is not None:
-            linear(h, weights.gate, self.gate_addend, self.mixed, self.e, GATE)
-            h = self.mixed
-        elif self.e is not None:
-            fusion, e = MULTIPLY, self.e
-        linear(h, weights.projection, self.addend, self.features, e, fusion)
-        linear(self.features, weights.vocabulary, weights.bias, self.logits)
-        size = self.logits.shape[1]
-        decode_choose[(self.batch,)](
-            self.logits, self.ids, self.tokens, self.done, self.count, self.seed, self.temperature,
-            size, self.batch, len(self.tokens), self.top_k, self.eos,
-            GREEDY=self.greedy, TOP_K=0 < self.top_k < size,
-            BLOCK_V=triton.next_power_of_2(size), num_warps=8 if size <= 16_384 else 16,
-            enable_fp_fusion=True,
+def kernel_token(args: Token) -> Tensor:
+    """As `decoding.plain_token`, by the kernels."""
+    _, batch, width = args.h.shape
+    outputs, hidden = args.projection.shape
+    constants = forward_constants(batch, args.h.dtype, width, args.units)
+    grid = (triton.cdiv(batch, constants["BLOCK_N"]) * (width // args.units),)
+    x, h = args.table, args.h_next
+    for layer, w in enumerate(args.inner):
+        if layer:
+            x = h.new_empty(batch, 4 * width)
+            linear(h[layer - 1], args.outer[layer - 1], args.biases[layer - 1], x)
+        c = args.c[layer]
+        rows_forward[grid](
+            x, args.ids, args.h[layer], w, c, c, h[layer], c, x, batch, batch,
+            INPUT=OWN if layer else TABLE, HAS_KEEP=False, SAVE=False, **constants,
         )  # fmt: skip
-        self.count += 1
-        self.parity = 1 - self.parity
-
-    def state(self) -> tuple[Tensor, Tensor]:
-        """(h, c) after the last step, each [B, L, H]."""
-        h, c = (s[:, :, : self.hidden].transpose(0, 1) for s in (self.h[self.parity], self.c))
-        return h.clone(), c.to(h.dtype)
-
-
-class TokenGraph:
-    """A `Decoder` whose step is a CUDA graph: one launch by the host, a token for each sequence."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        """Captures an even and an odd step, which differ in where h lies.
-
-        Raises:
-            ValueError: the decoder's memory is not on a CUDA device.
-        """
-        if decoder.ids.device.type != "cuda":
-            raise ValueError(f"a CUDA graph needs a CUDA device, not {decoder.ids.device}")
-        self.decoder = decoder
-        kept = [t.clone() for t in self._mutable()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, which a capture must not
-                decoder.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graphs = []
-        for _ in range(2):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                decoder.step()
-            self.graphs.append(graph)
-        for tensor, value in zip(self._mutable(), kept, strict=True):
-            tensor.copy_(value)
-
-    def _mutable(self) -> tuple[Tensor, ...]:
-        d = self.decoder
-        return d.ids, d.tokens, d.done, d.count, d.h, d.c
-
-    def step(self) -> None:
-        """As `Decoder.step`, by replaying the graph."""
-        self.graphs[self.decoder.parity].replay()
-        self.decoder.parity = 1 - self.decoder.parity
+    top, e, fusion = h[-1], args.e, PLAIN
+    if args.gate is not None and args.gate_addend is not None:
+        top = h.new_empty(batch, hidden)
+        linear(h[-1], args.gate, args.gate_addend, top, e, GATE)
+        e = None
+    elif e is not None:
+        fusion = MULTIPLY
+    features = h.new_empty(batch, outputs)
+    linear(top, args.projection, args.addend, features, e, fusion)
+    logits = h.new_empty(batch, len(args.vocabulary), dtype=torch.float32)
+    linear(features, args.vocabulary, args.bias, logits)
+    choose(logits, args)
+    return logits

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,11 @@ def chip_of(device: torch.device) -> Chip:
         index = torch.cuda.current_device() if device.index is None else device.index
         return _cuda_chip(index)
     return INTERPRETER
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are: this makes it theirs."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -4,7 +4,7 @@ Notation: B sentences, R rows a sentence, N = B * R, T steps, M = steps of all r
 H hidden width, HP = H padded, U units a block, L layers, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,14 +61,21 @@ def _layer(
     keep: Tensor | None,
     rows: Rows,
     shared: bool,
+    places: Tensor | None = None,
 ) -> State:
-    """h [N + M, H] and the last c [N, H] of a layer, from inputs [*, D] and initial rows [N, H]."""
+    """h [N + M, H] and the last c [N, H] of a layer, from inputs [*, D] and initial rows [N, H].
+
+    Of packed sequences the inputs are real tokens only, which belong at `places` of [T * B].
+    """
     w_ih, w_hh, b_ih, b_hh = weights
     given = (x, *initial, w_ih, w_hh, b_ih, b_hh)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     chip, hidden = chip_of(x.device), w_hh.shape[1]
     plan = rows_plan(chip, hidden, rows.batch, rows.count, x.dtype, rows.steps, save)
     x_gates = F.linear(x, pack(w_ih, plan.units), pack(b_ih + b_hh, plan.units))
+    if places is not None:
+        padded_gates = x_gates.new_zeros(rows.steps * rows.batch, x_gates.shape[1])
+        x_gates = padded_gates.index_copy(0, places, x_gates)
     w = _pack_recurrent(w_hh, plan.units)
     return _run(x_gates, None, w, initial, keep, rows, shared, plan, save)
 
@@ -77,6 +84,11 @@ def _steps_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]
     """Inputs [B, T, D] as [T * B, D], and the mask as [T, B] uint8."""
     keep = None if mask is None else mask.t().to(torch.uint8).contiguous()
     return x.transpose(0, 1).flatten(0, 1), keep
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Changes when one of the tensors does."""
+    return tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
 
 
 class GateTable:
@@ -97,10 +109,7 @@ class GateTable:
     def of(self, embedding: Tensor, weights: Sequence[Tensor], units: int) -> State:
         """The table and W_hh, packed for programs of so many units; anew if weights changed."""
         w_ih, w_hh, b_ih, b_hh = weights
-        key = tuple(
-            (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version)
-            for t in (embedding, *weights)
-        )
+        key = versions((embedding, *weights))
         if key != self._key:
             self._key, self._tables = key, {}
         if units not in self._tables:
@@ -166,6 +175,33 @@ def lstm_sequence(
     initial = state[0][:, 0], state[1][:, 0]
     first = _layer(below, initial, weights[0], keep, rows, True)
     return _layers_above(first, rows, state, weights, keep, dropout)
+
+
+def lstm_packed(
+    data: Tensor,
+    sizes: Tensor,
+    state: State,
+    weights: Sequence[Sequence[Tensor]],
+    dropout: float = 0.0,
+) -> tuple[Tensor, State]:
+    """Tokens [M, D] step by step, `sizes` [T] of them (on the CPU), the longest sequence first.
+
+    Returns the top layer's h, [M, H], and the last state, each [B, L, H].
+    """
+    batch, steps = int(sizes[0]), len(sizes)
+    rows, below, finals = Rows(batch, steps, 1), data, []
+    real = torch.arange(batch) < sizes[:, None]
+    keep = real.to(data.device, torch.uint8)
+    places = real.flatten().nonzero()[:, 0].to(data.device)
+    for layer, layer_weights in enumerate(weights):
+        if layer and dropout:
+            below = F.dropout(below, dropout)
+        initial = state[0][:, layer], state[1][:, layer]
+        h, c = _layer(below, initial, layer_weights, keep, rows, True, places)
+        below = h[batch:].index_select(0, places)
+        finals.append((h[-batch:], c))
+    last = torch.stack([h for h, _ in finals], 1), torch.stack([c for _, c in finals], 1)
+    return below, last
 
 
 def prefix_lstm(

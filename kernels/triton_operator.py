@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from fusion_model.kernels.packed_rows import Backward, Forward, Rows, plain_backward, plain_forward
+from fusion_model.kernels.step_graphs import run_steps
 from fusion_model.kernels.triton_launch import (
     chip_of,
     close,
+    on,
     sequence_backward_config,
     sequence_config,
     trusted,
@@ -41,7 +43,18 @@ def _run_forward(persistent: bool, args: Forward) -> None:
             return launch(*args)
     size = (args.rows.active(0) > 16, args.rows.active(0) > 64, args.shared)
     if trusted("rows_forward", key + size, device, lambda: _agrees_forward(steps_forward, args)):
-        return steps_forward(*args)
+        first = len(args.c)  # rows of h and c_saved that are given, before the first step
+        reads: dict[str, int | None] = {
+            "x_gates": None,
+            "ids": None,
+            "w": None,
+            "c": None,
+            "keep": None,
+        }
+        reads |= {"h": first, "c_saved": first}
+        fixed = () if args.ids is None else ("x_gates",)
+        writes = ("h", "c", "c_saved", "gates")
+        return run_steps("rows_forward", steps_forward, args, reads, writes, fixed)
     return plain_forward(*args)
 
 
@@ -80,7 +93,9 @@ def _run_backward(persistent: bool, args: Backward) -> None:
             return launch(*args)
     size = (args.rows.active(0) > 16, args.rows.active(0) > 64)
     if trusted("rows_backward", key + size, device, lambda: _agrees_backward(steps_backward, args)):
-        return steps_backward(*args)
+        reads = dict.fromkeys(("dh", "dc", "w", "c_saved", "gates", "keep", "held"))
+        writes = ("dc", "grad", "held")
+        return run_steps("rows_backward", steps_backward, args, reads, writes)
     return plain_backward(*args)
 
 
@@ -134,7 +149,8 @@ def lstm_rows(
     if save:
         c_saved[:count] = c
     saved, given = (c_saved, gates) if save else (None, None), (rows, shared, units)
-    _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, saved[0], saved[1], *given))
+    with on(w.device):
+        _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, saved[0], saved[1], *given))
     return h, c, c_saved, gates
 
 
@@ -183,7 +199,10 @@ def lstm_rows_backward(
     rows = Rows(batch, steps, count // batch)
     offsets = rows.offsets()
     grad, dc, held = torch.empty_like(gates), dc.clone(), torch.zeros_like(dc)
-    _run_backward(persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units))
+    with on(w.device):
+        _run_backward(
+            persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units)
+        )
     of_h0 = ((grad[:count] @ w).float() + dh[:count] + held).to(dh.dtype)
     if rows.count == 1:
         h_before, of_x = h[: offsets[-1]], grad

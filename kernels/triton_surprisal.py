@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from fusion_model.kernels.triton_launch import (
     close,
+    on,
     precision,
     surprisal_config,
     trusted,
@@ -220,8 +221,9 @@ def _use_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _forward_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    run = _forward if _use_kernel(x, weight, bias) else _plain_forward
-    return run(x, weight, bias, targets)
+    with on(x.device):
+        run = _forward if _use_kernel(x, weight, bias) else _plain_forward
+        return run(x, weight, bias, targets)
 
 
 @_forward_op.register_fake
@@ -234,8 +236,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[
 def _backward_op(
     upstream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _backward if _use_kernel(x, weight, bias) else _plain_backward
-    return run(upstream.contiguous(), x, weight, bias, targets, lse)
+    with on(x.device):
+        run = _backward if _use_kernel(x, weight, bias) else _plain_backward
+        return run(upstream.contiguous(), x, weight, bias, targets, lse)
 
 
 @_backward_op.register_fake

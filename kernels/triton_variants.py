@@ -20,7 +20,8 @@ from fusion_model.kernels.triton_launch import (
 
 WIDTHS = (512, 650, 768, 1024, 1500, 2048)
 BATCHES = (8, 16, 32, 64, 128, 256)
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
 IDS = {"p_ids": "*i64", "p_targets": "*i64", "p_tokens": "*i64", "p_seed": "*i64",
        "p_keep": "*u8", "p_done": "*u8", "p_count": "*i32"}  # fmt: skip
 FLOATS = ("p_c", "p_c_saved", "p_c_next", "p_c_before", "p_dc", "p_held", "p_max", "p_sum", "p_hit",
@@ -71,7 +72,8 @@ def make(
             signature[argument] = IDS.get(argument, own)
     if kernel == "decode_choose":
         signature["p_count"] = "*i64"
-    options = {k: v for k, v in settings.items() if k.startswith("num_") or k == "enable_fp_fusion"}
+    launch = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
+    options = {k: v for k, v in settings.items() if k in launch}
     options["enable_fp_fusion"] = True
     if spins:
         options["launch_cooperative_grid"] = True
@@ -88,7 +90,7 @@ def _sequences(chip: int) -> Iterator[Variant]:
         "train": {"TABLE": False, "HAS_KEEP": True, "SAVE": True},
     }
     seen = set()
-    for dtype in NAMES:
+    for dtype in TYPES:
         for hidden in WIDTHS if dtype == torch.bfloat16 else (512, 768):
             for batch in BATCHES:
                 config = sequence_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
@@ -120,7 +122,7 @@ def _sequences(chip: int) -> Iterator[Variant]:
 def _rows() -> Iterator[Variant]:
     from fusion_model.kernels.triton_rows import backward_constants, forward_constants
 
-    for dtype in NAMES:
+    for dtype in TYPES:
         for hidden in WIDTHS if dtype == torch.bfloat16 else (768,):
             for rows in (16, 64, 8192):
                 units = step_units(rows, hidden)
@@ -144,7 +146,7 @@ def _rows() -> Iterator[Variant]:
 def _decode() -> Iterator[Variant]:
     from fusion_model.kernels.triton_decode import linear_constants
 
-    for dtype in NAMES:
+    for dtype in TYPES:
         for rows in (1, 64):
             for fusion, outputs, width in ((0, 8192, 512), (1, 512, 768), (2, 768, 768)):
                 settings = linear_constants(rows, outputs, width, dtype)
@@ -156,20 +158,52 @@ def _decode() -> Iterator[Variant]:
         settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": 8192, "num_warps": 8}
         yield make(
             mode, "triton_decode:decode_choose", torch.float32,
-            ("v", "batch", "steps", "k", "eos"), settings, products=False,
+            ("v", "batch", "steps", "k", "eos", "pad"), settings, products=False,
         )  # fmt: skip
 
 
 def _surprisal() -> Iterator[Variant]:
     from fusion_model.kernels.triton_surprisal import surprisal_constants
 
-    for dtype in NAMES:
+    for dtype in TYPES:
         settings = surprisal_constants(512, dtype, True)
         for kernel in ("surprisal_forward", "surprisal_backward"):
             name = kernel.replace("_", " ")
             yield make(name, f"triton_surprisal:{kernel}", dtype, ("n", "v"), settings)
 
 
+def _checks() -> Iterator[Variant]:
+    """What only `fusion-lm gpu-check` runs, as it runs there: floors, and debug builds."""
+    from fusion_model.kernels.gpu_hangs import DEBUG, LOOKS, WIDTH
+    from fusion_model.kernels.triton_sequence import sequence_constants
+    from fusion_model.kernels.triton_sequence_backward import backward_settings
+
+    kind = torch.int32
+    scalars = {"empty_steps": ("steps",), "wait_in_vain": ("target",), "nothing": (),
+               "read_all": ("blocks", "rounds")}  # fmt: skip
+    settings: dict[str, dict[str, Any]] = {
+        "empty_steps": {"LIMIT": 0, "num_warps": 4, "launch_cooperative_grid": True},
+        "wait_in_vain": {"LIMIT": LOOKS, "num_warps": 4},
+        "nothing": {"num_warps": 4},
+        "read_all": {"BLOCK": 4096, "num_warps": 8},
+    }
+    for kernel, own in settings.items():
+        home = f"triton_floor:{kernel}"
+        yield make(f"check {kernel}", home, kind, scalars[kernel], own, products=False)
+    flags = {"TABLE": False, "HAS_KEEP": False, "SAVE": False, "LIMIT": LOOKS}
+    forward, backward = DEBUG
+    yield make(
+        "sequence debug", "triton_sequence:sequence_forward_split", torch.bfloat16,
+        ("steps", "batch", "one"), sequence_constants(forward, torch.bfloat16, WIDTH) | flags,
+        spins=True,
+    )  # fmt: skip
+    own = backward_settings(backward, torch.bfloat16, WIDTH) | {"HAS_KEEP": False, "LIMIT": LOOKS}
+    yield make(
+        "sequence backward debug", "triton_sequence_backward:sequence_backward_kernel",
+        torch.bfloat16, ("steps", "batch"), own, spins=True,
+    )  # fmt: skip
+
+
 def variants(chip: int) -> list[Variant]:
     """What ships for a chip: 80, 90 or 100."""
-    return [*_surprisal(), *_rows(), *_decode(), *_sequences(chip)]
+    return [*_surprisal(), *_rows(), *_decode(), *_checks(), *_sequences(chip)]

@@ -1,159 +1,247 @@
-"""The logic of `fusion-lm gpu-check`, tried on a CPU: cases in the interpreter."""
+"""`fusion-lm gpu-check` itself: nothing stops it, what is known is written, goals are judged."""
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import gpu_fake_parts
 import pytest
 import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import gpu_cases, gpu_check, gpu_timing, triton_launch
-from fusion_model.kernels.gpu_cases import Case
-from fusion_model.kernels.triton_launch import KNOWN_CHIPS
-from triton_programs import concurrent_programs
+from fusion_model.kernels import gpu_check, gpu_timing, gpu_work, triton_launch
+from fusion_model.kernels.gpu_check import PARTS, Part, run_parts
+from fusion_model.kernels.gpu_report import report
+from fusion_model.kernels.gpu_work import GOALS, Work, floor, give_floors, measured, verdicts
 
 from fusion_model.cli import app
 
 CPU = torch.device("cpu")
 
 
-def test_limits_stay_under_eight_minutes() -> None:
-    assert sum(limit for _, limit in gpu_check.PARTS.values()) < 480
+def parts(*names: str, each: float = 60.0, timed: bool = False) -> dict[str, Part]:
+    return {name: Part(f"gpu_fake_parts:{name}", each, timed) for name in names}
 
 
-def test_cases_reach_every_kind_of_launch_on_an_h200() -> None:
-    found = [case for op in ("sequence", "prefix", "surprisal") for case in gpu_cases.cases(op)]
-    assert len({str(case) for case in found}) == len(found)
-    kinds = set()
-    for case in gpu_cases.cases("sequence"):
-        dtype = gpu_cases.TYPES[case.dtype]
-        args = (case.hidden, case.batch, 1, dtype, case.steps, case.training)
-        plan = triton_launch.rows_plan(KNOWN_CHIPS[90], *args)
-        config = triton_launch.sequence_config(KNOWN_CHIPS[90], case.hidden, case.batch, dtype)
-        if plan.persistent and config is not None:
-            kinds.add((config.split, config.staged > 0, case.training))
-        else:
-            kinds.add("steps")
-    assert kinds == {
-        "steps", (True, False, True), (True, False, False), (True, True, False),
-        (False, True, False),
-    }  # fmt: skip
+def check_mixed(found: dict[str, Any]) -> None:
+    assert list(found) == [
+        "first", "raises", "dies", "between", "hangs", "wrong", "last but one", "hangs, too",
+    ]  # fmt: skip
+    good = [name for name, row in found.items() if row["ok"]]
+    assert good == ["first", "between", "last but one"]
+    assert found["last but one"] == {"case": "last but one", "ok": True, "us": 3.0}
+    assert "ZeroDivisionError" in found["raises"]["error"]
+    assert "exit 3" in found["dies"]["error"]
+    assert found["hangs"]["error"] == found["hangs, too"]["error"] == "not done within 2 s"
 
 
-SMALL = [
-    Case("sequence", "fp16", 3, 4, 5, 9, layers=2, masked=True),
-    Case("sequence", "fp32", 2, 3, 4, 7, training=False),
-    Case("prefix", "fp16", 2, 4, 5, 9),
-    Case("surprisal", "fp32", 20, 0, 16, 30),
-]
-
-
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_a_right_kernel_passes(case: Case) -> None:
-    result = gpu_cases.compare(case, CPU)
-    assert result["ok"], result
-    json.dumps(result)
-
-
-@pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_a_wrong_kernel_fails(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = gpu_cases.target_log_probs
-
-    def wrong(*args: Any, backend: str) -> torch.Tensor:
-        return run(*args, backend=backend) * (factor if backend == "triton" else 1)
-
-    monkeypatch.setattr(gpu_cases, "target_log_probs", wrong)
-    result = gpu_cases.compare(SMALL[-1], CPU)
-    assert not result["ok"]
-    assert not result["of_budget"] <= 1
-
-
-def test_a_case_that_raises_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cases, "cases", lambda _: SMALL[:1])
-    monkeypatch.setattr(gpu_cases, "build", lambda *_: 1 / 0)
-    [result] = gpu_cases.check("sequence", CPU)
-    assert not result["ok"]
-    assert "ZeroDivisionError" in result["error"]
-
-
-def test_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cases, "REPEATED", SMALL[1:3])
-    assert all(result["ok"] for result in gpu_cases.repeat(CPU, 3))
-    count = iter(range(100))
-    outputs = gpu_cases.outputs
-    monkeypatch.setattr(gpu_cases, "outputs", lambda *a: [o + next(count) for o in outputs(*a)])
-    assert not any(result["ok"] for result in gpu_cases.repeat(CPU, 3))
-
-
-def test_timings_are_of_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small sizes on the CPU, every timed call made once: none fails, all figures are there."""
-    from fusion_model.kernels import triton_decode
-
-    def once(run: Any, rounds: int = 1) -> float:
-        run()
-        return 2.0
-
-    for name, value in {
-        "DEVICE": "cpu", "D": 8, "H": 16, "V": 20, "NAMES": {torch.float16: "fp16"},
-        "microseconds": once, "graphed": lambda run: run,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(gpu_timing, name, value)
-    monkeypatch.setattr(triton_decode, "TokenGraph", lambda decoder: decoder)
-    rows = [
-        *gpu_timing._sequence(torch.float16, 2, 3),
-        *gpu_timing.decoding(),
-        *gpu_timing.prefixes(2, 3),
-        *gpu_timing.surprisals(10),
-        gpu_timing._product(torch.float16, 16),
-    ]
-    with concurrent_programs():
-        rows.append(gpu_timing._empty_steps(3, 5))
-    assert len(rows) == 3 + 2 + 2 + 2 + 2
-    for row in rows:
-        assert row["ok"], row
-        assert row.get("ratio", 1.0) == 1.0
-    results = {"parts": {"x": rows}}
-    assert all(verdict == "ok" for _, _, verdict, _ in gpu_check.rows_of(results))
-
-
-def test_both_sides_of_a_ratio_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, Any]] = []
-
-    def versus(name: str, ours: Any, theirs: Any, **more: Any) -> dict[str, Any]:
-        seen.append((ours(), theirs()))
-        return {"case": name, "ok": True}
-
-    for name, value in {
-        "DEVICE": "cpu", "D": 8, "H": 16, "V": 20, "NAMES": {torch.float32: "fp32"},
-        "versus": versus, "graphed": lambda run: run,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(gpu_timing, name, value)
-    [*_] = gpu_timing._sequence(torch.float32, 2, 3)
-    [*_] = gpu_timing.prefixes(2, 3)
-    [*_] = gpu_timing.surprisals(10)
-    for ours, theirs in seen[:2]:
-        torch.testing.assert_close(ours[0], theirs[0])
-    torch.testing.assert_close(seen[2][0], seen[2][1])  # training step
-    torch.testing.assert_close(seen[3][0].flatten(0, 1), seen[3][1][0])  # last h of every prefix
-    for ours, theirs in seen[4:]:
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_parts_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = gpu_check.PARTS["floors"][0]
-    monkeypatch.setitem(gpu_check.PARTS, "floors", (part, 0.01))
+def test_one_case_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "PROCESS", [sys.executable, gpu_fake_parts.__file__])
+    monkeypatch.setenv("FAKE_MARK", str(tmp_path.parent / "mark"))
     told: list[str] = []
-    results = gpu_check.run_parts(["floors", "graphs"], tmp_path, told.append)
+    fakes = parts("mixed", "unlistable", "lost", each=2.0)
+    results = run_parts(fakes, tmp_path, told.append, 2, "cpu")
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    if not torch.cuda.is_available():
-        assert results["failed"] == 2
-        assert "not done within 0.01 s" in results["parts"]["floors"][-1]["error"]
-        assert results["parts"]["graphs"][0]["error"]
-        assert told == ["floors: 0 of 1", "graphs: 0 of 1"]
-    assert list(tmp_path.iterdir()) == [tmp_path / "results.json"]
+    assert (tmp_path / "report.md").read_text() == report(results)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.md", "results.json"]
+    check_mixed({row["case"]: row for row in results["parts"]["mixed"]})
+    [none] = results["parts"]["unlistable"]
+    assert "not run: exit 1" in none["error"]
+    assert "no such device" in none["error"]
+    rows = results["parts"]["lost"]
+    assert rows[0]["ok"]
+    assert ["exit 4" in rows[1]["error"], "not run: exit 1" in rows[2]["error"]] == [True, True]
+    assert results["failed"] == 5 + 1 + 2
+    assert sorted(told) == ["lost: 1 of 3", "mixed: 3 of 8", "unlistable: 0 of 1"]
+
+
+@pytest.mark.slow
+def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with the processes that the command starts."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    results = run_parts(parts("mixed", each=2.0), tmp_path, lambda _: None, 1, "cpu")
+    check_mixed({row["case"]: row for row in results["parts"]["mixed"]})
+
+
+def test_a_process_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def falls_back() -> dict[str, bool]:
+        triton_launch.checked["rows", "cpu"] = False
+        return {"ok": True}
+
+    listed = [("skipped", None), ("raises", lambda: 1 / 0), ("falls back", falls_back),
+              ("good", lambda: {"ok": True})]  # fmt: skip
+    monkeypatch.setattr(triton_launch, "checked", {})
+    monkeypatch.setattr(Part, "cases", lambda *_: listed)
+    gpu_check.work_off(Part(""), tmp_path / "lines", 1, CPU)
+    plan, *lines = map(json.loads, (tmp_path / "lines").read_text().splitlines())
+    assert plan == {"plan": ["skipped", "raises", "falls back", "good"]}
+    assert [line["begin"] for line in lines[::2]] == ["raises", "falls back", "good"]
+    raises, fallen, good = (line["result"] for line in lines[1::2])
+    assert "ZeroDivisionError" in raises["error"]
+    assert fallen == {"case": "falls back", "ok": False, "fell_back": ["rows cpu"]}
+    assert good == {"case": "good", "ok": True}
+
+
+class Clock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Endless(gpu_check.Worker):
+    """A case every look, ten thousand in all."""
+
+    started: ClassVar[list[str]] = []
+
+    def start(self) -> None:
+        self.started.append(self.name)
+        self.plan = [str(n) for n in range(10_000)]
+
+    def poll(self) -> bool:
+        self.results.append({"case": "x", "ok": True})
+        return False
+
+
+def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed parts still run when checks take all the time that they may; the rest is noted."""
+    clock = Clock()
+    monkeypatch.setattr(gpu_check, "time", clock)
+    monkeypatch.setattr(gpu_check, "Worker", Endless)
+    chosen = parts("a", "b", "c") | parts("d", "e", timed=True)
+    results = run_parts(chosen, tmp_path, lambda _: None, 2, "cpu")
+    assert clock.now < gpu_check.BUDGET + 1
+    assert Endless.started == ["a", "b", "d"]
+    for name, begun, limit in (("a", True, 240), ("c", False, 240), ("d", True, 460),
+                               ("e", False, 460)):  # fmt: skip
+        rows = results["parts"][name]
+        assert len(rows) == (10_000 if begun else 1)
+        assert rows[0]["ok"] == begun
+        assert rows[-1]["error"] == f"not run: {limit} s were over"
+
+
+def test_under_eight_minutes_whatever_happens() -> None:
+    assert gpu_check.CHECKS < gpu_check.BUDGET <= 470
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_lists_its_cases(name: str) -> None:
+    names = [case for case, _ in PARTS[name].cases(CPU)]
+    assert names
+    assert len(set(names)) == len(names)
+    assert all(callable(run) for _, run in PARTS[name].cases(CPU))
+
+
+def test_parts_cover_the_issue() -> None:
+    """Every operation is compared, repeated 200 times and replayed; each hang has its limit."""
+    found = {name: [case for case, _ in part.cases(CPU)] for name, part in PARTS.items()}
+    for kind in ("sequence", "prefix", "surprisal", "token"):
+        assert any(f"200 times {kind}" in case for n in found for case in found[n])
+        for dtype in ("bf16", "fp16", "fp32"):
+            assert any(case.startswith(f"{kind} {dtype}") for n in found for case in found[n])
+    replays = [*found["graphs"], *found["token graphs"]]
+    for kind in ("replays of sequence", "steps as graphs, sequence", "graphs of a token"):
+        assert any(kind in case for case in replays)
+    assert len(found["hangs"]) == 5
+    assert PARTS["hangs"].each <= 20
+    for dtype in ("fp16", "bf16"):
+        for batch in (1, 16, 64, 256):
+            for mode in ("eager", "graph"):
+                assert f"sequence {dtype} B{batch} H768 T256, {mode}" in found["time sequences"]
+
+
+RATES: dict[str, dict[Any, float]] = {
+    "read": {1000: 2.0, 5000: 1.0},  # GB/s: bytes a nanosecond
+    "product": {"bf16": 3.0},
+    "barrier": {8: 0.5, 16: 0.75},
+    "node": {200: 0.25},
+}
+
+
+def test_the_floor_of_a_row() -> None:
+    """The longer of bytes and products, and the waits besides."""
+    assert floor(Work(1000, 0, "bf16", 0), RATES) == 0.5
+    assert floor(Work(4000, 0, "bf16", 0), RATES) == 4.0
+    assert floor(Work(9000, 0, "bf16", 0), RATES) == 9.0  # more than was measured
+    assert floor(Work(1000, 6_000_000, "bf16", 0), RATES) == 2.0
+    assert floor(Work(1000, 0, "bf16", 4, 9), RATES) == 0.5 + 4 * 0.75
+    assert floor(Work(1000, 0, "bf16", 4), RATES) == 0.5 + 4 * 0.25
+    for missing in RATES:
+        fewer = {k: v for k, v in RATES.items() if k != missing}
+        programs = 9 if missing == "barrier" else 0
+        assert floor(Work(1000, 1, "bf16", 1, programs), fewer) is None
+    assert floor(Work(1000, 1, "fp16", 0), RATES) is None
+    rows = [{"ok": k != "node", "floor": [k, of, v]} for k in RATES for of, v in RATES[k].items()]
+    assert measured([*rows, {"ok": True}]) == {k: v for k, v in RATES.items() if k != "node"}
+
+
+def timed(tags: list[str], us: float, ratio: float, waits: int = 4) -> dict[str, Any]:
+    work = vars(Work(1000, 0, "bf16", waits))
+    return {"case": "x", "ok": True, "work": work, "us": us, "ratio": ratio, "tags": tags}
+
+
+def test_goals() -> None:
+    floors = [{"case": "y", "ok": True, "floor": ["read", 1000, 1.0]},
+              {"case": "y", "ok": True, "floor": ["product", "bf16", 1.0]},
+              {"case": "y", "ok": True, "floor": ["node", 1, 2.0]}]  # fmt: skip
+    tags = ["token 1", "token 1 graph", "floor"]
+    results = {"time": [timed(tags, 10.0, 3.5), timed(tags, 16.0, 4.0)], "floors": floors}
+    results["time"].append(timed(["training"], 5.0, 1.2))
+    results["time"].append(timed(["prefixes"], 5.0, 9.0))
+    results["time"].append({"case": "z", "ok": False, "tags": ["prefixes"]})
+    give_floors(results)
+    assert [row.get("x_floor") for row in results["time"]][:2] == [10 / 9, 16 / 9]
+    found = {(g["tag"], g["figure"]): (g["worst"], g["verdict"]) for g in verdicts(results)}
+    assert found == {
+        ("token 1 graph", "ratio"): (3.5, "met"),
+        ("token 1 graph", "us"): (16.0, "not met"),
+        ("sequence", "ratio"): (None, "not measured"),
+        ("sequence 256", "ratio"): (None, "not measured"),
+        ("training", "ratio"): (1.2, "not met"),  # whatever the rows that are missing say
+        ("prefixes", "ratio"): (9.0, "not measured"),
+        ("floor", "x_floor"): (16 / 9, "not met"),
+    }
+
+
+def test_a_full_run_has_the_rows_that_the_goals_are_of() -> None:
+    rows = []
+    for name, part in PARTS.items():
+        if part.timed and name != "floors":
+            rows += [run.keywords for _, run in part.cases(CPU)]
+    for goal in GOALS:
+        assert sum(goal.tag in row["tags"] for row in rows) == goal.rows, goal
+    assert all(row["tags"] is not None for row in rows)
+    assert gpu_work.GOALS[0].bound == 3.0
+    assert gpu_timing.H == 768
+
+
+def test_the_report_has_all_figures() -> None:
+    rows = [
+        {"case": "sequence a|b", "ok": True, "us": 512.0, "steps": 256, "baseline_us": 1024.0,
+         "ratio": 2.0, "x_floor": 1.25, "tflops": 77.4, "tags": ["sequence"]},
+        {"case": "token", "ok": False, "us_error": "lost", "fell_back": ["decode_token 1"]},
+        {"case": "product", "ok": True, "of_budget": 0.5, "plan": "persistent"},
+    ]  # fmt: skip
+    results = {
+        "machine": {"gpu": "H", "driver": None}, "seconds": 3.0, "failed": 1,
+        "parts": {"time": rows}, "goals": verdicts({"time": rows}),
+    }  # fmt: skip
+    text = report(results)
+    assert "# GPU check: 1 failed, 3 s\n\ngpu H\n" in text
+    assert "| sequence a/b | ok | 512.00 | 2.00 | 1024.00 | 2.00 | 1.25 | 77 |  |" in text
+    assert "| token | FAILED |  |  |  |  |  |  | lost; decode_token 1 |" in text
+    assert "error 0.50 of the budget, persistent" in text
+    assert "| ≥ 2 | 2.00 | 1 of 12 | not measured |" in text
+    assert "| ≤ 15 |  | 0 of 2 | not measured |" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a GPU")
@@ -161,3 +249,28 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["gpu-check", "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert result.output == "error: gpu-check needs a CUDA device, and PyTorch finds none here\n"
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_command(good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run(chosen: Any, out: Path, tell: Any, jobs: int) -> dict[str, Any]:
+        asked.append((list(chosen), jobs))
+        tell("x: 1 of 1")
+        found = {"x": [{"case": "a", "ok": good}]}
+        return {"machine": {}, "parts": found, "failed": 1 - good, "seconds": 1.0,
+                "goals": verdicts(found)}  # fmt: skip
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "run_parts", run)
+    command = ["gpu-check", "--out", str(tmp_path / "new")]
+    result = CliRunner().invoke(app, [*command, "--part", "hangs", "--jobs", "3"])
+    assert result.exit_code == 1 - good, result.output
+    assert "x: 1 of 1" in result.output
+    assert "| goal | needed |" in result.output
+    assert f"results.json: {1 - good} failed" in result.output
+    CliRunner().invoke(app, command)
+    assert asked == [(["hangs"], 3), (["generate", *PARTS], 0)]
+    result = CliRunner().invoke(app, [*command, "--part", "nothing"])
+    assert "no such part, nothing: choose of generate, hangs" in result.output

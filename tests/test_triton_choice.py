@@ -38,6 +38,10 @@ H200 = KNOWN_CHIPS[90]
         (("prefix", "cuda", 90, FP32, None, True), "torch"),
         (("prefix", "cuda", 90, None, None, True), "torch"),
         (("sequence", "cuda", 90, BF16, 100, True), "torch"),
+        (("decode", "cuda", 90, BF16, None, True), "triton"),
+        (("decode", "cuda", 90, FP32, None, True), "torch"),
+        (("decode", "cuda", 90, BF16, None, False), "torch"),
+        (("decode", "cpu", 0, BF16, None, True), "torch"),
     ],
 )
 def test_auto(arguments: Any, expected: str) -> None:

@@ -1,17 +1,31 @@
-"""Decoding on the device, in Triton's interpreter, against the model's own forward pass."""
+"""Decoding kernels in Triton's interpreter: against the model's forward pass, and PyTorch."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from conftest import small_model
-from torch import Tensor
+from torch import Tensor, nn
+from triton_bf16 import right_bfloat16
 
 from fusion_model import FUSIONS, FusionLMForCausalLM
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels.triton_decode import decode_choose
+from fusion_model.kernels import triton_launch, triton_token
+from fusion_model.kernels.decoding import Token, philox, plain_token, scores
+from fusion_model.kernels.gpu_decode_cases import copied
+from fusion_model.kernels.triton_decode import choose, kernel_token
+from fusion_model.kernels.triton_token import WRITTEN, Decoder, DecodeWeights, decode_token
 
 from fusion_model.device_generation import generate_on_device
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16() -> Iterator[None]:
+    with right_bfloat16():
+        yield
 
 
 def greedy(model: FusionLMForCausalLM, ids: Tensor, e: Tensor | None, steps: int) -> Tensor:
@@ -24,6 +38,8 @@ def greedy(model: FusionLMForCausalLM, ids: Tensor, e: Tensor | None, steps: int
         token = torch.where(done, model.config.eos_token_id, token)
         done |= token == model.config.eos_token_id
         ids = torch.cat([ids, token[:, None]], 1)
+        if done.all():
+            break
     return ids
 
 
@@ -37,23 +53,98 @@ def test_greedy_is_the_models(fusion: str, prompt: int, layers: int) -> None:
     assert torch.equal(got, greedy(model, ids, prefix, 6))
 
 
-def choose(logits: Tensor, count: int, temperature: float, top_k: int, seed: int = 5) -> Tensor:
-    batch, v = logits.shape
-    ids, done = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.uint8)
-    tokens = torch.zeros(count + 1, batch, dtype=torch.int64)
-    decode_choose[(batch,)](
-        logits, ids, tokens, done, torch.tensor([count]), torch.tensor([seed]),
-        torch.tensor([temperature or 1.0]), v, batch, count + 1, top_k, -1,
-        GREEDY=temperature == 0, TOP_K=top_k > 0, BLOCK_V=128,
-    )  # fmt: skip
-    assert torch.equal(tokens[count], ids)
-    return ids
+KINDS = {"plain": {}, "multiply": {"multiplies": True}, "gate": {"gate": True}}
+
+
+def decoder(
+    dtype: torch.dtype, kind: str = "plain", batch: int = 3, hidden: int = 20, **options: Any
+) -> Decoder:
+    """Two layers with random weights, in the middle of a sequence."""
+    module = nn.LSTM(7, hidden, 2).to(dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    flags = {k: random(hidden, hidden) if k == "gate" else v for k, v in KINDS[kind].items()}
+    weights = DecodeWeights(
+        random(50, 7), module.all_weights, random(9, hidden), random(50, 9), random(50), **flags
+    )
+    found = Decoder(weights, batch, 4, **options)
+    found.set_prefix(random(batch, 9), random(batch, hidden), random(batch, hidden))
+    state = random(batch, 2, hidden), random(batch, 2, hidden)
+    found.start(torch.randint(50, (batch,)), *state, seed=3, temperature=0.7)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 17])
+def test_a_token_within_the_error_of_pytorch(batch: int, kind: str, dtype: torch.dtype) -> None:
+    """|kernel - float64| <= |PyTorch in the same dtype - float64| + small: state and logits."""
+    token = decoder(dtype, kind, batch).steps[0]
+    results = []
+    for run, wide in ((plain_token, torch.float64), (plain_token, None), (kernel_token, None)):
+        args = copied(token, wide)
+        results.append([t.double() for t in (run(args), args.h_next, args.c)])
+    small = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for exact, eager, kernel in zip(*results, strict=True):
+        budget = (eager - exact).abs().max() + small * (exact.abs().max() + 1)
+        assert (kernel - exact).abs().max() <= budget
+
+
+CHOICES = [{"greedy": True}, {"greedy": False}, {"greedy": False, "top_k": 5}]
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=["greedy", "all", "top k"])
+def test_tokens_are_those_of_pytorch(options: dict[str, Any]) -> None:
+    """The same noise, too; sequences end, and go on with the padding."""
+    one = decoder(torch.float32, "gate", 10, eos=11, pad=2, **options)
+    other = [copied(token) for token in one.steps]
+    shared = {name: getattr(other[0], name) for name in (*WRITTEN, "h")}
+    shared |= {"h": shared["h_next"], "h_next": shared["h"]}
+    other[1] = other[1]._replace(**shared)
+    one.steps[0].done[7] = other[0].done[7] = 1
+    for n in range(4):
+        logits = plain_token(other[n % 2])
+        one.step()
+        assert one.logits is not None
+        torch.testing.assert_close(one.logits, logits)
+    assert torch.equal(one.tokens, other[0].tokens)
+    assert one.tokens[:, 7].tolist() == [2] * 4
+    assert torch.equal(one.done, other[0].done)
+    assert torch.equal(one.done, ((one.tokens == 11).any(0) | (torch.arange(10) == 7)).byte())
+    for got, wanted in zip(one.state(), (other[0].h, other[0].c), strict=True):
+        torch.testing.assert_close(got, wanted.transpose(0, 1)[..., :20])
+
+
+@pytest.mark.parametrize(
+    ("word", "counter", "key"),
+    [(0x6627E8D5, 0, 0), (0x408F276D, 0xFFFFFFFF, -1)],  # Random123's known answers
+)
+def test_philox(word: int, counter: int, key: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.tensor([counter])
+    monkeypatch.setattr(torch, "zeros_like", lambda _: ones)  # its fourth word is 0 otherwise
+    assert philox(torch.tensor([key]), ones, ones, ones).tolist() == [word]
+
+
+def chosen(logits: Tensor, count: int, temperature: float, top_k: int, seed: int = 5) -> Tensor:
+    """By the kernel; the same as by PyTorch."""
+    batch = len(logits)
+    args = decoder(torch.float32, batch=batch, greedy=False, top_k=top_k).steps[0]
+    args.made.fill_(count)
+    args.seed.fill_(seed)
+    args.temperature.fill_(temperature)
+    expected = scores(logits, args).argmax(-1)
+    choose(logits, args)
+    assert torch.equal(args.ids, expected)
+    assert torch.equal(args.tokens[count], args.ids)
+    return args.ids
 
 
 def test_sampling_has_the_softmaxs_frequencies() -> None:
     logits, temperature = torch.randn(5), 0.7
     drawn = torch.cat(
-        [choose(logits.expand(150, 5).contiguous(), n, temperature, 0) for n in (0, 1)]
+        [chosen(logits.expand(150, 5).contiguous(), n, temperature, 0) for n in (0, 1)]
     )
     frequency = torch.bincount(drawn, minlength=5) / len(drawn)
     expected = torch.softmax(logits / temperature, -1)
@@ -65,19 +156,65 @@ def test_sampling_has_the_softmaxs_frequencies() -> None:
 def test_top_k_keeps_the_k_greatest(k: int) -> None:
     logits = torch.randn(15, 100) * 5
     allowed = logits >= logits.topk(k).values[:, -1:]
-    tokens = choose(logits, 0, 50.0, k)
+    tokens = chosen(logits, 0, 50.0, k)
     assert allowed[torch.arange(15), tokens].all()
-    if k == 1:
-        assert torch.equal(tokens, logits.argmax(-1))
-    else:
-        assert not torch.equal(tokens, logits.argmax(-1))
+    assert torch.equal(tokens, logits.argmax(-1)) == (k == 1)
 
 
 def test_samples_depend_on_the_seed_alone() -> None:
     logits = torch.randn(50, 100)
-    once = choose(logits[:20], 3, 1.0, 10)
-    assert torch.equal(once, choose(logits[:20], 3, 1.0, 10))
-    assert not torch.equal(once, choose(logits[:20], 3, 1.0, 10, seed=6))
+    once = chosen(logits[:20], 3, 1.0, 10)
+    assert torch.equal(once, chosen(logits[:20], 3, 1.0, 10))
+    assert not torch.equal(once, chosen(logits[:20], 3, 1.0, 10, seed=6))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operator_registration(kind: str) -> None:
+    args = decoder(torch.float32, kind, greedy=False).steps[0]
+    torch.library.opcheck(torch.ops.fusion_lm.decode_token.default, tuple(args))
+
+
+def test_survives_compilation() -> None:
+    args = decoder(torch.float32, "multiply").steps[0]
+    expected, got = copied(args), copied(args)
+    compiled = torch.compile(decode_token, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*got), decode_token(*expected))
+    for name in WRITTEN:
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("wrong", ["logits", "token", "error"])
+def test_a_wrong_kernel_is_named_and_not_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_launch, "checked", {})
+    right = triton_token.kernel_token
+
+    def kernel(args: Token) -> Tensor:
+        logits = right(args)
+        if wrong == "error":
+            raise RuntimeError("no such instruction")
+        if wrong == "token":
+            args.ids.copy_(logits.argmin(-1))
+        return logits * 1.2 if wrong == "logits" else logits
+
+    monkeypatch.setattr(triton_token, "kernel_token", kernel)
+    one = decoder(torch.float32)
+    other = copied(one.steps[0])
+    with pytest.warns(RuntimeWarning, match="Triton kernel decode_token .*PyTorch computes"):
+        one.step()
+    assert one.logits is not None
+    torch.testing.assert_close(one.logits, plain_token(other))
+    assert torch.equal(one.tokens, other.tokens)
+
+
+def test_a_right_kernel_passes_its_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for options in CHOICES:
+            args = decoder(dtype, "gate", 5, eos=3, **options).steps[0]
+            before = copied(args)
+            assert triton_token._agrees(args)
+            assert all(torch.equal(getattr(args, n), getattr(before, n)) for n in WRITTEN)
 
 
 def test_what_cannot_be_decoded_says_why() -> None:
@@ -87,5 +224,7 @@ def test_what_cannot_be_decoded_says_why() -> None:
     with pytest.raises(ValueError, match=r"one embedding a sequence.*\[B, 5\]"):
         generate_on_device(small_model(fusion="add"), ids, torch.randn(1, 2, 5))
     model = small_model(fusion="none")
+    with pytest.raises(ValueError, match="training mode"):
+        generate_on_device(small_model(fusion="none").train(), ids)
     with pytest.raises(ValueError, match="needs a CUDA device, not cpu"):
         generate_on_device(model, ids, max_new_tokens=1, graph=True)

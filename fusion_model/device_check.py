@@ -1,0 +1,68 @@
+"""`generate` with whole models on the device at hand: for `fusion-lm gpu-check`."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from fusion_model import device_generation
+from fusion_model.config import FusionLMConfig
+from fusion_model.model import FusionLMForCausalLM
+
+Result = dict[str, Any]
+STEPS = 60
+
+
+def _model(device: torch.device, **options: Any) -> Any:
+    torch.manual_seed(0)
+    size = {"embedding_size": 128, "hidden_size": 320, "prefix_size": 64, "vocab_size": 5003}
+    config = FusionLMConfig(**(size | {"initializer_range": 1.0} | options))
+    model: Any = FusionLMForCausalLM(config)
+    return model.eval().to(device)
+
+
+def greedy(device: torch.device, fusion: str, layers: int, batch: int) -> Result:
+    """In float32 the tokens of the equations (cuDNN's would be of TensorFloat-32)."""
+    model = _model(device, fusion=fusion, num_layers=layers)
+    ids = torch.randint(3, 5003, (batch, 4), device=device)
+    options: dict[str, Any] = {"max_new_tokens": STEPS, "do_sample": False}
+    if fusion != "none":
+        options["prefix_embeds"] = torch.randn(batch, 64, device=device)
+    tokens = {}
+    for backend in ("reference", "triton"):
+        model.set_backend(backend)
+        tokens[backend] = model.generate(ids, **options)
+    used = model in device_generation._decoders
+    same = torch.equal(*tokens.values())
+    result: Result = {"ok": used and same}
+    if not used:
+        result["error"] = "it took the ordinary path"
+    elif not same:
+        shape = [t.shape[1] for t in tokens.values()]
+        shorter = min(shape)
+        differ = (tokens["reference"][:, :shorter] != tokens["triton"][:, :shorter]).sum()
+        result["error"] = f"{int(differ)} tokens differ; lengths {shape}"
+    return result
+
+
+def sampled(device: torch.device, top_k: int) -> Result:
+    """In bfloat16: repeatable by the seed, and otherwise not the same."""
+    model = _model(device, fusion="gate").to(torch.bfloat16)
+    model.set_backend("triton")
+    ids, e = torch.randint(3, 5003, (8, 4), device=device), torch.randn(8, 64, device=device)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        options = {"do_sample": True, "top_k": top_k, "max_new_tokens": STEPS}
+        found.append(model.generate(ids, prefix_embeds=e, **options))
+    good = torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    return {"ok": good and model in device_generation._decoders}
+
+
+def cases(device: torch.device) -> list[tuple[str, Any]]:
+    found = [
+        (f"greedy {fusion} L{layers} B{batch}", partial(greedy, device, fusion, layers, batch))
+        for fusion in ("none", "concat", "gate", "init_both")
+        for layers, batch in ((1, 1), (2, 17))
+    ]
+    return found + [(f"sampled, top k {k}", partial(sampled, device, k)) for k in (0, 40)]

@@ -1,0 +1,75 @@
+"""What the chip at hand can do at best: memory, products, barriers, launches in a graph."""
+
+from functools import partial
+
+import torch
+from fusion_model.kernels import gpu_timing, triton_launch
+from fusion_model.kernels.gpu_cases import Named, Result
+
+SIZES = (8 << 20, 16 << 20, 32 << 20, 1 << 30)  # bytes: in the L2 cache of an H200, and not
+PROGRAMS = (24, 48, 96, 128)
+
+
+def _read(size: int, total: int) -> Result:
+    from fusion_model.kernels.triton_floor import read_all
+
+    block, rounds = 4096, max(1, total // size)
+    programs = min(8 * 132, size // 4 // block)
+    x = torch.zeros(size // 4, dtype=torch.int32, device=gpu_timing.DEVICE)
+    out = x.new_empty(programs)
+    us = gpu_timing.microseconds(
+        lambda: read_all[(programs,)](x, out, size // 4 // block, rounds, BLOCK=block, num_warps=8)
+    )
+    rate = size * rounds / us / 1e3
+    return {"ok": True, "us": us, "gb_per_s": rate, "floor": ["read", size, rate]}
+
+
+def _product(dtype: torch.dtype, order: int) -> Result:
+    m = torch.randn(order, order, device=gpu_timing.DEVICE, dtype=dtype)
+    us = gpu_timing.microseconds(lambda: m @ m)
+    rate = 2 * order**3 / us / 1e6
+    name = gpu_timing.NAMES[dtype]
+    return {"ok": True, "us": us, "tflops": rate, "floor": ["product", name, rate]}
+
+
+def _barrier(programs: int, steps: int) -> Result:
+    from fusion_model.kernels.triton_floor import empty_steps
+
+    count = torch.zeros(1, dtype=torch.int32, device=gpu_timing.DEVICE)
+
+    def loop() -> None:
+        count.zero_()
+        triton_launch.launch_spinning(
+            empty_steps, (programs, 1), (count, steps), count.device, LIMIT=0, num_warps=4
+        )
+
+    try:
+        us = gpu_timing.microseconds(loop) / steps
+    except triton_launch.LaunchRefused as refused:  # a smaller chip: no failure of ours
+        return {"ok": True, "refused": str(refused)}
+    return {"ok": True, "us": us, "floor": ["barrier", programs, us]}
+
+
+def _node(nodes: int) -> Result:
+    from fusion_model.kernels.triton_floor import nothing
+
+    out = torch.zeros(1, device=gpu_timing.DEVICE)
+
+    def launches() -> None:
+        for _ in range(nodes):
+            nothing[(96,)](out, num_warps=4)
+
+    us = gpu_timing.microseconds(gpu_timing.graphed(launches)) / nodes
+    return {"ok": True, "us": us, "floor": ["node", nodes, us]}
+
+
+def floors(
+    _: torch.device, total: int = 1 << 28, order: int = 8192, steps: int = 1000, nodes: int = 200
+) -> list[Named]:
+    """Memory, products, grids that only wait for themselves, and launches of nothing."""
+    found: list[Named] = [(f"read {s >> 20} MiB", partial(_read, s, total)) for s in SIZES]
+    for dtype, name in gpu_timing.NAMES.items():
+        found.append((f"product {name} {order}^3", partial(_product, dtype, order)))
+    for programs in PROGRAMS:
+        found.append((f"barrier of {programs} programs", partial(_barrier, programs, steps)))
+    return [*found, ("node of a graph", partial(_node, nodes))]

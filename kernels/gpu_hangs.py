@@ -1,0 +1,88 @@
+"""Launches that could hang: each must raise or end, under its time limit, on the GPU at hand."""
+
+from typing import Any
+
+import torch
+from fusion_model.kernels import triton_launch
+from fusion_model.kernels.gpu_cases import Named, Result
+from torch import Tensor
+
+WIDTH, LOOKS = 64, 1000
+# Forward and backward: 8 programs of 4 warps each for WIDTH units.
+DEBUG = [triton_launch.SequenceConfig(8, 16, 4, 16, chunks, 0, True) for chunks in (1, 4)]
+
+
+def _counters(device: torch.device) -> tuple[Tensor, Tensor]:
+    count, out = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    return count, out
+
+
+def _gives_up(device: torch.device) -> Result:
+    from fusion_model.kernels.triton_floor import wait_in_vain
+
+    count, out = _counters(device)
+    wait_in_vain[(1,)](count, out, 1, LIMIT=LOOKS)
+    return {"ok": int(out) == 1}
+
+
+def _in_vain(device: torch.device, backward: bool) -> Result:
+    """A persistent kernel in a debug build, whose programs wait for more than will ever come."""
+    from fusion_model.kernels.triton_sequence import sequence_forward
+    from fusion_model.kernels.triton_sequence_backward import sequence_backward
+
+    config, steps, kind = DEBUG[backward], 4, torch.bfloat16
+    h = torch.zeros(steps + 1, 1, WIDTH, device=device, dtype=kind)
+    gates, grad = torch.zeros(2, steps, 1, 4 * WIDTH, device=device, dtype=kind)
+    w = torch.zeros(4 * WIDTH, WIDTH, device=device, dtype=kind)
+    c, held, c_saved = h[0].float(), h[0].float(), h.float()
+
+    def in_vain(kernel: Any, grid: tuple[int, ...], args: Any, options: dict[str, Any]) -> None:
+        [count] = (a for a in args if isinstance(a, Tensor) and a.dtype == torch.int32)
+        count.fill_(-1000)
+        kernel[grid](*args, **options)
+
+    old, triton_launch.spinning_runner = triton_launch.spinning_runner, in_vain
+    try:
+        if backward:
+            sequence_backward(h, c, w, c_saved, gates, None, grad, held, steps, config, limit=LOOKS)
+        else:
+            sequence_forward(gates, None, w, h, c, None, None, None, steps, config, limit=LOOKS)
+        h.sum().item()  # waits for the launch
+    finally:
+        triton_launch.spinning_runner = old
+    return {"ok": True}
+
+
+def _too_large(device: torch.device) -> Result:
+    from fusion_model.kernels.triton_floor import empty_steps
+
+    count, _ = _counters(device)
+    grid = (triton_launch.chip_of(device).sms + 1, 1)
+    try:
+        triton_launch.launch_spinning(empty_steps, grid, (count, 2), device, LIMIT=0)
+    except triton_launch.LaunchRefused as refused:
+        return {"ok": True, "refused": str(refused)}
+    return {"ok": False}
+
+
+def _too_large_for_the_driver(device: torch.device) -> Result:
+    from fusion_model.kernels.triton_floor import empty_steps
+
+    count, _ = _counters(device)
+    many = 64 * triton_launch.chip_of(device).sms
+    try:
+        empty_steps[(many,)](count, 2, LIMIT=10_000, launch_cooperative_grid=True, num_warps=8)
+        torch.cuda.synchronize()
+    except Exception as refused:  # whatever class the driver's refusal has
+        return {"ok": True, "refused": f"{type(refused).__name__}: {refused}"[:200]}
+    return {"ok": False}
+
+
+def hangs(device: torch.device) -> list[Named]:
+    return [
+        ("a debug build gives up waiting", lambda: _gives_up(device)),
+        ("a forward pass in vain gives up", lambda: _in_vain(device, False)),
+        ("a backward pass in vain gives up", lambda: _in_vain(device, True)),
+        ("a grid larger than the chip is refused by us", lambda: _too_large(device)),
+        ("a far larger one is refused by the driver", lambda: _too_large_for_the_driver(device)),
+    ]

@@ -1,0 +1,87 @@
+"""The results of a GPU check as a table that a person reads, and what they belong to."""
+
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Results = Mapping[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    import triton
+
+    gpu = torch.cuda.is_available()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "driver": _first_line(query),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": _first_line(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _first_line(command: list[str]) -> str | None:
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.splitlines()[0].strip() if out.strip() else None
+
+
+def _number(row: Mapping[str, Any], key: str, form: str = ".2f") -> str:
+    return format(row[key], form) if row.get(key) is not None else ""
+
+
+def _remarks(row: Mapping[str, Any]) -> str:
+    found = []
+    if "of_budget" in row:
+        found.append(f"error {row['of_budget']:.2f} of the budget, {row['plan']}")
+    if "gb_per_s" in row:
+        found.append(f"{row['gb_per_s']:.0f} GB/s")
+    keys = ("error", "us_error", "refused")
+    found += [str(row[key]) for key in keys if key in row]
+    if "baseline_us_error" in row:
+        found.append(f"cuDNN or PyTorch: {row['baseline_us_error']}")
+    return "; ".join([*found, *row.get("fell_back", []), *row.get("fallback", [])])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    per_step = row["us"] / row["steps"] if "us" in row and "steps" in row else None
+    timed = dict(row) | {"per_step": per_step}
+    figures = [_number(timed, k) for k in ("us", "per_step", "baseline_us", "ratio", "x_floor")]
+    return [row["case"], "ok" if row["ok"] else "FAILED", *figures, _number(row, "tflops", ".0f"),
+            _remarks(row)]  # fmt: skip
+
+
+def _table(head: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + " --- |" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row) + " |"
+
+
+def report(results: Results) -> str:
+    """Markdown: machine, goals, then a table of every part."""
+    of = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value)
+    lines = [f"# GPU check: {results['failed']} failed, {results['seconds']:.0f} s", "", of, ""]
+    goals = (
+        [g["what"], f"{'≥' if g['at_least'] else '≤'} {g['bound']:g}", _number(g, "worst"),
+         f"{g['measured']} of {g['rows']}", g["verdict"]]
+        for g in results["goals"]
+    )  # fmt: skip
+    lines += _table(["goal", "needed", "worst", "rows measured", "verdict"], goals)
+    head = ["case", "", "µs", "µs a step", "theirs µs", "times theirs", "x floor", "TFLOP/s", ""]
+    for part, rows in results["parts"].items():
+        lines += ["", f"## {part}", "", *_table(head, map(_cells, rows))]
+    return "\n".join(lines) + "\n"
