@@ -13,11 +13,9 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.arms import STATIC, WIDER
 from fusion_model.experiments.figures import curves, intervals
 from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number
-from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.statistics import Estimate, holm, mean_estimate, paired_losses
 from fusion_model.experiments.study import Arm, Run, Study
 from fusion_model.experiments.texts import Texts, plain_name, write_test, write_texts
-from fusion_model.options import TrainingOptions
 from fusion_model.text import Document
 
 if TYPE_CHECKING:
@@ -31,6 +29,11 @@ TITLES = {
     "view": "What the encoder sees",
     "schedule": "Dropout on the embedding, rising and falling",
     "policy": "How often the encoder runs: cost against perplexity",
+}
+GRIDS = {
+    "learning_rate": "learning rate",
+    "dropout": "dropout",
+    "prefix_dropout": "dropout on e",
 }
 Results = Mapping[str, Sequence[Run]]
 
@@ -50,7 +53,8 @@ def run(
     results = study.results(arms)
     findings = Findings(name, TITLES[name], describe(study, encoder_note))
     findings.tables.append(perplexity_table(results, encoder_note))
-    findings.answer = [*_answers(results), *_grid_edges(study.size, results)]
+    findings.tables.append(times_table(study, results, encoder_note))
+    findings.answer = [*_answers(results), *_grid_edges(study, results)]
     if name == "fusion":
         findings.answer.append(_early_and_late(results))
     if name == "policy":
@@ -63,17 +67,21 @@ def run(
     return findings
 
 
-def describe(study: Study, encoder_note: str) -> str:
-    """What was run, in a paragraph; nothing in it is typed by hand."""
+def describe(study: Study, encoder_note: str, sentences: Sequence[int] = ()) -> str:
+    """What was run, in a paragraph; nothing in it is typed by hand.
+
+    Args:
+        sentences: of training, where there are several sizes.
+    """
     size, fields = study.size, study.size.training
-    prefix_dropout = fields.get("prefix_dropout", TrainingOptions.prefix_dropout)
+    trained = ", ".join(f"{n:,}" for n in sentences or (size.sentences,))
+    grids = "; ".join(f"{GRIDS[field]} ({_list(grid)})" for field, grid in size.grids.items())
     return (
-        f"Size `{size.name}`: {size.sentences:,} training, {size.dev:,} dev and {size.test:,} test "
+        f"Size `{size.name}`: {trained} training, {size.dev:,} dev and {size.test:,} test "
         f"sentences of {study.texts.name}; V ≤ {fields['vocab_size']:,}, D = "
         f"{fields['embedding_size']}, H = {fields['hidden_size']}, at most {fields['epochs']} "
         f"epochs, {study.seeds} seed{'s' if study.seeds > 1 else ''}. For each arm alike, dev "
-        f"chose the learning rate ({_list(size.learning_rates)}) and dropout "
-        f"({_list(size.dropouts)}) with seed 0; dropout on e was {prefix_dropout:g} throughout. "
+        f"chose with seed 0, one after the other from the middle of the grid: {grids}. "
         f"{encoder_note}"
     )
 
@@ -115,19 +123,26 @@ def perplexity_table(results: Results, encoder_note: str) -> Table:
     static = differences(results, STATIC.name) if STATIC.name in results else {}
     rows = []
     for name, runs in results.items():
-        perplexity, options = perplexity_of(runs), runs[0].options
+        perplexity = perplexity_of(runs)
         nats = math.log(perplexity.value)
         row = [
             name,
             f"{runs[0].parameters / 1e6:.2f}",
-            f"{options.learning_rate:g}, {options.dropout:g}",
+            _settings(runs[0]),
             f"{best_epoch(runs):.1f}",
             interval(perplexity, 1),
             f"{2**nats:.2f}",
             *_difference(against.get(name)),
         ]
         rows.append(row + (_difference(static.get(name)) if static else []))
-    columns = ["arm", "M parameters", "rate, dropout", "best epoch", "test perplexity", "2^nats"]
+    columns = [
+        "arm",
+        "M parameters",
+        "rate, dropout, on e",
+        "best epoch",
+        "test perplexity",
+        "2^nats",
+    ]
     columns += [f"nats − {WIDER}", "p"] + ([f"nats − {STATIC.name}", "p"] if static else [])
     caption = (
         "Perplexity a token on test, mean over seeds with its 95 % interval over seeds; 2^nats is "
@@ -174,17 +189,51 @@ def _answers(results: Results) -> list[str]:
     return answers
 
 
-def _grid_edges(size: Size, results: Results) -> list[str]:
-    """How many arms took the largest value tried: more might have been better still."""
+def _grid_edges(study: Study, results: Results) -> list[str]:
+    """How many arms took a value at the edge of its grid: beyond it might have been better."""
     parts = []
-    for what, tried, field in (
-        ("learning rate", size.learning_rates, "learning_rate"),
-        ("dropout", size.dropouts, "dropout"),
-    ):
-        at_edge = sum(getattr(r[0].options, field) == max(tried) for r in results.values())
-        if len(tried) > 1:
-            parts.append(f"{at_edge} of {len(results)} the largest {what}")
-    return [f"Of the settings tried, dev chose for {', for '.join(parts)}."] if parts else []
+    for field, grid in study.size.grids.items():
+        arms = [r[0] for r in results.values() if field in study.tuned_fields(r[0].arm)]
+        if arms:
+            at_edge = sum(getattr(run.options, field) in (grid[0], grid[-1]) for run in arms)
+            parts.append(f"{at_edge} of {len(arms)} for {GRIDS[field]}")
+    return [f"Arms for which dev chose the edge of a grid: {', '.join(parts)}."] if parts else []
+
+
+def _settings(run: Run) -> str:
+    """Learning rate, dropout, and dropout on e where there is one."""
+    options = run.options
+    shown = f"{options.learning_rate:g}, {options.dropout:g}"
+    if options.fusion == "none":
+        return shown
+    schedule = options.prefix_dropout_schedule
+    on_e = f"{options.prefix_dropout:g}" if schedule == "constant" else schedule
+    return f"{shown}, {on_e}"
+
+
+def times_table(study: Study, results: Results, encoder_note: str) -> Table:
+    """Seconds of encoding and of training, as they were when the runs were made."""
+    rows = []
+    for name, runs in results.items():
+        encoding = ["", "", ""]
+        if runs[0].options.fusion != "none":
+            vectors, seconds = study.encoding(runs[0])
+            rate = f"{vectors / seconds:,.0f}" if seconds else ""
+            encoding = [f"{vectors:,}", f"{seconds:.1f}", rate]
+        training = [run.seconds for run in runs]
+        epochs = [len(run.metrics) for run in runs]
+        speed = float(np.median([m["tokens_per_second"] for r in runs for m in r.metrics]))
+        rows.append(
+            [name, *encoding, f"{np.mean(training):.1f}", f"{np.mean(epochs):.1f}", f"{speed:,.0f}"]
+        )
+    columns = ["arm", "prefixes encoded", "encoding, s", "prefixes/s", "training, s", "epochs"]
+    caption = (
+        "Wall-clock time of the runs themselves, other work on the machine included. Encoding: "
+        "training and dev text, once for all runs and arms that share encoder, pooling, view and "
+        "policy, duplicates dropped. Training: a run with the chosen settings, the mean over "
+        "seeds, without dev text; tokens/s: the median over epochs. " + encoder_note
+    )
+    return Table("times", caption, [*columns, "tokens/s"], rows)
 
 
 def _learning_curves(results: Results) -> "Figure":
@@ -201,6 +250,15 @@ def _gains(results: Results) -> "Figure":
     return intervals(panels, "difference on test (nats a token; negative: better)", zero=True)
 
 
+def resized(study: Study, sentences: int, documents: Sequence[Document]) -> Study:
+    """The same study with more or fewer training sentences; dev and test text stay."""
+    size = dataclasses.replace(study.size, sentences=sentences)
+    texts = write_texts(
+        study.texts.name, documents, (sentences, size.dev, size.test), study.texts.train.parent
+    )
+    return Study(size, texts, study.out, study.encoder, study.seeds)
+
+
 def _data_size(
     study: Study,
     arms: Sequence[Arm],
@@ -208,19 +266,17 @@ def _data_size(
     encoder_note: str,
 ) -> Findings:
     """Each size is a study of its own on the same dev and test text."""
-    findings = Findings("data-size", TITLES["data-size"], describe(study, encoder_note))
+    sizes = study.size.data_sizes
+    note = describe(study, encoder_note, sizes)
+    findings = Findings("data-size", TITLES["data-size"], note)
     gains: dict[str, list[tuple[float, Estimate]]] = {}
     rows = []
-    text_folder = study.texts.train.parent
-    for sentences in study.size.data_sizes:
-        size = dataclasses.replace(study.size, sentences=sentences)
-        texts = write_texts(
-            study.texts.name,
-            corpora[study.texts.name],
-            (sentences, size.dev, size.test),
-            text_folder,
-        )
-        results = Study(size, texts, study.out, study.encoder, study.seeds).results(arms)
+    for sentences in sizes:
+        part = resized(study, sentences, corpora[study.texts.name])
+        results = part.results(arms)
+        findings.answer += [
+            f"With {sentences:,}: {answer}" for answer in _grid_edges(part, results)
+        ]
         for name, estimate in differences(results, WIDER).items():
             gains.setdefault(name, []).append((sentences, estimate))
         for name, runs in results.items():
@@ -253,6 +309,7 @@ def _data_size(
         errors={name: [(e.low, e.high) for _, e in points] for name, points in gains.items()},
         zero=True,
     )
+    findings.tables.append(times_table(part, results, encoder_note))
     for name, points in gains.items():
         first, last = points[0], points[-1]
         findings.answer.append(

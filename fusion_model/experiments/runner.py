@@ -28,7 +28,6 @@ from fusion_model.text import Document
 
 SCORING = ("reading-times", "examples")
 EXPERIMENTS = (*comparisons.TITLES, *SCORING)
-SHIPPED_MODELS = ("fusion-lm-small-unfused", "fusion-lm-small")
 
 
 @dataclass
@@ -37,8 +36,8 @@ class Experiments:
 
     Args:
         models: for `reading-times` and `examples`: trained models, the first is what the
-            others are compared with. None given: the shipped pair at size `small`, else arms
-            trained for it.
+            others are compared with. None given: arms trained on the largest of
+            `Size.data_sizes`, one model a seed.
         reading_times: a corpus as TSV, instead of Natural Stories in `data`.
     """
 
@@ -137,10 +136,9 @@ class Experiments:
     def _models(self, name: str) -> tuple[Mapping[str, Sequence[FusionLM]], str]:
         """Models by name, one a seed, the reference first; and what the report says of them."""
         names = list(self.models)
-        if not names and self.size.name == "small":
-            names = list(SHIPPED_MODELS)
         if not names:
-            study = self.study
+            largest = max(self.size.data_sizes)
+            study = comparisons.resized(self.study, largest, self.corpora[self.study.texts.name])
             arms = arms_of(name, study.size, *self._encoder_shape())
             results = study.results(arms)
             note = comparisons.describe(study, self.encoder_note)
