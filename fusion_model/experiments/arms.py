@@ -13,32 +13,31 @@ POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static+mean", "stat
 VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "masked", "previous")
 POLICIES = ("every", "word", "stride:4", "sentence", "incremental", "incremental+refresh:8")
 STATIC = Arm("static control", {"fusion": "concat", "pooling": "static"})
-STRONG = Arm("unfused, AWD", {"fusion": "none", "tie_weights": True}, model="awd")
 WIDER = "unfused, wider"
 
 
-def baseline(size: Size, encoder_width: int) -> Arm:
-    """Unfused, its LSTM widened until it has the parameters of `concat` with this encoder."""
-    fields: Mapping[str, Any] = size.training
-    wanted = _parameters(fields, "concat", encoder_width, fields["hidden_size"])
-    hidden = fields["hidden_size"]
-    while _parameters(fields, "none", 1, hidden) < wanted:
-        hidden += 1
-    return Arm(WIDER, {"fusion": "none", "hidden_size": hidden})
+def widened(name: str, arm: Mapping[str, Any], model: str, size: Size, width: int) -> Arm:
+    """An arm whose LSTM is widened until it has the parameters of `concat`.
+
+    Args:
+        arm: its options.
+        width: of e, for it and for `concat`.
+    """
+    fields = dict(size.training)
+    wanted = _parameters({**fields, "fusion": "concat"}, width)
+    while _parameters({**fields, **arm}, width) < wanted:
+        fields["hidden_size"] += 1
+    return Arm(name, {**arm, "hidden_size": fields["hidden_size"]}, model)
 
 
-def _parameters(fields: Mapping[str, Any], fusion: str, width: int, hidden: int) -> int:
+def _parameters(fields: Mapping[str, Any], width: int) -> int:
     import torch
 
-    config = FusionLMConfig(
-        vocab_size=fields["vocab_size"],
-        embedding_size=fields["embedding_size"],
-        hidden_size=hidden,
-        fusion=fusion,
-        prefix_size=width,
-    )
+    names = ("vocab_size", "embedding_size", "hidden_size", "fusion", "tie_weights")
+    shape = {name: fields[name] for name in names if name in fields}
     with torch.device("meta"):
-        return sum(p.numel() for p in FusionLMForCausalLM(config).parameters())
+        model = FusionLMForCausalLM(FusionLMConfig(**shape, prefix_size=width))
+    return sum(p.numel() for p in model.parameters())
 
 
 def joined_pooling(layers: int) -> str:
@@ -63,13 +62,17 @@ def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> lis
     def fused(name: str, model: str = "plain", **options: Any) -> Arm:
         return Arm(name, {"fusion": "concat", "pooling": pooling, **options}, model)
 
-    wider = baseline(size, 3 * encoder_width)
+    awd = {"pooling": pooling, "tie_weights": True}
+    width = 3 * encoder_width
+    wider = widened(WIDER, {"fusion": "none"}, "plain", size, width)
+    strong = widened("unfused, AWD", {"fusion": "none", "tie_weights": True}, "awd", size, width)
+    strong_fused = widened("concat, AWD", {"fusion": "concat", **awd}, "awd", size, width)
     concat = fused("fused")
-    usual = [wider, STRONG, STATIC]
+    usual = [wider, strong, STATIC]
     if experiment == "fusion":
         plain = Arm("unfused", {"fusion": "none"})
         modes = [fused(mode, fusion=mode) for mode in FUSIONS if mode != "none"]
-        return [wider, plain, *usual[1:], *modes, fused("concat, AWD", "awd", tie_weights=True)]
+        return [wider, plain, *usual[1:], *modes, strong_fused]
     if experiment in ("data-size", "domain", "reading-times", "examples"):
         return [*usual, concat]
     if experiment == "encoder":
