@@ -15,7 +15,7 @@ from fusion_model.experiments.figures import intervals
 from fusion_model.experiments.reading import Fit, compare, predictors
 from fusion_model.experiments.reading_data import Frequencies, ReadingTimes
 from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number, signed
-from fusion_model.experiments.statistics import Estimate
+from fusion_model.experiments.statistics import Estimate, scaled
 from fusion_model.language_model import FusionLM
 from fusion_model.text import Document
 from fusion_model.words import CONTEXTS
@@ -212,8 +212,7 @@ def _setting_names(key: Setting) -> tuple[str, str, str]:
 
 def _scaled(estimate: Estimate | None) -> Estimate:
     assert estimate is not None
-    e = estimate
-    return Estimate(e.value * MILLI, e.low * MILLI, e.high * MILLI, e.p)
+    return scaled(estimate, MILLI)
 
 
 def _figure(

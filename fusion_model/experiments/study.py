@@ -76,6 +76,7 @@ class Run:
     Attributes:
         seconds: of training, without dev text and encoding.
         dev_loss: of the best epoch, nats a token.
+        losses: file of each test, by the name that the study has for it.
     """
 
     arm: Arm
@@ -85,10 +86,11 @@ class Run:
     parameters: int
     seconds: float
     dev_loss: float
+    losses: Mapping[str, Path]
 
     def scores(self, name: str) -> Scores:
         """On one of the study's tests."""
-        with np.load(self.folder / f"losses-{name}.npz") as saved:
+        with np.load(self.losses[name]) as saved:
             return Scores(
                 saved["nats"], saved["sentences"], int(saved["words"]), int(saved["characters"])
             )
@@ -187,23 +189,24 @@ class Study:
     def score(self, run: Run) -> None:
         """Losses on all tests, once; settings that dev did not choose need none."""
         for name, path in self.texts.tests.items():
-            if not (run.folder / f"losses-{name}.npz").exists():
+            if not run.losses[name].exists():
                 self._score(run, name, path)
 
     def encoding(self, run: Run) -> tuple[int, float]:
-        """Vectors that training this arm's runs encoded, and the seconds that it took them.
+        """Vectors that the runs of this text and store encoded, and the seconds it took them.
 
-        Of all runs with the same store, since the first fills it for the others.
+        The first such run fills the store for all others.
         """
-        store = self.store(run.options).name
-        lines = [
-            json.loads(line)
-            for result in (self.out / "runs").glob("*/result.json")
-            if json.loads(result.read_text())["store"] == store
-            and (result.parent / "encoding.jsonl").exists()
-            for line in (result.parent / "encoding.jsonl").read_text().splitlines()
-        ]
-        return sum(e["vectors"] for e in lines), sum(e["seconds"] for e in lines)
+        wanted = (self.store(run.options).name, self.texts.train.name)
+        vectors, seconds = 0, 0.0
+        for path in (self.out / "runs").glob("*/encoding.jsonl"):
+            result = path.with_name("result.json")
+            saved = json.loads(result.read_text()) if result.exists() else {}
+            if saved and (saved["store"], saved["settings"]["text"]) == wanted:
+                lines = [json.loads(line) for line in path.read_text().splitlines()]
+                vectors += sum(e["vectors"] for e in lines)
+                seconds += sum(e["seconds"] for e in lines)
+        return vectors, seconds
 
     def store(self, options: TrainingOptions) -> Path:
         """Where embeddings are kept, shared by all runs that need the same ones."""
@@ -249,7 +252,11 @@ class Study:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} is damaged ({error}): delete it to repeat") from None
         best = min(m["dev_loss"] for m in metrics)
-        return Run(arm, folder, options, metrics, parameters, seconds, best)
+        # The text's folder has a hash in its name: another text never meets these losses.
+        losses = {
+            name: folder / f"losses-{text.name}.npz" for name, text in self.texts.tests.items()
+        }
+        return Run(arm, folder, options, metrics, parameters, seconds, best, losses)
 
     def open(self, run: Run) -> FusionLM:
         """The trained model, with its encoder; on a GPU if there is one, as training is."""
@@ -298,7 +305,7 @@ class Study:
             words=sum(len(s.split()) for d in documents for s in d.sentences),
             characters=corpus.characters,
         )
-        temporary.replace(run.folder / f"losses-{name}.npz")
+        temporary.replace(run.losses[name])
 
 
 def _read(path: Path, lm: FusionLM, options: TrainingOptions) -> tuple[list[Document], Corpus]:
