@@ -56,7 +56,7 @@ SIZES = {
             "precision": "bfloat16",
             "encoder_dtype": "auto",
         },
-        learning_rates=(0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+        learning_rates=(0.0006, 0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
         dropouts=(0.2, 0.35, 0.5, 0.65, 0.8),
         prefix_dropouts=(0.3, 0.5, 0.7, 0.85, 0.95),
         data_sizes=(500, 1500, 4500),
