@@ -90,7 +90,7 @@ def run(
         if beginning:
             panel[textwrap.shorten(beginning, 32, placeholder=" …")] = shifts
     columns = ["before", "model", "next", "shift"]
-    findings.tables.append(Table("next-words", findings.setting, columns, rows, left=3))
+    findings.tables.append(Table("next-words", findings.setting, columns, rows, 3, wrapped=(0, 2)))
     findings.figures["shift"] = intervals(
         {f"“… {ending}”": panel}, "shift of the next word (bits)", list(models), zero=True
     )

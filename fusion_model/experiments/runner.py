@@ -100,6 +100,8 @@ class Experiments:
             study = copy(self.study)
             arms = arms_of(name, self.size, *self._encoder_shape())
             findings = comparisons.run(name, study, arms, self.corpora, self.encoder_note)
+        if name in SCORING and self.models:
+            findings.title += ", models trained beforehand"
         return findings.write(self.out / name)
 
     def _claim(self) -> None:
