@@ -89,16 +89,23 @@ def _early_and_late(results: Results) -> str:
 
 
 def _learning_curves(results: Results) -> "Figure":
+    """The worst arm first, so that the legend is in the order of the lines."""
     lines = {}
     for name, runs in results.items():
         epochs = min(len(run.metrics) for run in runs)
         mean = [float(np.mean([run.metrics[i]["dev_loss"] for run in runs])) for i in range(epochs)]
         lines[name] = [(i + 1, math.exp(loss)) for i, loss in enumerate(mean)]
+    lines = dict(sorted(lines.items(), key=lambda line: -min(y for _, y in line[1])))
     return curves(lines, "epoch", "dev perplexity (per token)", log_y=True)
 
 
 def _gains(results: Results) -> "Figure":
-    panels = {f"against {WIDER}": {n: [e] for n, e in differences(results, WIDER).items()}}
+    """Against the unfused model of equal size, and against the control."""
+    missing = Estimate(math.nan, math.nan, math.nan)
+    panels = {}
+    for reference in (WIDER, STATIC.name):
+        found = differences(results, reference)
+        panels[f"against {reference}"] = {n: [found.get(n, missing)] for n in results}
     return intervals(panels, "difference on test (nats a token; negative: better)", zero=True)
 
 
