@@ -8,6 +8,7 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.study import Arm
 from fusion_model.model import FusionLMForCausalLM
+from fusion_model.prefixes import CAUSAL_VIEWS
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static+mean", "static+last")
 VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "masked", "previous")
@@ -81,7 +82,10 @@ def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> lis
         only = fused("embedding only (MLP)", "mlp")
         return [*usual, *poolings, *bags, fused("zeros", encoder="zeros"), only]
     if experiment == "view":
-        views = [fused(view, view=view) for view in VIEWS]
+        views = [
+            fused(view if view in CAUSAL_VIEWS else f"{view} (sees the future)", view=view)
+            for view in VIEWS
+        ]
         shuffled = [fused(f"shuffled, {s}", shuffle=s) for s in ("sentence", "corpus")]
         return [*usual, *views, *shuffled]
     if experiment == "schedule":

@@ -70,11 +70,11 @@ def agreeing(results: Results, name: str, reference: str, test: str = "test") ->
     return sum((d < 0) == (np.mean(found) < 0) for d in found), len(found)
 
 
-def better_arms(results: Results, reference: str) -> list[str]:
+def better_arms(results: Results, reference: str, test: str = "test") -> list[str]:
     """Arms shown to be better: interval below 0, adjusted p below 0.05, and every seed agrees."""
     names = []
-    for name, e in differences(results, reference).items():
-        agree, seeds = agreeing(results, name, reference)
+    for name, e in differences(results, reference, test).items():
+        agree, seeds = agreeing(results, name, reference, test)
         if e.high < 0 and (e.p or 0) < 0.05 and agree == seeds:
             names.append(name)
     return names
