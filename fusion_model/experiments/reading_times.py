@@ -246,7 +246,11 @@ def _count(fits: Mapping[Setting, Mapping[str, Fit]], name: str, reference: str)
             f"{what} is better in {plain.count('better')} and worse in {plain.count('worse')} "
             f"(p adjusted by Holm: {adjusted.count('better')} and {adjusted.count('worse')})"
         )
-    outcome = "the paper's null result stands" if null else "the paper's null result does not stand"
+    outcome = "the paper's null result " + (
+        "stands: no gain is shown, which is not to say that there is none"
+        if null
+        else "does not stand"
+    )
     deltas = [_scaled(fit[name].delta_versus) for fit in fits.values()]
     values = [e.value for e in deltas]
     return (
