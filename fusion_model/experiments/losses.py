@@ -160,14 +160,22 @@ def compared_with(results: Results, reference: str) -> str:
 
 
 def grid_edges(study: Study, results: Results) -> list[str]:
-    """How many arms took a value at the edge of its grid: beyond it might have been better."""
+    """Which arms met the limits of grids and epochs: beyond they might have been better."""
     parts = []
     for field, grid in study.size.grids.items():
         arms = [r[0] for r in results.values() if field in study.tuned_fields(r[0].arm)]
         if arms:
             at_edge = sum(getattr(run.options, field) in (grid[0], grid[-1]) for run in arms)
             parts.append(f"{at_edge} of {len(arms)} for {GRIDS[field]}")
-    return [f"Arms for which dev chose the edge of a grid: {', '.join(parts)}."] if parts else []
+    if not parts:
+        return []
+    epochs = study.size.training["epochs"]
+    unfinished = [name for name, runs in results.items() if best_epoch(runs) == epochs]
+    return [
+        f"Arms for which dev chose the edge of a grid: {', '.join(parts)}. Arms that were best "
+        f"in the last epoch with every seed, and might gain from more: "
+        f"{', '.join(unfinished) or 'none'}."
+    ]
 
 
 def settings_cell(run: Run) -> str:
