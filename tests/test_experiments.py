@@ -17,6 +17,7 @@ from fusion_model import FusionLMConfig
 from fusion_model.cli import app
 from fusion_model.experiments import study as study_module
 from fusion_model.experiments.arms import arms_of
+from fusion_model.experiments.comparisons import resized
 from fusion_model.experiments.models import EmbeddingOnlyLM, RegularisedLM
 from fusion_model.experiments.runner import EXPERIMENTS, Experiments
 from fusion_model.experiments.sizes import Size, size_by_name
@@ -187,6 +188,17 @@ def test_encoding_is_timed_once_for_all_runs(data: Path, tmp_path: Path, bert_fo
     assert seconds > 0
     assert len(list((tmp_path / "out" / "runs").glob("*/encoding.jsonl"))) == 1
     assert all(run.seconds > 0 for run in runs)
+
+
+def test_less_text_is_trained_on_for_as_many_steps(data: Path, tmp_path: Path) -> None:
+    experiments = Experiments(TOY, [str(data)], tmp_path / "out", 1)
+    study, documents = experiments.study, experiments.corpora["brown"]
+    part = resized(study, 4, documents)
+    assert part.size.sentences == 4
+    assert part.size.training["epochs"] == 2 * 16 // 4
+    assert part.size.training["patience"] == 3 * 16 // 4
+    assert resized(study, 16, documents).size.training["epochs"] == 2
+    assert part.texts.tests == study.texts.tests
 
 
 def test_losses_of_another_test_text_are_not_taken(data: Path, tmp_path: Path) -> None:

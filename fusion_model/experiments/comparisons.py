@@ -31,6 +31,7 @@ from fusion_model.experiments.report import Findings, Table, interval, plain_num
 from fusion_model.experiments.statistics import Estimate, scaled
 from fusion_model.experiments.study import Arm, Study
 from fusion_model.experiments.texts import Texts, plain_name, write_test, write_texts
+from fusion_model.options import TrainingOptions
 from fusion_model.text import Document
 
 if TYPE_CHECKING:
@@ -111,8 +112,16 @@ def _gains(results: Results) -> "Figure":
 
 
 def resized(study: Study, sentences: int, documents: Sequence[Document]) -> Study:
-    """The same study with more or fewer training sentences; dev and test text stay."""
-    size = dataclasses.replace(study.size, sentences=sentences)
+    """The same study with more or fewer training sentences; dev and test text stay.
+
+    With fewer, epochs and patience grow as the text shrinks: as many steps are taken, so that
+    arms differ in what they learn from little text and not in how fast they learn.
+    """
+    more = max(study.size.sentences / sentences, 1.0)
+    patience = round(study.size.training.get("patience", TrainingOptions.patience) * more)
+    epochs = {"epochs": round(study.size.training["epochs"] * more), "patience": patience}
+    training = study.size.training | epochs
+    size = dataclasses.replace(study.size, sentences=sentences, training=training)
     texts = write_texts(
         study.texts.name, documents, (sentences, size.dev, size.test), study.texts.train.parent
     )
@@ -151,8 +160,9 @@ def _data_size(
         Table(
             "data-size",
             "Test perplexity a token, and nats a word with differences: each size has a "
-            "vocabulary of its own, so that only these compare across sizes. p adjusted by Holm "
-            "within a size. " + encoder_note,
+            "vocabulary of its own, so that only these compare across sizes. Fewer sentences are "
+            "trained on for more epochs, as many steps. p adjusted by Holm within a size. "
+            + encoder_note,
             [*columns, f"nats a word − {WIDER}", "p"],
             rows,
             left=2,
