@@ -37,8 +37,8 @@ def experiment(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="reading-times, examples: trained models, the reference first (default: at "
-            "size small the two that ship, else trained here)"
+            help="reading-times, examples: trained models, the reference first (default: trained "
+            "here, one a seed); fusion-lm-small-unfused and fusion-lm-small ship"
         ),
     ] = None,
     reading_times: Annotated[

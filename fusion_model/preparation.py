@@ -1,5 +1,7 @@
 """From training options to data: tokenizer, encoder, and both corpora with their embeddings."""
 
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +61,7 @@ def prepare(
         train, dev = (BatchSource(c, None, None, tokenizer.pad_token_id) for c in corpora)
         return Prepared(tokenizer, None, train, dev, None)
     assert encoder is not None
-    store, rows = _embed(options, corpora, tokenizer, encoder, store_path, accelerator)
+    store, rows = _embed(options, corpora, tokenizer, encoder, store_path, out, accelerator)
     train, dev = (
         BatchSource(c, r, store, tokenizer.pad_token_id) for c, r in zip(corpora, rows, strict=True)
     )
@@ -115,6 +117,7 @@ def _embed(
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
     path: Path,
+    out: Path,
     accelerator: Accelerator,
 ) -> tuple[EmbeddingStore, list[np.ndarray]]:
     planner = PrefixPlanner(
@@ -130,7 +133,7 @@ def _embed(
             policy=options.policy,
             writable=writable,
         )
-        rows = []
+        rows, before, began = [], len(store), time.monotonic()
         try:
             for name, corpus in zip(("train", "dev"), corpora, strict=True):
                 positions = sum(corpus.positions)
@@ -139,6 +142,8 @@ def _embed(
                 rows.append(shuffle_rows(found, corpus.positions, options.shuffle, options.seed))
         finally:
             store.close()  # the lock; reading goes on
+            if len(store) > before:
+                _note_encoding(out, len(store) - before, time.monotonic() - began)
         return store, rows
 
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -149,6 +154,12 @@ def _embed(
     if rank:
         result = embed(writable=False, encode=None)
     return result
+
+
+def _note_encoding(out: Path, vectors: int, seconds: float) -> None:
+    """What encoding cost this run, a line each time that it encoded anything."""
+    with open(out / "encoding.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"vectors": vectors, "seconds": round(seconds, 3)}) + "\n")
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,7 @@ class TrainingRun:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "prefix_dropout": self.model.config.prefix_dropout,
             "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+            "seconds": state.seconds,
             "processes": self.accelerator.num_processes,
         }
         better = dev < state.best_dev

@@ -1,6 +1,7 @@
 """Statistics against scipy, statsmodels and known data; reading times against their README."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,33 @@ def test_paired_losses_count_sentences_not_tokens() -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
+
+
+def test_holm_is_its_definition() -> None:
+    """Holm 1979: the i-th smallest of m times m - i + 1, never less than one before it."""
+    generator = np.random.default_rng(1)
+    for size in (1, 2, 5, 12):
+        family = generator.uniform(size=size) ** 3
+        expected = np.empty(size)
+        least = 0.0
+        for i, at in enumerate(np.argsort(family)):
+            least = max(least, min((size - i) * family[at], 1.0))
+            expected[at] = least
+        assert holm(family.tolist()) == pytest.approx(expected.tolist())
+
+
+def test_clustered_errors_are_the_textbook_formula() -> None:
+    """Sentences of unequal length, whose tokens go together (Cameron & Miller 2015, eq. 11)."""
+    generator = np.random.default_rng(2)
+    sentences = np.repeat(np.arange(60), generator.integers(3, 30, 60))
+    difference = generator.normal(0.1, 1, len(sentences)) + generator.normal(0, 1, 60)[sentences]
+    found = paired_losses(difference, np.zeros_like(difference), sentences)
+    n, g, mean = len(sentences), 60, difference.mean()
+    sums = np.bincount(sentences, difference - mean)
+    error = math.sqrt((sums**2).sum() / n**2 * g / (g - 1) * (n - 1) / (n - 1))
+    half = stats.t.ppf(0.975, g - 1) * error
+    assert (found.value, found.low, found.high) == pytest.approx((mean, mean - half, mean + half))
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, g - 1))
 
 
 def test_bootstrap_of_equal_groups_is_scipys() -> None:
@@ -206,3 +234,48 @@ def test_tables_in_markdown_and_latex() -> None:
     assert "a\\_b|c & $-$0.5 \\\\" in table.latex()
     assert "5 \\%" in table.latex()
     assert [p_value(p) for p in (None, 0.0002, 0.0421)] == ["", "<0.001", "0.042"]
+
+
+def latex_faults(source: str) -> list[str]:
+    """What would stop LaTeX, or print another thing, in one of our tables."""
+    lines = [line for line in source.splitlines() if not line.startswith("%")]
+    plain = "\n".join(lines).replace(r"{!}{%", "{!}{")
+    plain = re.sub(r"\\\\$", "", plain, flags=re.MULTILINE)  # ends of rows
+    faults = [] if plain.isascii() else ["not ASCII"]
+    escaped = re.sub(r"\\[a-zA-Z]+|\\[&%$#_{}]", "", plain)  # commands and escapes are fine
+    if escaped.count("$") % 2:
+        faults.append("a formula without end")
+    text = re.sub(r"\$[^$]*\$", "", escaped)
+    faults += [f"bare {c}" for c in "%#_^~\\" if c in text]
+    depth = 0
+    for c in text:
+        depth += (c == "{") - (c == "}")
+        if depth < 0:
+            faults.append("a brace too many")
+    faults += ["a brace without end"] if depth else []
+    begun = re.findall(r"\\begin\{(\w+)\}", source)
+    ended = re.findall(r"\\end\{(\w+)\}", source)
+    faults += [] if begun == ended[::-1] else ["environments do not match"]
+    rows = [line for line in lines if line.endswith(r"\\")]
+    cells = {len(re.findall(r"(?<!\\)&", row)) for row in rows}
+    return faults + ([] if len(cells) == 1 else ["rows of several lengths"])
+
+
+def test_latex_survives_what_names_and_words_hold() -> None:
+    nasty = [r"a_b^c~d%e#f$g&h{i}\j", "−1 ± 2 × 10⁻³", "“Δ” → … – — ‘a’ ≤ <b>"]
+    table = Table("t", " ".join(nasty), nasty, [nasty, ["", *nasty[:2]]], wrapped=(1,))
+    assert latex_faults(table.latex("fusion")) == []
+    assert r"\label{tab:fusion-t}" in table.latex("fusion")
+    faults = latex_faults(table.latex().replace(r"\%", "%").replace(r"\_", "_"))
+    assert faults == ["bare %", "bare _"]  # the check sees them
+    assert latex_faults(table.latex().replace(r"\end{tabular}", "")) != []
+
+
+def test_saved_tables_are_latex() -> None:
+    folder = Path(__file__).parents[1] / "docs" / "experiments"
+    tables = sorted(folder.glob("*/*.tex"))
+    assert tables
+    faults = {str(t): latex_faults(t.read_text(encoding="utf-8")) for t in tables}
+    # Words of the examples are the corpus' own.
+    found = {t: f for t, f in faults.items() if f and (f != ["not ASCII"] or "examples" not in t)}
+    assert not found

@@ -1,7 +1,10 @@
 """Every experiment, end to end at toy size; they resume, and say what they lack."""
 
+import dataclasses
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +13,19 @@ import torch
 from conftest import SENTENCES
 from typer.testing import CliRunner
 
+from fusion_model import FusionLMConfig
 from fusion_model.cli import app
 from fusion_model.experiments import study as study_module
+from fusion_model.experiments.arms import arms_of
+from fusion_model.experiments.comparisons import resized
 from fusion_model.experiments.models import EmbeddingOnlyLM, RegularisedLM
 from fusion_model.experiments.runner import EXPERIMENTS, Experiments
 from fusion_model.experiments.sizes import Size, size_by_name
-from fusion_model.experiments.study import Arm
-from fusion_model.experiments.texts import find_corpora, write_texts
+from fusion_model.experiments.study import Arm, Run, Study
+from fusion_model.experiments.texts import Texts, find_corpora, write_test, write_texts
 from fusion_model.model import FusionLMForCausalLM
+from fusion_model.planning import Corpus, digest
+from fusion_model.text import Document, read_documents
 
 TOY = Size(
     "toy",
@@ -34,6 +42,7 @@ TOY = Size(
     },
     learning_rates=(0.01,),
     dropouts=(0.1,),
+    prefix_dropouts=(0.5,),
     data_sizes=(8, 16),
 )
 STORIES = [SENTENCES[:8], SENTENCES[2:8], SENTENCES[3:7] + SENTENCES[:2]]
@@ -83,11 +92,17 @@ def test_experiment_end_to_end(settings: Experiments, name: str) -> None:
     assert list(report.parent.glob("*.png"))
 
 
+def without_times(report: Path) -> str:
+    """A report but for its table of seconds."""
+    text, rest = report.read_text().split("| arm | prefixes encoded")
+    return text + rest[rest.index("Wall-clock time") :]
+
+
 def test_interrupted_experiment_ends_the_same(
     settings: Experiments, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped during the second arm, then run again: as if never stopped, nothing done twice."""
-    whole = settings.run("schedule").read_text()
+    whole = without_times(settings.run("schedule"))
     other = Experiments(TOY, [str(data)], tmp_path / "other", 1, settings.encoder)
     train, calls = study_module.train, []
 
@@ -100,25 +115,104 @@ def test_interrupted_experiment_ends_the_same(
     monkeypatch.setattr(study_module, "train", stop_in_second)
     with pytest.raises(KeyboardInterrupt):
         other.run("schedule")
-    assert other.run("schedule").read_text() == whole
+    assert without_times(other.run("schedule")) == whole
     assert len(calls) == 7  # six arms, one of them begun twice
     again = Experiments(TOY, [str(data)], tmp_path / "other", 1, settings.encoder)
-    assert again.run("schedule").read_text() == whole
+    assert without_times(again.run("schedule")) == whole
     assert len(calls) == 7
 
 
-def test_dev_chooses_rate_and_dropout(data: Path, tmp_path: Path) -> None:
-    size = Size("toy", 16, 4, 6, TOY.training, learning_rates=(1e-7, 0.02), dropouts=(0.0, 0.9))
+class Landscape(Study):
+    """A study whose runs have the dev loss of a formula, and are counted."""
+
+    def __init__(self, size: Size, out: Path, best: dict[str, float]) -> None:
+        texts = Texts("made", out / "train", out / "dev", {})
+        super().__init__(size, texts, out, "minilm", 1)
+        self.best, self.tried = best, []
+
+    def run(self, arm: Arm, settings: Mapping[str, float], seed: int) -> Run:
+        self.tried.append(tuple(settings.values()))
+        options = self.options(arm, settings, seed)
+        away = [math.log(getattr(options, name) / at) ** 2 for name, at in self.best.items()]
+        return Run(arm, self.out, options, [], 0, 0.0, sum(away), {})
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.004, 0.016])
+@pytest.mark.parametrize("dropout", [0.2, 0.8])
+def test_grids_are_climbed_to_their_best_value(rate: float, dropout: float, tmp_path: Path) -> None:
+    grid = (0.001, 0.002, 0.004, 0.008, 0.016)
+    size = dataclasses.replace(
+        TOY, learning_rates=grid, dropouts=(0.2, 0.4, 0.8), prefix_dropouts=(0.1, 0.3, 0.9)
+    )
+    best = {"learning_rate": rate, "dropout": dropout, "prefix_dropout": 0.3}
+    study = Landscape(size, tmp_path, best)
+    found = study.tuned(Arm("fused", {"fusion": "concat"})).options
+    assert {name: getattr(found, name) for name in best} == best
+    assert len(set(study.tried)) == len(study.tried) <= 5 + 2 + 2
+    unfused = Landscape(size, tmp_path, {"learning_rate": rate, "dropout": dropout})
+    found = unfused.tuned(Arm("unfused", {"fusion": "none"})).options
+    assert (found.learning_rate, found.dropout) == (rate, dropout)
+    assert {tried[1] for tried in unfused.tried} == {0.3}  # dropout on e: there is no e
+
+
+def test_dev_chooses_and_only_the_chosen_are_scored(data: Path, tmp_path: Path) -> None:
+    size = dataclasses.replace(TOY, learning_rates=(1e-7, 0.02), dropouts=(0.1, 0.9))
     study = Experiments(size, [str(data)], tmp_path / "out", seeds=2).study
     arm = Arm("unfused", {"fusion": "none"})
     runs = study.results([arm])[arm.name]
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 4
-    tried = [study.run(arm, rate, p, 0) for rate, p in ((1e-7, 0.0), (0.02, 0.0), (0.02, 0.9))]
-    best = min(tried, key=lambda run: run.dev_loss)
-    assert best.options.learning_rate == 0.02
-    assert runs[0].folder == best.folder
-    assert (runs[1].options.dropout, runs[1].options.seed) == (best.options.dropout, 1)
-    assert runs[0].dev_loss == min(m["dev_loss"] for m in runs[0].metrics)
+    chosen = [run.options for run in runs]
+    assert [o.learning_rate for o in chosen] == [0.02, 0.02]
+    assert [o.seed for o in chosen] == [0, 1]
+    assert chosen[0].dropout == chosen[1].dropout
+    settings = [{"learning_rate": 0.02, "dropout": p, "prefix_dropout": 0.5} for p in (0.1, 0.9)]
+    losses = [study.run(arm, s, 0).dev_loss for s in settings]
+    assert chosen[0].dropout == (0.1, 0.9)[int(np.argmin(losses))]
+    assert runs[0].dev_loss == min(m["dev_loss"] for m in runs[0].metrics) == min(losses)
+    folders = list((tmp_path / "out" / "runs").iterdir())
+    assert len(folders) == 4
+    assert sum(bool(list(f.glob("losses-*.npz"))) for f in folders) == 2
+
+
+def test_encoding_is_timed_once_for_all_runs(data: Path, tmp_path: Path, bert_folder: Path) -> None:
+    study = Experiments(TOY, [str(data)], tmp_path / "out", 2, str(bert_folder)).study
+    arm = Arm("fused", {"fusion": "concat", "pooling": "mean"})
+    runs = study.results([arm])[arm.name]
+    lm = study.open(runs[0])
+    corpora = [
+        Corpus.from_documents(read_documents([str(folder)], "lines"), lm.tokenizer, 40)
+        for folder in (study.texts.train, study.texts.dev)
+    ]
+    items = {digest(i) for c in corpora for i in lm.planner.items(c.sentences)}
+    vectors, seconds = study.encoding(runs[0])
+    assert vectors == len(items) == study.encoding(runs[1])[0]
+    assert seconds > 0
+    assert len(list((tmp_path / "out" / "runs").glob("*/encoding.jsonl"))) == 1
+    assert all(run.seconds > 0 for run in runs)
+
+
+def test_less_text_is_trained_on_for_as_many_steps(data: Path, tmp_path: Path) -> None:
+    experiments = Experiments(TOY, [str(data)], tmp_path / "out", 1)
+    study, documents = experiments.study, experiments.corpora["brown"]
+    part = resized(study, 4, documents)
+    assert part.size.sentences == 4
+    assert part.size.training["epochs"] == 2 * 16 // 4
+    assert part.size.training["patience"] == 3 * 16 // 4
+    assert resized(study, 16, documents).size.training["epochs"] == 2
+    assert part.texts.tests == study.texts.tests
+
+
+def test_losses_of_another_test_text_are_not_taken(data: Path, tmp_path: Path) -> None:
+    """Another test text under the same name, in the same folder: scored, not read back."""
+    study = Experiments(TOY, [str(data)], tmp_path / "out", 1).study
+    arm = Arm("unfused", {"fusion": "none"})
+    [run] = study.results([arm])[arm.name]
+    other = Document("o", ["Another text altogether.", "It is short."])
+    study.texts = dataclasses.replace(
+        study.texts, tests={"test": write_test("other", [other], 2, study.texts.train.parent)}
+    )
+    [again] = study.results([arm])[arm.name]
+    assert again.folder == run.folder
+    assert again.scores("test").words == 6 != run.scores("test").words
 
 
 def test_all_leaves_out_what_the_data_lack(data: Path, tmp_path: Path) -> None:
@@ -128,21 +222,20 @@ def test_all_leaves_out_what_the_data_lack(data: Path, tmp_path: Path) -> None:
     assert set(EXPERIMENTS) - set(little.available()) == {"reading-times", "domain"}
 
 
-def test_wider_baseline_has_the_parameters_of_concat() -> None:
-    from fusion_model.experiments.arms import arms_of
-
-    for size in (TOY, size_by_name("small"), size_by_name("paper")):
-        arms = {a.name: a for a in arms_of("fusion", size, 384, 6)}
-        counts = []
-        for arm in (arms["unfused, wider"], arms["concat"]):
-            fields = size.training | dict(arm.options)
-            names = ("vocab_size", "embedding_size", "hidden_size", "fusion")
-            with torch.device("meta"):
-                from fusion_model import FusionLMConfig
-
-                config = FusionLMConfig(**{n: fields[n] for n in names}, prefix_size=768)
-                counts.append(sum(p.numel() for p in FusionLMForCausalLM(config).parameters()))
-        assert counts[1] <= counts[0] < 1.01 * counts[1] + 1000
+@pytest.mark.parametrize("size", [TOY, size_by_name("small"), size_by_name("paper")], ids=str)
+def test_baselines_have_the_parameters_of_concat(size: Size) -> None:
+    arms = {a.name: a for a in arms_of("fusion", size, 384, 6)}
+    counts = {}
+    for name in ("concat", "unfused, wider", "unfused, AWD", "concat, AWD"):
+        fields = size.training | dict(arms[name].options)
+        names = ("vocab_size", "embedding_size", "hidden_size", "fusion", "tie_weights")
+        chosen = {n: fields[n] for n in names if n in fields}
+        with torch.device("meta"):
+            model = FusionLMForCausalLM(FusionLMConfig(**chosen, prefix_size=3 * 384))
+        counts[name] = sum(p.numel() for p in model.parameters())
+    concat = counts.pop("concat")
+    for count in counts.values():
+        assert concat <= count < 1.01 * concat + 2000
 
 
 def test_texts_are_nested_and_disjoint(data: Path, tmp_path: Path) -> None:
@@ -189,8 +282,6 @@ def test_regularised_model_is_plain_in_evaluation() -> None:
 
 
 def test_embedding_only_sees_no_token() -> None:
-    from fusion_model import FusionLMConfig
-
     model = EmbeddingOnlyLM(
         FusionLMConfig(vocab_size=30, embedding_size=6, hidden_size=8, prefix_size=5)
     ).eval()

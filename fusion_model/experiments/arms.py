@@ -8,93 +8,95 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.study import Arm
 from fusion_model.model import FusionLMForCausalLM
+from fusion_model.prefixes import CAUSAL_VIEWS
 
-POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static", "static+mean", "static+last")
+POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static+mean", "static+last")
 VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "masked", "previous")
 POLICIES = ("every", "word", "stride:4", "sentence", "incremental", "incremental+refresh:8")
-FUSED = "static+mean"
 STATIC = Arm("static control", {"fusion": "concat", "pooling": "static"})
-STRONG = Arm("unfused, AWD", {"fusion": "none", "tie_weights": True}, model="awd")
-STRONG_FUSED = Arm(
-    "concat, AWD", {"fusion": "concat", "pooling": FUSED, "tie_weights": True}, model="awd"
-)
 WIDER = "unfused, wider"
 
 
-def baseline(size: Size, encoder_width: int) -> Arm:
-    """Unfused, its LSTM widened until it has the parameters of `concat` with this encoder."""
-    fields: Mapping[str, Any] = size.training
-    wanted = _parameters(fields, "concat", encoder_width, fields["hidden_size"])
-    hidden = fields["hidden_size"]
-    while _parameters(fields, "none", 1, hidden) < wanted:
-        hidden += 1
-    return Arm(WIDER, {"fusion": "none", "hidden_size": hidden})
+def widened(name: str, arm: Mapping[str, Any], model: str, size: Size, width: int) -> Arm:
+    """An arm whose LSTM is widened until it has the parameters of `concat`.
+
+    Args:
+        arm: its options.
+        width: of e, for it and for `concat`.
+    """
+    fields = dict(size.training)
+    wanted = _parameters({**fields, "fusion": "concat"}, width)
+    while _parameters({**fields, **arm}, width) < wanted:
+        fields["hidden_size"] += 1
+    return Arm(name, {**arm, "hidden_size": fields["hidden_size"]}, model)
 
 
-def _parameters(fields: Mapping[str, Any], fusion: str, width: int, hidden: int) -> int:
+def _parameters(fields: Mapping[str, Any], width: int) -> int:
     import torch
 
-    config = FusionLMConfig(
-        vocab_size=fields["vocab_size"],
-        embedding_size=fields["embedding_size"],
-        hidden_size=hidden,
-        fusion=fusion,
-        prefix_size=width,
-    )
+    names = ("vocab_size", "embedding_size", "hidden_size", "fusion", "tie_weights")
+    shape = {name: fields[name] for name in names if name in fields}
     with torch.device("meta"):
-        return sum(p.numel() for p in FusionLMForCausalLM(config).parameters())
+        model = FusionLMForCausalLM(FusionLMConfig(**shape, prefix_size=width))
+    return sum(p.numel() for p in model.parameters())
 
 
-def fused(name: str, **options: Any) -> Arm:
-    """Late concat of static + mean, but for `options`."""
-    return Arm(name, {"fusion": "concat", "pooling": FUSED, **options})
+def joined_pooling(layers: int) -> str:
+    """What the experiments fuse that compare something else than poolings: the static vector of
+    the last token, and its state and the mean of all states in the encoder's middle layer."""
+    middle = max(layers // 2, 1)
+    return f"static+last@{middle}+mean@{middle}"
 
 
 def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> list[Arm]:
     """The arms of an experiment; the first is what the others are compared with.
 
     Args:
-        encoder_width: of one pooling; `static+mean` has twice that.
+        encoder_width: of one pooling; the joined one has three times that.
         layers: of the encoder.
 
     Raises:
         FusionLMError: an unknown experiment.
     """
-    wider = baseline(size, 2 * encoder_width)
-    plain = Arm("unfused", {"fusion": "none"})
-    concat = fused("static+mean")
+    pooling = joined_pooling(layers)
+
+    def fused(name: str, model: str = "plain", **options: Any) -> Arm:
+        return Arm(name, {"fusion": "concat", "pooling": pooling, **options}, model)
+
+    awd = {"pooling": pooling, "tie_weights": True}
+    width = 3 * encoder_width
+    wider = widened(WIDER, {"fusion": "none"}, "plain", size, width)
+    strong = widened("unfused, AWD", {"fusion": "none", "tie_weights": True}, "awd", size, width)
+    strong_fused = widened("concat, AWD", {"fusion": "concat", **awd}, "awd", size, width)
+    concat = fused("fused")
+    usual = [wider, strong, STATIC]
     if experiment == "fusion":
+        plain = Arm("unfused", {"fusion": "none"})
         modes = [fused(mode, fusion=mode) for mode in FUSIONS if mode != "none"]
-        return [wider, plain, STATIC, *modes, STRONG, STRONG_FUSED]
+        return [wider, plain, *usual[1:], *modes, strong_fused]
     if experiment in ("data-size", "domain", "reading-times", "examples"):
-        return [wider, STRONG, STATIC, concat]
+        return [*usual, concat]
     if experiment == "encoder":
-        poolings = [fused(p, pooling=p) for p in POOLINGS if p != "static"]
-        others = [
-            fused(f"{name} (bag)" if name != "zeros" else name, encoder=name)
-            for name in ("tfidf", "counts", "zeros")
-        ]
-        only = Arm("embedding only (MLP)", {"fusion": "concat", "pooling": FUSED}, model="mlp")
-        return [wider, STRONG, STATIC, *poolings, *others, only]
+        poolings = [fused(p, pooling=p) for p in (*POOLINGS, pooling)]
+        bags = [fused(f"{name} (bag)", encoder=name) for name in ("tfidf", "counts")]
+        only = fused("embedding only (MLP)", "mlp")
+        return [*usual, *poolings, *bags, fused("zeros", encoder="zeros"), only]
     if experiment == "view":
-        views = [fused(view, view=view) for view in VIEWS]
+        views = [
+            fused(view if view in CAUSAL_VIEWS else f"{view} (sees the future)", view=view)
+            for view in VIEWS
+        ]
         shuffled = [fused(f"shuffled, {s}", shuffle=s) for s in ("sentence", "corpus")]
-        return [wider, STRONG, STATIC, *views, *shuffled]
+        return [*usual, *views, *shuffled]
     if experiment == "schedule":
         names = ("constant", "rising", "falling")
-        return [
-            wider,
-            STRONG,
-            STATIC,
-            *(fused(f"{s} dropout", prefix_dropout_schedule=s) for s in names),
-        ]
+        return [*usual, *(fused(f"{s} dropout", prefix_dropout_schedule=s) for s in names)]
     if experiment == "policy":
-        middle = max(layers // 2, 1)
         arms = [fused(policy, policy=policy) for policy in POLICIES]
         arms += [
-            fused(f"{policy}, {pooling}", policy=policy, pooling=pooling)
+            fused(f"{policy}, {other}", policy=policy, pooling=other)
             for policy in ("every", "incremental")
-            for pooling in ("static+last", f"static+last@{middle}+mean@{middle}")
+            for other in ("static+mean", "static+last")
         ]
-        return [wider, STRONG, STATIC, *arms]
+        return [*usual, *arms]
     raise FusionLMError(f"unknown experiment {experiment!r}")

@@ -12,10 +12,24 @@ from fusion_model.config import EARLY, LATE
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments.arms import STATIC, WIDER
 from fusion_model.experiments.figures import curves, intervals
-from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number
-from fusion_model.experiments.sizes import Size
-from fusion_model.experiments.statistics import Estimate, holm, mean_estimate, paired_losses
-from fusion_model.experiments.study import Arm, Run, Study
+from fusion_model.experiments.losses import (
+    Results,
+    answers,
+    best_epoch,
+    better_arms,
+    compared_with,
+    describe,
+    difference_cells,
+    differences,
+    grid_edges,
+    perplexity_of,
+    perplexity_table,
+    settings_cell,
+    times_table,
+)
+from fusion_model.experiments.report import Findings, Table, interval, plain_number, signed
+from fusion_model.experiments.statistics import Estimate, scaled
+from fusion_model.experiments.study import Arm, Study
 from fusion_model.experiments.texts import Texts, plain_name, write_test, write_texts
 from fusion_model.options import TrainingOptions
 from fusion_model.text import Document
@@ -32,7 +46,8 @@ TITLES = {
     "schedule": "Dropout on the embedding, rising and falling",
     "policy": "How often the encoder runs: cost against perplexity",
 }
-Results = Mapping[str, Sequence[Run]]
+# What the arms of an experiment vary, at its usual value.
+COMPARED = {"view": "prefix", "schedule": "constant dropout", "policy": "every"}
 
 
 def run(
@@ -50,7 +65,10 @@ def run(
     results = study.results(arms)
     findings = Findings(name, TITLES[name], describe(study, encoder_note))
     findings.tables.append(perplexity_table(results, encoder_note))
-    findings.answer = [*_answers(results), *_grid_edges(study.size, results)]
+    findings.tables.append(times_table(study, results, encoder_note))
+    findings.answer = [*answers(results), *grid_edges(study, results)]
+    if name in COMPARED:
+        findings.answer.insert(2, compared_with(results, COMPARED[name]))
     if name == "fusion":
         findings.answer.append(_early_and_late(results))
     if name == "policy":
@@ -63,86 +81,6 @@ def run(
     return findings
 
 
-def describe(study: Study, encoder_note: str) -> str:
-    """What was run, in a paragraph; nothing in it is typed by hand."""
-    size, fields = study.size, study.size.training
-    prefix_dropout = fields.get("prefix_dropout", TrainingOptions.prefix_dropout)
-    return (
-        f"Size `{size.name}`: {size.sentences:,} training, {size.dev:,} dev and {size.test:,} test "
-        f"sentences of {study.texts.name}; V ≤ {fields['vocab_size']:,}, D = "
-        f"{fields['embedding_size']}, H = {fields['hidden_size']}, at most {fields['epochs']} "
-        f"epochs, {study.seeds} seed{'s' if study.seeds > 1 else ''}. For each arm alike, dev "
-        f"chose the learning rate ({_list(size.learning_rates)}) and dropout "
-        f"({_list(size.dropouts)}) with seed 0; dropout on e was {prefix_dropout:g} throughout. "
-        f"{encoder_note}"
-    )
-
-
-def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{v:g}" for v in values)
-
-
-def average(runs: Sequence[Run], test: str = "test") -> np.ndarray:
-    """Loss of every test token, the mean over seeds, [N]."""
-    return np.mean([run.scores(test).nats for run in runs], axis=0)
-
-
-def differences(results: Results, reference: str, test: str = "test") -> dict[str, Estimate]:
-    """Nats a token, each arm minus the reference; p adjusted for the number of arms (Holm)."""
-    theirs = average(results[reference], test)
-    sentences = results[reference][0].scores(test).sentences
-    found = {
-        name: paired_losses(average(runs, test), theirs, sentences)
-        for name, runs in results.items()
-        if name != reference
-    }
-    adjusted = holm([e.p or 0.0 for e in found.values()])
-    return {
-        name: dataclasses.replace(e, p=p)
-        for (name, e), p in zip(found.items(), adjusted, strict=True)
-    }
-
-
-def perplexity_of(runs: Sequence[Run], test: str = "test") -> Estimate:
-    """exp of the mean over seeds of nats a token, with its t interval over seeds."""
-    e = mean_estimate([run.scores(test).mean for run in runs])
-    return Estimate(math.exp(e.value), math.exp(e.low), math.exp(e.high))
-
-
-def perplexity_table(results: Results, encoder_note: str) -> Table:
-    """Test perplexity, the paper's figure, and differences to the wider unfused model."""
-    against = differences(results, WIDER)
-    static = differences(results, STATIC.name) if STATIC.name in results else {}
-    rows = []
-    for name, runs in results.items():
-        perplexity, options = perplexity_of(runs), runs[0].options
-        nats = math.log(perplexity.value)
-        row = [
-            name,
-            f"{runs[0].parameters / 1e6:.2f}",
-            f"{options.learning_rate:g}, {options.dropout:g}",
-            f"{best_epoch(runs):.1f}",
-            interval(perplexity, 1),
-            f"{2**nats:.2f}",
-            *_difference(against.get(name)),
-        ]
-        rows.append(row + (_difference(static.get(name)) if static else []))
-    columns = ["arm", "M parameters", "rate, dropout", "best epoch", "test perplexity", "2^nats"]
-    columns += [f"nats − {WIDER}", "p"] + ([f"nats − {STATIC.name}", "p"] if static else [])
-    caption = (
-        "Perplexity a token on test, mean over seeds with its 95 % interval over seeds; 2^nats is "
-        "what the paper calls perplexity. Differences in nats a token with 95 % intervals, paired "
-        "by token, sentences as clusters, seeds averaged (so they are over sentences, not seeds), "
-        "p adjusted by Holm. " + encoder_note
-    )
-    return Table("perplexity", caption, columns, rows)
-
-
-def best_epoch(runs: Sequence[Run]) -> float:
-    """The epoch of least dev loss, the mean over seeds."""
-    return float(np.mean([min(r.metrics, key=lambda m: m["dev_loss"])["epoch"] for r in runs]))
-
-
 def _early_and_late(results: Results) -> str:
     """Whether early fusion is done sooner, as the paper has it."""
     parts = []
@@ -152,53 +90,42 @@ def _early_and_late(results: Results) -> str:
     return f"Best epoch on dev, the mean over modes and seeds: {', '.join(parts)}."
 
 
-def _difference(estimate: Estimate | None) -> list[str]:
-    return ["", ""] if estimate is None else [interval(estimate, 3, True), p_value(estimate.p)]
-
-
-def _answers(results: Results) -> list[str]:
-    against = differences(results, WIDER)
-    shown = [f for f in against.items() if f[1].high < 0 and (f[1].p or 0) < 0.05]
-    answers = [
-        f"Of {len(against)} arms, {len(shown)} are better than {WIDER} on test (interval below 0, "
-        "adjusted p below 0.05)."
-    ]
-    name, best = min(against.items(), key=lambda item: item[1].value)
-    answers[0] += f" Lowest is {name}: {interval(best, 3, True)} nats a token."
-    if STATIC.name in results:
-        over = differences(results, STATIC.name)
-        beyond = [n for n, e in over.items() if e.high < 0 and (e.p or 0) < 0.05]
-        answers.append(
-            f"Better than the {STATIC.name}, which has no context: {', '.join(beyond) or 'none'}."
-        )
-    return answers
-
-
-def _grid_edges(size: Size, results: Results) -> list[str]:
-    """How many arms took the largest value tried: more might have been better still."""
-    parts = []
-    for what, tried, field in (
-        ("learning rate", size.learning_rates, "learning_rate"),
-        ("dropout", size.dropouts, "dropout"),
-    ):
-        at_edge = sum(getattr(r[0].options, field) == max(tried) for r in results.values())
-        if len(tried) > 1:
-            parts.append(f"{at_edge} of {len(results)} the largest {what}")
-    return [f"Of the settings tried, dev chose for {', for '.join(parts)}."] if parts else []
-
-
 def _learning_curves(results: Results) -> "Figure":
+    """The worst arm first, so that the legend is in the order of the lines."""
     lines = {}
     for name, runs in results.items():
         epochs = min(len(run.metrics) for run in runs)
         mean = [float(np.mean([run.metrics[i]["dev_loss"] for run in runs])) for i in range(epochs)]
         lines[name] = [(i + 1, math.exp(loss)) for i, loss in enumerate(mean)]
+    lines = dict(sorted(lines.items(), key=lambda line: -min(y for _, y in line[1])))
     return curves(lines, "epoch", "dev perplexity (per token)", log_y=True)
 
 
 def _gains(results: Results) -> "Figure":
-    panels = {f"against {WIDER}": {n: [e] for n, e in differences(results, WIDER).items()}}
+    """Against the unfused model of equal size, and against the control."""
+    missing = Estimate(math.nan, math.nan, math.nan)
+    panels = {}
+    for reference in (WIDER, STATIC.name):
+        found = differences(results, reference)
+        panels[f"against {reference}"] = {n: [found.get(n, missing)] for n in results}
     return intervals(panels, "difference on test (nats a token; negative: better)", zero=True)
+
+
+def resized(study: Study, sentences: int, documents: Sequence[Document]) -> Study:
+    """The same study with more or fewer training sentences; dev and test text stay.
+
+    With fewer, epochs and patience grow as the text shrinks: as many steps are taken, so that
+    arms differ in what they learn from little text and not in how fast they learn.
+    """
+    more = max(study.size.sentences / sentences, 1.0)
+    patience = round(study.size.training.get("patience", TrainingOptions.patience) * more)
+    epochs = {"epochs": round(study.size.training["epochs"] * more), "patience": patience}
+    training = study.size.training | epochs
+    size = dataclasses.replace(study.size, sentences=sentences, training=training)
+    texts = write_texts(
+        study.texts.name, documents, (sentences, size.dev, size.test), study.texts.train.parent
+    )
+    return Study(size, texts, study.out, study.encoder, study.seeds)
 
 
 def _data_size(
@@ -208,58 +135,65 @@ def _data_size(
     encoder_note: str,
 ) -> Findings:
     """Each size is a study of its own on the same dev and test text."""
-    findings = Findings("data-size", TITLES["data-size"], describe(study, encoder_note))
+    sizes = study.size.data_sizes
+    note = describe(study, encoder_note, sizes)
+    findings = Findings("data-size", TITLES["data-size"], note)
     gains: dict[str, list[tuple[float, Estimate]]] = {}
-    rows = []
-    text_folder = study.texts.train.parent
-    for sentences in study.size.data_sizes:
-        size = dataclasses.replace(study.size, sentences=sentences)
-        texts = write_texts(
-            study.texts.name,
-            corpora[study.texts.name],
-            (sentences, size.dev, size.test),
-            text_folder,
-        )
-        results = Study(size, texts, study.out, study.encoder, study.seeds).results(arms)
-        for name, estimate in differences(results, WIDER).items():
-            gains.setdefault(name, []).append((sentences, estimate))
+    rows, edges = [], []
+    for sentences in sizes:
+        part = resized(study, sentences, corpora[study.texts.name])
+        results = part.results(arms)
+        edges += [f"{sentences:,} sentences: {answer}" for answer in grid_edges(part, results)]
+        found = differences(results, WIDER)
         for name, runs in results.items():
-            per_word = float(np.mean([run.scores("test").per_word for run in runs]))
-            difference = gains[name][-1][1] if name in gains else None
-            rows.append(
-                [
-                    f"{sentences:,}",
-                    name,
-                    interval(perplexity_of(runs), 1),
-                    plain_number(per_word),
-                    *_difference(difference),
-                ]
-            )
+            scores = [run.scores("test") for run in runs]
+            difference = None
+            if name in found:
+                difference = scaled(found[name], len(scores[0].nats) / scores[0].words)
+                gains.setdefault(name, []).append((sentences, difference))
+            per_word = plain_number(float(np.mean([s.per_word for s in scores])))
+            perplexity = interval(perplexity_of(runs), 1)
+            cells = [f"{sentences:,}", name, settings_cell(runs[0]), perplexity, per_word]
+            rows.append([*cells, *difference_cells(difference)])
+    columns = ["sentences", "arm", "rate, dropout, on e", "test perplexity", "nats a word"]
     findings.tables.append(
         Table(
             "data-size",
-            "Test perplexity a token and nats a word (each size has its own vocabulary, so only "
-            "the latter compares across sizes); differences in nats a token. " + encoder_note,
-            ["sentences", "arm", "test perplexity", "nats a word", f"nats − {WIDER}", "p"],
+            "Test perplexity a token, and nats a word with differences: each size has a "
+            "vocabulary of its own, so that only these compare across sizes. Fewer sentences are "
+            "trained on for more epochs, as many steps. p adjusted by Holm within a size. "
+            + encoder_note,
+            [*columns, f"nats a word − {WIDER}", "p"],
             rows,
             left=2,
         )
     )
+    findings.tables.append(times_table(part, results, f"{sizes[-1]:,} sentences. {encoder_note}"))
     findings.figures["gain"] = curves(
         {name: [(n, e.value) for n, e in points] for name, points in gains.items()},
         "training sentences",
-        f"nats a token − {WIDER}",
+        f"nats a word − {WIDER}",
         log_x=True,
         errors={name: [(e.low, e.high) for _, e in points] for name, points in gains.items()},
         zero=True,
     )
-    for name, points in gains.items():
-        first, last = points[0], points[-1]
-        findings.answer.append(
-            f"{name}, against {WIDER}: {interval(first[1], 3, True)} nats a token with "
-            f"{first[0]:,} sentences, {interval(last[1], 3, True)} with {last[0]:,}."
-        )
+    findings.answer = [_trend(name, points) for name, points in gains.items()] + edges
     return findings
+
+
+def _trend(name: str, points: Sequence[tuple[float, Estimate]]) -> str:
+    """Does the gain over the unfused model grow as data shrink, as the paper has it?"""
+    (few, first), (many, last) = points[0], points[-1]
+    if first.high < last.low:
+        verdict = "the gain is larger with less text"
+    elif last.high < first.low:
+        verdict = "the gain is larger with more text"
+    else:
+        verdict = "the intervals overlap"
+    return (
+        f"{name}, against {WIDER}: {interval(first, 3, True)} nats a word with {few:,} sentences, "
+        f"{interval(last, 3, True)} with {many:,}: {verdict}."
+    )
 
 
 def _with_domains(study: Study, corpora: Mapping[str, Sequence[Document]]) -> Texts:
@@ -316,20 +250,34 @@ def _add_costs(findings: Findings, study: Study, results: Results, encoder_note:
 def _add_domains(
     findings: Findings, results: Results, tests: Sequence[str], encoder_note: str
 ) -> None:
+    """The gain over the unfused model in the training domain, and in the others."""
     rows, panel = [], {}
     names = [name for name in results if name != WIDER]
+    kept: dict[str, list[str]] = {name: [] for name in names}
     for test in tests:
         found = differences(results, WIDER, test)
+        better = better_arms(results, WIDER, test)
         label = "same domain" if test == "test" else test
         panel[label] = [found[name] for name in names]
         for name, runs in results.items():
             row = [label, name, interval(perplexity_of(runs, test), 1)]
-            rows.append(row + _difference(found.get(name)))
+            rows.append(row + difference_cells(found.get(name)))
+        for name in better:
+            kept[name] += [] if test == "test" else [label]
+    for i, name in enumerate(names):
+        own, *others = (row[i] for row in panel.values())
+        values = [e.value for e in others]
+        findings.answer.append(
+            f"{name}, against {WIDER}: {interval(own, 3, True)} nats a token in its own domain, "
+            f"{signed(min(values))} to {signed(max(values))} in the others, where it is better in "
+            f"{len(kept[name])} of {len(others)}."
+        )
     findings.tables.append(
         Table(
             "domains",
-            "Test perplexity a token by domain; differences in nats a token. Trained on the first "
-            "two thirds of the corpus' documents; its others are domains here. " + encoder_note,
+            "Test perplexity a token by domain; differences in nats a token, p adjusted by Holm "
+            "within a domain. Trained on the first two thirds of the corpus' documents; its others "
+            "are domains here. " + encoder_note,
             ["tested on", "arm", "test perplexity", f"nats − {WIDER}", "p"],
             rows,
             left=2,

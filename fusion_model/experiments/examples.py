@@ -1,5 +1,6 @@
 """Experiment `examples`: how the distribution of the next word shifts with what came before."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fusion_model.experiments.figures import intervals
-from fusion_model.experiments.report import Findings, Table, plain_number
-from fusion_model.experiments.statistics import Estimate
+from fusion_model.experiments.report import Findings, Table, interval, plain_number
+from fusion_model.experiments.statistics import Estimate, mean_estimate
 from fusion_model.language_model import FusionLM
 
 ENDING = "finally faced the"
@@ -23,10 +24,23 @@ SHOWN = 5
 
 
 @torch.inference_mode()
-def next_word(lm: FusionLM, prefix: str) -> Tensor:
+def next_token(lm: FusionLM, prefix: str) -> Tensor:
     """log p of every token after the prefix, [V]."""
     logits = lm.model(lm.prompt_ids(prefix), use_cache=False).logits[0, -1]
     return torch.log_softmax(logits.float(), dim=-1)
+
+
+def shown(lm: FusionLM, prefix: str, log_p: Tensor) -> str:
+    """The most likely tokens with their probabilities; one that begins a longer word has a
+    hyphen, as far as the model's own most likely next token tells."""
+    top = log_p.topk(SHOWN)
+    parts = []
+    for token, p in zip(top.indices.tolist(), top.values.exp().tolist(), strict=True):
+        text = str(lm.tokenizer.decode([token])).strip()
+        after = str(lm.tokenizer.decode([int(next_token(lm, f"{prefix} {text}").argmax())]))
+        hyphen = "-" if text.isalpha() and after[:1].isalpha() else ""
+        parts.append(f"{text}{hyphen} {100 * p:.1f} %")
+    return ", ".join(parts)
 
 
 def shift(ours: Tensor, theirs: Tensor) -> float:
@@ -37,47 +51,50 @@ def shift(ours: Tensor, theirs: Tensor) -> float:
 
 
 def run(
-    models: Mapping[str, FusionLM],
+    models: Mapping[str, Sequence[FusionLM]],
     note: str,
     ending: str = ENDING,
     beginnings: Sequence[str] = BEGINNINGS,
 ) -> Findings:
-    """The next words of every model after every beginning, and the shift from the ending alone."""
+    """The next tokens of every model after every beginning, and the shift from the ending alone.
+
+    Args:
+        models: by name, one a seed; their probabilities are averaged for the tokens shown, and
+            the shifts of the seeds give an interval.
+    """
     findings = Findings(
         "examples",
         "How the next word shifts with the prefix",
-        f"The words after “… {ending}”, by what stands before. The shift is the Jensen–Shannon "
-        "divergence, in bits, from the same model's distribution after the ending alone. " + note,
+        f"The tokens after “… {ending}”, by what stands before; a hyphen marks one that begins a "
+        "longer word. The shift is the Jensen–Shannon divergence, in bits, from the same model's "
+        "distribution after the ending alone; the mean over seeds with its 95 % interval over "
+        "seeds. Probabilities are means over seeds, too. " + note,
     )
-    rows, panel = [], {}
-    alone = {name: next_word(lm, ending.capitalize()) for name, lm in models.items()}
+    rows: list[list[str]] = []
+    panel: dict[str, list[Estimate]] = {}
+    start = ending.capitalize()
+    alone = {name: [next_token(lm, start) for lm in lms] for name, lms in models.items()}
     for beginning in ("", *beginnings):
+        prefix = f"{beginning} {ending}" if beginning else start
         shifts = []
-        for name, lm in models.items():
-            prefix = f"{beginning} {ending}" if beginning else ending.capitalize()
-            log_p = next_word(lm, prefix)
-            top = log_p.topk(SHOWN)
-            words = ", ".join(
-                f"{str(lm.tokenizer.decode([i])).strip()} {100 * p:.1f} %"
-                for i, p in zip(top.indices.tolist(), top.values.exp().tolist(), strict=True)
+        for name, lms in models.items():
+            log_p = [next_token(lm, prefix) for lm in lms]
+            mean = torch.stack(log_p).logsumexp(0) - math.log(len(lms))
+            shifts.append(
+                mean_estimate([shift(p, q) for p, q in zip(log_p, alone[name], strict=True)])
             )
-            value = shift(log_p, alone[name])
-            shifts.append(value)
-            rows.append([f"{beginning} …" if beginning else "…", name, words, plain_number(value)])
+            moved = interval(shifts[-1]) if beginning else ""
+            rows.append(
+                [f"{beginning} …" if beginning else "…", name, shown(lms[0], prefix, mean), moved]
+            )
         if beginning:
-            panel[textwrap.shorten(beginning, 32, placeholder=" …")] = [
-                Estimate(v, v, v) for v in shifts
-            ]
-    findings.tables.append(
-        Table("next-words", findings.setting, ["before", "model", "next", "shift"], rows, left=3)
-    )
+            panel[textwrap.shorten(beginning, 32, placeholder=" …")] = shifts
+    columns = ["before", "model", "next", "shift"]
+    findings.tables.append(Table("next-words", findings.setting, columns, rows, 3, wrapped=(0, 2)))
     findings.figures["shift"] = intervals(
         {f"“… {ending}”": panel}, "shift of the next word (bits)", list(models), zero=True
     )
     means = [sum(row[i].value for row in panel.values()) / len(panel) for i in range(len(models))]
-    findings.answer.append(
-        "Mean shift: "
-        + "; ".join(f"{n} {plain_number(m)} bits" for n, m in zip(models, means, strict=True))
-        + "."
-    )
+    shown_means = (f"{n} {plain_number(m)} bits" for n, m in zip(models, means, strict=True))
+    findings.answer.append(f"Mean shift: {'; '.join(shown_means)}.")
     return findings

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from fusion_model.experiments.figures import intervals
 from fusion_model.experiments.reading import Fit, compare, predictors
 from fusion_model.experiments.reading_data import Frequencies, ReadingTimes
 from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number, signed
-from fusion_model.experiments.statistics import Estimate
+from fusion_model.experiments.statistics import Estimate, holm, scaled
 from fusion_model.language_model import FusionLM
 from fusion_model.text import Document
 from fusion_model.words import CONTEXTS
@@ -118,8 +118,8 @@ def run(
         f"{words:,} of them in the regressions. {models_note} Log frequency from "
         f"{frequencies.tokens:,} words of {', '.join(frequency_text)}. Intervals: 95 %, stories "
         "resampled 2 000 times. p: sign flips of the stories, two-sided, not adjusted for the "
-        "number of settings. A difference counts as shown where the interval leaves out 0 and p "
-        "is below 0.05."
+        "number of settings unless it says so. A difference counts as shown where the interval "
+        "leaves out 0 and p is below 0.05."
     )
     findings = _findings(corpus, fits, reference, setting, models_note)
     plain = surprisals["sentence", False]
@@ -212,8 +212,7 @@ def _setting_names(key: Setting) -> tuple[str, str, str]:
 
 def _scaled(estimate: Estimate | None) -> Estimate:
     assert estimate is not None
-    e = estimate
-    return Estimate(e.value * MILLI, e.low * MILLI, e.high * MILLI, e.p)
+    return scaled(estimate, MILLI)
 
 
 def _figure(
@@ -234,25 +233,43 @@ def _figure(
 
 
 def _count(fits: Mapping[Setting, Mapping[str, Fit]], name: str, reference: str) -> str:
-    """The null result of the paper over all settings, in a sentence."""
-    verdicts = {
-        "r": [_verdict(fit[name].r_versus) for fit in fits.values()],
-        "ΔLL": [_verdict(fit[name].delta_versus) for fit in fits.values()],
+    """The null result of the paper over all settings, in two sentences."""
+    measured = {
+        "r": [fit[name].r_versus for fit in fits.values()],
+        "ΔLL": [fit[name].delta_versus for fit in fits.values()],
     }
-    counted = "; ".join(
-        f"{what} is better in {found.count('better')} and worse in {found.count('worse')}"
-        for what, found in verdicts.items()
+    parts, null = [], True
+    for what, estimates in measured.items():
+        plain, adjusted = _verdicts(estimates), _verdicts(_adjusted(estimates))
+        null = null and "better" not in adjusted
+        parts.append(
+            f"{what} is better in {plain.count('better')} and worse in {plain.count('worse')} "
+            f"(p adjusted by Holm: {adjusted.count('better')} and {adjusted.count('worse')})"
+        )
+    outcome = "the paper's null result " + (
+        "stands: no gain is shown, which is not to say that there is none"
+        if null
+        else "does not stand"
     )
-    null = not any("better" in found for found in verdicts.values())
-    outcome = "the paper's null result stands" if null else "the paper's null result does not stand"
     deltas = [_scaled(fit[name].delta_versus) for fit in fits.values()]
     values = [e.value for e in deltas]
     return (
-        f"**{name}: {outcome}.** Of {len(fits)} settings, against {reference}: {counted}. The "
-        f"differences of ΔLL lie between {signed(min(values), 1)} and {signed(max(values), 1)} "
+        f"**{name}: {outcome}.** Of {len(fits)} settings, against {reference}: {'; '.join(parts)}. "
+        f"The differences of ΔLL lie between {signed(min(values), 1)} and {signed(max(values), 1)} "
         f"·10⁻³ nats a word, their intervals between {signed(min(e.low for e in deltas), 1)} and "
         f"{signed(max(e.high for e in deltas), 1)}."
     )
+
+
+def _adjusted(estimates: Sequence[Estimate | None]) -> list[Estimate | None]:
+    """With p adjusted for the number of settings."""
+    found = [e for e in estimates if e is not None]
+    adjusted = holm([1.0 if e.p is None else e.p for e in found])
+    return [replace(e, p=p) for e, p in zip(found, adjusted, strict=True)]
+
+
+def _verdicts(estimates: Sequence[Estimate | None]) -> list[str]:
+    return [_verdict(e) for e in estimates]
 
 
 def _answer(

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells under a caption; the first `left` columns are aligned left."""
+    """Text cells under a caption.
+
+    Attributes:
+        left: how many columns, from the first, are aligned left.
+        wrapped: columns of running text, which LaTeX breaks into lines.
+    """
 
     name: str
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int = 1
+    wrapped: Sequence[int] = ()
 
     def markdown(self) -> str:
         rule = ["---" if i < self.left else "--:" for i in range(len(self.columns))]
@@ -30,22 +36,31 @@ class Table:
         body = "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in lines)
         return f"{body}\n\n{self.caption}"
 
-    def latex(self) -> str:
-        """A `table` with booktabs rules."""
-        spec = "l" * self.left + "r" * (len(self.columns) - self.left)
+    def latex(self, experiment: str = "") -> str:
+        """A `table` with booktabs rules, no wider than the text.
+
+        Args:
+            experiment: for the label, since several have a table of this name.
+        """
+        kinds = ["l" if i < self.left else "r" for i in range(len(self.columns))]
+        for i in self.wrapped:
+            kinds[i] = rf"p{{{0.8 / len(self.wrapped):.2g}\textwidth}}"
         rows = [" & ".join(map(_latex, row)) + r" \\" for row in [self.columns, *self.rows]]
+        label = "-".join(filter(None, (experiment, self.name)))
         lines = [
+            "% needs the packages booktabs and graphicx",
             r"\begin{table}",
             r"\centering",
-            rf"\begin{{tabular}}{{{spec}}}",
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{''.join(kinds)}}}",
             r"\toprule",
             rows[0],
             r"\midrule",
             *rows[1:],
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             rf"\caption{{{_latex(self.caption)}}}",
-            rf"\label{{tab:{self.name}}}",
+            rf"\label{{tab:{label}}}",
             r"\end{table}",
         ]
         return "\n".join(lines) + "\n"
@@ -71,6 +86,9 @@ LATEX = {
     "“": "``",
     "”": "''",
     "–": "--",
+    "—": "---",
+    "‘": "`",
+    "’": "'",
 }
 
 
@@ -106,7 +124,7 @@ class Findings:
             # Without a date the same results give the same file.
             figure.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
         for table in self.tables:
-            write_text(out / f"{table.name}.tex", table.latex())
+            write_text(out / f"{table.name}.tex", table.latex(self.name))
         parts = [f"# {self.title}", self.setting, *self.answer]
         parts += [f"![{name}]({name}.png)" for name in self.figures]
         parts += [table.markdown() for table in self.tables]

@@ -12,6 +12,7 @@ from fusion_model.encoders import load_encoder
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments import comparisons, examples, reading_times
 from fusion_model.experiments.arms import arms_of
+from fusion_model.experiments.losses import describe
 from fusion_model.experiments.reading_data import read_natural_stories, read_tsv
 from fusion_model.experiments.report import Findings
 from fusion_model.experiments.sizes import Size
@@ -22,13 +23,13 @@ from fusion_model.experiments.texts import (
     find_reading_times,
     write_texts,
 )
+from fusion_model.files import write_text
 from fusion_model.hf_encoder import HFEncoder
 from fusion_model.language_model import FusionLM, load
 from fusion_model.text import Document
 
 SCORING = ("reading-times", "examples")
 EXPERIMENTS = (*comparisons.TITLES, *SCORING)
-SHIPPED_MODELS = ("fusion-lm-small-unfused", "fusion-lm-small")
 
 
 @dataclass
@@ -37,8 +38,8 @@ class Experiments:
 
     Args:
         models: for `reading-times` and `examples`: trained models, the first is what the
-            others are compared with. None given: the shipped pair at size `small`, else arms
-            trained for it.
+            others are compared with. None given: arms trained on the largest of
+            `Size.data_sizes`, one model a seed.
         reading_times: a corpus as TSV, instead of Natural Stories in `data`.
     """
 
@@ -88,17 +89,39 @@ class Experiments:
             raise FusionLMError(
                 f"unknown experiment {name!r}: choose one of {', '.join(EXPERIMENTS)}, or all"
             )
+        self._claim()
         if name == "reading-times":
             findings = self._reading_times()
         elif name == "examples":
             models, note = self._models(name)
-            findings = examples.run({n: lms[0] for n, lms in models.items()}, note)
+            findings = examples.run(models, note)
         else:
             # A copy: `domain` trains on other sentences of the corpus than the rest.
             study = copy(self.study)
             arms = arms_of(name, self.size, *self._encoder_shape())
             findings = comparisons.run(name, study, arms, self.corpora, self.encoder_note)
+        if name in SCORING and self.models:
+            findings.title += ", models trained beforehand"
         return findings.write(self.out / name)
+
+    def _claim(self) -> None:
+        """A folder is of one size, encoder and corpus: its reports would else be overwritten."""
+        wanted = {"size": self.size.name, "encoder": self.encoder, "corpus": self.corpus}
+        path = self.out / "settings.json"
+        if not path.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(wanted, indent=1) + "\n")
+            return
+        try:
+            found = json.loads(path.read_text())
+            changed = [f"{k} {found[k]}, not {v}" for k, v in wanted.items() if found[k] != v]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FusionLMError(f"{path} is damaged ({error}): choose another --out") from None
+        if changed:
+            raise FusionLMError(
+                f"{self.out} holds experiments with other settings ({'; '.join(changed)}): choose "
+                "another --out, or repeat the settings"
+            )
 
     def available(self) -> list[str]:
         """The experiments that `all` runs: those that the data allow."""
@@ -137,13 +160,12 @@ class Experiments:
     def _models(self, name: str) -> tuple[Mapping[str, Sequence[FusionLM]], str]:
         """Models by name, one a seed, the reference first; and what the report says of them."""
         names = list(self.models)
-        if not names and self.size.name == "small":
-            names = list(SHIPPED_MODELS)
         if not names:
-            study = self.study
+            largest = max(self.size.data_sizes)
+            study = comparisons.resized(self.study, largest, self.corpora[self.study.texts.name])
             arms = arms_of(name, study.size, *self._encoder_shape())
             results = study.results(arms)
-            note = comparisons.describe(study, self.encoder_note)
+            note = describe(study, self.encoder_note)
             return {a: [study.open(r) for r in runs] for a, runs in results.items()}, note
         loaded = {Path(n).name: [load(n, encoder_dtype="auto")] for n in names}
         if len(loaded) < 2:

@@ -13,9 +13,10 @@ class Size:
     Attributes:
         sentences, dev, test: sentences to train on, to choose by, and to report.
         training: fields of `TrainingOptions`.
-        learning_rates, dropouts: tried on dev for each arm alike: the rates with the first
-            dropout, then the other dropouts with the best rate.
-        data_sizes: sentences of each step of the experiment `data-size`.
+        learning_rates, dropouts, prefix_dropouts: grids that each arm alike climbs on dev, see
+            `Study.tuned`; the last is of dropout on e.
+        data_sizes: sentences of each step of the experiment `data-size`; the largest also train
+            the models of `reading-times` and `examples`.
     """
 
     name: str
@@ -25,11 +26,17 @@ class Size:
     training: dict[str, Any] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = (0.002,)
     dropouts: tuple[float, ...] = (0.2,)
+    prefix_dropouts: tuple[float, ...] = (0.5,)
     data_sizes: tuple[int, ...] = ()
 
     @property
-    def tuning_runs(self) -> int:
-        return len(self.learning_rates) + len(self.dropouts) - 1
+    def grids(self) -> dict[str, tuple[float, ...]]:
+        """Values by field of `TrainingOptions`, ascending; the search begins in the middle."""
+        return {
+            "learning_rate": self.learning_rates,
+            "prefix_dropout": self.prefix_dropouts,
+            "dropout": self.dropouts,
+        }
 
 
 SIZES = {
@@ -43,15 +50,16 @@ SIZES = {
             "embedding_size": 128,
             "hidden_size": 128,
             "max_tokens": 32,
-            "epochs": 6,
+            "epochs": 8,
             "patience": 2,
             "tokens_per_batch": 1024,
             "precision": "bfloat16",
             "encoder_dtype": "auto",
         },
-        learning_rates=(0.004, 0.01),
-        dropouts=(0.2, 0.5),
-        data_sizes=(500, 1000, 2000, 4000),
+        learning_rates=(0.0006, 0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+        dropouts=(0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9),
+        prefix_dropouts=(0.3, 0.5, 0.7, 0.85, 0.95),
+        data_sizes=(375, 750, 1500),
     ),
     "paper": Size(
         "paper",
@@ -69,8 +77,9 @@ SIZES = {
             "precision": "bfloat16",
             "encoder_dtype": "auto",
         },
-        learning_rates=(0.0003, 0.001, 0.003),
-        dropouts=(0.2, 0.4, 0.6),
+        learning_rates=(0.0001, 0.0003, 0.001, 0.003, 0.01),
+        dropouts=(0.1, 0.2, 0.4, 0.6, 0.8),
+        prefix_dropouts=(0.1, 0.3, 0.5, 0.7, 0.85),
         data_sizes=(5_000, 10_000, 25_000, 50_000, 100_000),
     ),
 }

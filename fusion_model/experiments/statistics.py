@@ -19,6 +19,12 @@ class Estimate:
     p: float | None = None
 
 
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """In another unit; p stays."""
+    e = estimate
+    return Estimate(e.value * factor, e.low * factor, e.high * factor, e.p)
+
+
 def mean_estimate(values: Sequence[float]) -> Estimate:
     """Mean over seeds with the t interval (scipy); NaN bounds for a single value."""
     from scipy import stats

@@ -71,7 +71,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run; `metrics` has a row an epoch, see `fusion_model.training`."""
+    """A finished run; `metrics` has a row an epoch, see `fusion_model.training`.
+
+    Attributes:
+        seconds: of training, without dev text and encoding.
+        dev_loss: of the best epoch, nats a token.
+        losses: file of each test, by the name that the study has for it.
+    """
 
     arm: Arm
     folder: Path
@@ -80,10 +86,11 @@ class Run:
     parameters: int
     seconds: float
     dev_loss: float
+    losses: Mapping[str, Path]
 
     def scores(self, name: str) -> Scores:
         """On one of the study's tests."""
-        with np.load(self.folder / f"losses-{name}.npz") as saved:
+        with np.load(self.losses[name]) as saved:
             return Scores(
                 saved["nats"], saved["sentences"], int(saved["words"]), int(saved["characters"])
             )
@@ -104,42 +111,69 @@ class Study:
 
     def results(self, arms: Sequence[Arm]) -> dict[str, list[Run]]:
         """All runs of all arms: for each arm one a seed, with the settings that dev chose."""
-        self._planned += len(arms) * (self.size.tuning_runs + self.seeds - 1)
-        found = {arm.name: [self._tuned(arm)] for arm in arms}
+        expected = {arm.name: 1 + 2 * len(self.tuned_fields(arm)) for arm in arms}
+        self._planned += sum(expected.values()) + len(arms) * (self.seeds - 1)
+        found = {}
+        for arm in arms:
+            before = self._done
+            found[arm.name] = [self.tuned(arm)]
+            self._planned += self._done - before - expected[arm.name]
         for seed in range(1, self.seeds):  # breadth first: fewer seeds can be reported early
             for arm in arms:
                 chosen = found[arm.name][0].options
-                run = self.run(arm, chosen.learning_rate, chosen.dropout, seed)
-                found[arm.name].append(run)
+                settings = {name: getattr(chosen, name) for name in self.size.grids}
+                found[arm.name].append(self.run(arm, settings, seed))
+        for run in (run for runs in found.values() for run in runs):
+            self.score(run)
         return found
 
-    def _tuned(self, arm: Arm) -> Run:
-        rates, dropouts = self.size.learning_rates, self.size.dropouts
-        runs = [self.run(arm, rate, dropouts[0], 0) for rate in rates]
-        rate = min(runs, key=lambda run: run.dev_loss).options.learning_rate
-        runs += [self.run(arm, rate, dropout, 0) for dropout in dropouts[1:]]
-        return min(runs, key=lambda run: run.dev_loss)
+    def tuned_fields(self, arm: Arm) -> list[str]:
+        """Which of `Size.grids` matter to the arm, and have more than one value."""
+        options = self.options(arm, {}, 0)
+        fields = [name for name, grid in self.size.grids.items() if len(grid) > 1]
+        sees_e = options.fusion != "none" and options.encoder != "zeros"
+        if not sees_e or options.prefix_dropout_schedule != "constant":
+            fields = [name for name in fields if name != "prefix_dropout"]
+        return fields
 
-    def options(self, arm: Arm, rate: float, dropout: float, seed: int) -> TrainingOptions:
-        """The training of an arm."""
-        fields: dict[str, Any] = {
-            "encoder": self.encoder,
-            "split": "lines",
-            "learning_rate": rate,
-            "dropout": dropout,
-            "seed": seed,
-        }
+    def tuned(self, arm: Arm) -> Run:
+        """The arm with seed 0 and the settings that are best on dev.
+
+        From the middle of every grid, one field after the other: a step up while dev gains by
+        it, or else down. So a chosen value is better than both its neighbours, unless it lies
+        at the edge of its grid.
+        """
+        settings = {name: grid[(len(grid) - 1) // 2] for name, grid in self.size.grids.items()}
+        best = self.run(arm, settings, 0)
+        for name in self.tuned_fields(arm):
+            grid = self.size.grids[name]
+            start = grid.index(settings[name])
+            for step in (1, -1):
+                at = start + step
+                while 0 <= at < len(grid):
+                    run = self.run(arm, settings | {name: grid[at]}, 0)
+                    if run.dev_loss >= best.dev_loss:
+                        break
+                    best, at = run, at + step
+                settings[name] = getattr(best.options, name)
+                if settings[name] != grid[start]:
+                    break
+        return best
+
+    def options(self, arm: Arm, settings: Mapping[str, float], seed: int) -> TrainingOptions:
+        """The training of an arm; `settings` by field of `TrainingOptions`."""
+        fields: dict[str, Any] = {"encoder": self.encoder, "split": "lines", "seed": seed}
         return TrainingOptions(
             (str(self.texts.train),),
             (str(self.texts.dev),),
-            **self.size.training | fields | dict(arm.options),
+            **self.size.training | fields | dict(settings) | dict(arm.options),
         )
 
-    def run(self, arm: Arm, rate: float, dropout: float, seed: int) -> Run:
+    def run(self, arm: Arm, settings: Mapping[str, float], seed: int) -> Run:
         """One run, from its folder if it was done before."""
-        options = self.options(arm, rate, dropout, seed)
-        settings = {"model": arm.model, **_settings(options), "text": self.texts.train.name}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        options = self.options(arm, settings, seed)
+        saved = {"model": arm.model, **_settings(options), "text": self.texts.train.name}
+        digest = hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()[:10]
         label = "".join(c if c.isalnum() else "-" for c in arm.name)
         folder = next(iter((self.out / "runs").glob(f"*-{digest}")), None)
         folder = folder or self.out / "runs" / f"{label}-seed{seed}-{digest}"
@@ -148,13 +182,31 @@ class Study:
             self._announce(arm.name, options)
             began = time.monotonic()
             train(options, folder, self.store(options), MODELS[arm.model])
-            self._finish(folder, arm, settings, time.monotonic() - began)
+            self._finish(folder, arm, options, saved)
             self._spent += time.monotonic() - began
-        run = self._read(folder, arm, options)
+        return self._read(folder, arm, options)
+
+    def score(self, run: Run) -> None:
+        """Losses on all tests, once; settings that dev did not choose need none."""
         for name, path in self.texts.tests.items():
-            if not (folder / f"losses-{name}.npz").exists():
+            if not run.losses[name].exists():
                 self._score(run, name, path)
-        return run
+
+    def encoding(self, run: Run) -> tuple[int, float]:
+        """Vectors that the runs of this text and store encoded, and the seconds it took them.
+
+        The first such run fills the store for all others.
+        """
+        wanted = (self.store(run.options).name, self.texts.train.name)
+        vectors, seconds = 0, 0.0
+        for path in (self.out / "runs").glob("*/encoding.jsonl"):
+            result = path.with_name("result.json")
+            saved = json.loads(result.read_text()) if result.exists() else {}
+            if saved and (saved["store"], saved["settings"]["text"]) == wanted:
+                lines = [json.loads(line) for line in path.read_text().splitlines()]
+                vectors += sum(e["vectors"] for e in lines)
+                seconds += sum(e["seconds"] for e in lines)
+        return vectors, seconds
 
     def store(self, options: TrainingOptions) -> Path:
         """Where embeddings are kept, shared by all runs that need the same ones."""
@@ -172,18 +224,21 @@ class Study:
             minutes = self._spent / self._trained * (self._planned - self._done + 1) / 60
             left = f", about {minutes:.0f} min left"
         self._trained += 1
+        on_e = f", on e {options.prefix_dropout:g}" if options.fusion != "none" else ""
         progress.note(
-            f"run {self._done} of {self._planned}{left}: {name}, learning rate "
-            f"{options.learning_rate:g}, dropout {options.dropout:g}, seed {options.seed}"
+            f"run {self._done} of about {self._planned}{left}: {name}, learning rate "
+            f"{options.learning_rate:g}, dropout {options.dropout:g}{on_e}, seed {options.seed}"
         )
 
-    def _finish(self, folder: Path, arm: Arm, settings: dict[str, Any], seconds: float) -> None:
+    def _finish(
+        self, folder: Path, arm: Arm, options: TrainingOptions, settings: dict[str, Any]
+    ) -> None:
         model = MODELS[arm.model].from_pretrained(folder)
         result = {
             "arm": arm.name,
             "settings": settings,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "seconds": round(seconds, 1),
+            "store": self.store(options).name if options.fusion != "none" else "",
         }
         write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):  # nothing is left to go on with
@@ -193,11 +248,15 @@ class Study:
         try:
             result = json.loads((folder / "result.json").read_text())
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            parameters, seconds = int(result["parameters"]), float(result["seconds"])
+            parameters, seconds = int(result["parameters"]), sum(m["seconds"] for m in metrics)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} is damaged ({error}): delete it to repeat") from None
         best = min(m["dev_loss"] for m in metrics)
-        return Run(arm, folder, options, metrics, parameters, seconds, best)
+        # The text's folder has a hash in its name: another text never meets these losses.
+        losses = {
+            name: folder / f"losses-{text.name}.npz" for name, text in self.texts.tests.items()
+        }
+        return Run(arm, folder, options, metrics, parameters, seconds, best, losses)
 
     def open(self, run: Run) -> FusionLM:
         """The trained model, with its encoder; on a GPU if there is one, as training is."""
@@ -246,7 +305,7 @@ class Study:
             words=sum(len(s.split()) for d in documents for s in d.sentences),
             characters=corpus.characters,
         )
-        temporary.replace(run.folder / f"losses-{name}.npz")
+        temporary.replace(run.losses[name])
 
 
 def _read(path: Path, lm: FusionLM, options: TrainingOptions) -> tuple[list[Document], Corpus]:

@@ -19,22 +19,20 @@ START, END = "<!-- science, from docs/experiments -->\n", "\n<!-- end of science
 
 def section(folder: Path) -> str:
     """What every experiment under `folder` found, reading times first."""
-    saved = [json.loads(p.read_text()) for p in sorted(folder.glob("*/results.json"))]
-    saved.sort(key=lambda s: (s["experiment"] != "reading-times", s["experiment"]))
-    parts = []
-    for results in saved:
-        name = results["experiment"]
+    saved = [(p.parent.name, json.loads(p.read_text())) for p in folder.glob("*/results.json")]
+    saved.sort(key=lambda s: (s[1]["experiment"] != "reading-times", s[0]))
+    parts, settings = [], set()
+    for name, results in saved:
         heading = f"**[{results['title']}](docs/{folder.name}/{name}/report.md).**"
+        if results["setting"] not in settings and results["experiment"] != "examples":
+            heading += f" {results['setting']}"  # several share theirs
+        settings.add(results["setting"])
         answer = " ".join(results["answer"])
-        if name == "reading-times":
+        if results["experiment"] == "reading-times":
             shown = " ".join(a for a in results["answer"] if "null result" in a)
-            parts += [f"{heading} {results['setting']}", reading_table(results["data"]), shown]
-        elif name == "fusion":
-            parts += [
-                f"{heading} {results['setting']}",
-                perplexity_table(results["tables"]),
-                answer,
-            ]
+            parts += [heading, reading_table(results["data"]), shown]
+        elif results["experiment"] == "fusion":
+            parts += [heading, perplexity_table(results["tables"]), answer]
         else:
             parts.append(f"{heading} {answer}")
     return "\n\n".join(parts)

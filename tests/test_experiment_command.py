@@ -1,0 +1,234 @@
+"""`fusion-lm experiment` as a user runs it: killed and run again, on datasets, with mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SENTENCES
+from typer.testing import CliRunner
+
+from fusion_model.cli import app
+from fusion_model.experiments import sizes
+from fusion_model.experiments.sizes import Size
+
+# The command itself, with one more size: `small` would take minutes.
+COMMAND = """
+from fusion_model.experiments import sizes
+sizes.SIZES["toy"] = sizes.Size(
+    "toy", 16, 4, 6,
+    {"vocab_size": 300, "embedding_size": 6, "hidden_size": 8, "max_tokens": 40, "epochs": 40,
+     "patience": 0, "tokens_per_batch": 64},
+    learning_rates=(0.01,), prefix_dropouts=(0.5,), dropouts=(0.1,), data_sizes=(8, 16),
+)
+from fusion_model.cli import app
+app()
+"""
+
+
+def write_corpora(folder: Path) -> Path:
+    for corpus in ("brown", "letters"):
+        (folder / corpus).mkdir(parents=True)
+        for name in "abc":
+            (folder / corpus / f"{name}.txt").write_text("\n".join(SENTENCES) + "\n")
+    return folder
+
+
+def start(name: str, data: Path, out: Path, encoder: Path) -> "subprocess.Popen[str]":
+    arguments = ["experiment", name, "--size", "toy", "--data", str(data), "--out", str(out)]
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments, "--seeds", "1", "--encoder", str(encoder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_until_in_the_middle(out: Path, number: int, process: "subprocess.Popen[str]") -> Path:
+    """Until the run of this number has some epochs behind it, of 40; its folder."""
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
+        assert process.poll() is None, process.communicate()[1]
+        finished = {path.parent for path in out.glob("runs/*/result.json")}
+        for metrics in out.glob("runs/*/metrics.jsonl"):
+            going = len(finished) == number - 1 and metrics.parent not in finished
+            if going and len(metrics.read_text().splitlines()) >= 3:
+                return metrics.parent
+        time.sleep(0.005)
+    raise AssertionError("the run did not come so far")
+
+
+def losses(out: Path) -> dict[str, np.ndarray]:
+    return {path.parent.name: np.load(path)["nats"] for path in out.glob("runs/*/losses-*.npz")}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda s: s.name,
+)
+def test_killed_command_goes_on_where_it_was(
+    how: signal.Signals, tmp_path: Path, bert_folder: Path
+) -> None:
+    data, whole, halves = write_corpora(tmp_path / "data"), tmp_path / "whole", tmp_path / "halves"
+    process = start("domain", data, halves, bert_folder)
+    begun = wait_until_in_the_middle(halves, 3, process)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert not (halves / "domain").exists()
+    if how == signal.SIGINT:
+        assert err.splitlines()[-1] == "error: interrupted; what was finished is kept"
+    done = {p: p.stat().st_mtime_ns for p in halves.glob("runs/*/result.json")}
+    assert len(done) == 2
+    epochs = len((begun / "metrics.jsonl").read_text().splitlines())
+    assert 3 <= epochs < 40
+
+    again = start("domain", data, halves, bert_folder)
+    out, err = again.communicate(timeout=900)
+    assert again.returncode == 0, err
+    assert out.strip() == str(halves / "domain" / "report.md")
+    assert {p: p.stat().st_mtime_ns for p in done} == done  # not trained again
+    third, fourth = err.split("run 4 of")
+    repeated = [n for n in range(1, 41) if f"epoch {n:>3}  train" in third]
+    # Killed between an epoch's metrics and its checkpoint, it repeats that epoch.
+    assert repeated == list(range(repeated[0], 41))
+    assert repeated[0] >= epochs
+    assert "epoch   1  train" in fourth
+
+    straight = start("domain", data, whole, bert_folder)
+    assert straight.wait(timeout=900) == 0
+    expected, found = losses(whole), losses(halves)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert np.array_equal(expected[name], found[name]), name
+    for table in ("perplexity", "domains"):
+        assert (whole / f"domain/{table}.tex").read_text() == (
+            halves / f"domain/{table}.tex"
+        ).read_text()
+
+
+TINY = Size(
+    "tiny",
+    16,
+    4,
+    6,
+    {"vocab_size": 300, "embedding_size": 6, "hidden_size": 8, "max_tokens": 40, "epochs": 1},
+    data_sizes=(8, 16),
+)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["experiment", *map(str, arguments), "--size", "tiny"])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.SIZES, "tiny", TINY)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_dataset_folder_as_data(tmp_path: Path, bert_folder: Path) -> None:
+    """`hf:` and a folder: what `datasets` reads there, JSON lines here, is a corpus."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = [json.dumps({"text": sentence}) for sentence in SENTENCES * 2]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    code, stdout, stderr = run(
+        "schedule", "--data", f"hf:{folder}", "--out", out, "--seeds", 1, "--encoder", bert_folder
+    )
+    assert code == 0, stderr
+    assert f"sentences of hf:{folder}" in Path(stdout.strip()).read_text()
+    [train] = (out / "texts").glob("*-train-*")
+    written = [s for file in train.glob("*.txt") for s in file.read_text().splitlines()]
+    assert len(written) == 16
+    assert set(written) <= set(SENTENCES)
+    code, _, stderr = run("schedule", "--data", f"hf:{tmp_path / 'none'}", "--out", tmp_path / "o")
+    assert code == 1
+    assert stderr.splitlines()[-1].startswith("error: cannot load the dataset")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_folder_of_other_settings_is_left_alone(tmp_path: Path, bert_folder: Path) -> None:
+    data, out = write_corpora(tmp_path / "data"), tmp_path / "out"
+    arguments = ["schedule", "--data", data, "--out", out, "--seeds", 1]
+    assert run(*arguments, "--encoder", bert_folder)[0] == 0
+    report = (out / "schedule" / "report.md").read_bytes()
+    for changed, message in (
+        (["--encoder", "minilm"], f"encoder {bert_folder}, not minilm"),
+        (["--encoder", bert_folder, "--corpus", "letters"], "corpus None, not letters"),
+    ):
+        code, _, stderr = run(*arguments, *changed)
+        assert (code, len(stderr.splitlines())) == (1, 1)
+        assert message in stderr
+    assert (out / "schedule" / "report.md").read_bytes() == report
+    (out / "settings.json").write_text("{")
+    code, _, stderr = run(*arguments, "--encoder", bert_folder)
+    assert (code, len(stderr.splitlines())) == (1, 1)
+    assert "settings.json is damaged" in stderr
+
+
+@pytest.mark.usefixtures("tiny")
+def test_users_reading_times_as_tsv(tmp_path: Path, bert_folder: Path) -> None:
+    """Another corpus: one alignment, since nobody says that its times are shifted."""
+    data, table = write_corpora(tmp_path / "data"), tmp_path / "mine.tsv"
+    generator = np.random.default_rng(0)
+    rows = ["story\tword\ttime"]
+    for story in ("one", "two", "three"):
+        for word in " ".join(SENTENCES[:8]).split():
+            rows.append(f"{story}\t{word}\t{300 + 10 * generator.standard_normal():.1f}")
+    table.write_text("\n".join(rows) + "\n")
+    out = tmp_path / "out"
+    code, stdout, stderr = run(
+        *("reading-times", "--data", data, "--reading-times", table, "--out", out),
+        *("--seeds", 2, "--encoder", bert_folder),
+    )
+    assert code == 0, stderr
+    saved = json.loads(Path(stdout.strip()).with_name("results.json").read_text())
+    assert saved["setting"].startswith(f"mine: {len(rows) - 1} words in 3 stories")
+    assert {fit["alignment"] for fit in saved["data"]["fits"]} == {"stored"}
+    assert len(saved["data"]["fits"]) == 4  # contexts and corrections
+    assert len(list((out / "reading-times").glob("surprisal-*.npy"))) == 4 * 4 * 2
+    assert "fused" in saved["data"]["fits"][0]["models"]
+    table.write_text("story\tword\nA\tb\n")
+    code, _, stderr = run("reading-times", "--reading-times", table, "--out", tmp_path / "o")
+    assert (code, len(stderr.splitlines())) == (1, 1)
+    assert "lacks the column time" in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fusion", "--seeds", "two"], "Invalid value for '--seeds'"),
+        (["fusion", "--seeds", "-1"], "seeds must be at least 1"),
+        (["fusion", "--data", "DATA", "--encoder", "nowhere/at/all"], "nowhere/at/all"),
+        (["fusion", "--data", "EMPTY"], "holds no .txt file"),
+        (["fusion", "--data", "LATIN"], "is not UTF-8"),
+        (["examples", "--model", "nowhere", "--model", "fusion-lm-small"], "nowhere"),
+        (["fusion", "--data", "DATA", "--out", "FILE"], "FILE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_in_a_line(
+    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sizes.SIZES, "small", TINY)
+    monkeypatch.chdir(tmp_path)
+    write_corpora(tmp_path / "DATA")
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "LATIN").mkdir()
+    (tmp_path / "LATIN" / "a.txt").write_bytes("Ein Stück.\n".encode("latin1"))
+    (tmp_path / "FILE").write_text("")
+    out = [] if "--out" in arguments else ["--out", "out"]
+    result = CliRunner().invoke(app, ["experiment", *arguments, *out])
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
