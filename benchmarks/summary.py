@@ -37,6 +37,7 @@ ROWS = [
         for way, name in (
             ("one-at-a-time", "one at a time"),
             ("sentence-transformers-32", "sentence-transformers, batch 32"),
+            ("sentence-transformers-128", "sentence-transformers, batch 128"),
         )
     ),
 ]
