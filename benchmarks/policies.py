@@ -25,6 +25,7 @@ import typer
 from fusion_model.benchmarks.encoding import one_at_a_time, sentence_transformers
 from fusion_model.benchmarks.machine import describe, where
 from fusion_model.benchmarks.work import Unavailable
+from transformers.utils import logging
 
 from fusion_model.encoders import load_encoder
 from fusion_model.files import write_text
@@ -245,6 +246,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="the text's first 3 000 characters only")] = False,
 ) -> None:
     """Measure, and write `policies.json`, `policies.md` and `policies.svg` once all is there."""
+    logging.disable_progress_bar()
     parts = part or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         raise typer.BadParameter(f"{unknown.pop()!r}: choose of {', '.join(PARTS)}")
