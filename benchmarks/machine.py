@@ -36,19 +36,18 @@ def commit() -> str | None:
     root = checkout()
     if root is None:
         return None
+    git = "git", "-C", str(root)
+    head = _output(*git, "rev-parse", "--short=12", "HEAD")
+    where = "--", ".", ":!benchmarks/results"
+    return head and head + ("+" if _output(*git, "status", "--porcelain", "-uno", *where) else "")
+
+
+def _output(*command: str) -> str | None:
     try:
-        head, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (
-                ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"],
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return head + ("+" if changes else "")
+    return done.stdout.strip()
 
 
 def cpu_name() -> str:
@@ -90,6 +89,7 @@ def describe(device: str) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
             "gpu_mhz": _gpu_clock(device),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }

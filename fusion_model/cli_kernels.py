@@ -41,7 +41,7 @@ def kernels(
 
     if not installed("triton"):
         raise FusionLMError("this needs triton: pip install triton (Linux on x86-64)")
-    from fusion_model.kernels.triton_launch import KNOWN_CHIPS, interpreting
+    from fusion_model.kernels.triton.configs import KNOWN_CHIPS, interpreting
 
     if interpreting():
         raise FusionLMError(
@@ -54,8 +54,8 @@ def kernels(
         )
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what each kernel asks for, too
     from fusion_model import progress
-    from fusion_model.kernels.compile_gate import gate
-    from fusion_model.kernels.triton_variants import variants
+    from fusion_model.kernels.check.compiled import gate
+    from fusion_model.kernels.check.variants import variants
 
     work = [(v, chip) for chip in chips for v in variants(chip) if match in v.name]
     if not work:
@@ -94,15 +94,23 @@ def gpu_check(
         raise FusionLMError("gpu-check needs a CUDA device, and PyTorch finds none here")
     if not installed("triton"):
         raise FusionLMError("this needs triton: pip install triton (Linux on x86-64)")
-    from fusion_model.kernels.gpu_check import PARTS, Part, run_parts
-    from fusion_model.kernels.gpu_report import report
+    from fusion_model.benchmarks.gpu.parts import PARTS, judge
+    from fusion_model.benchmarks.machine import describe
+    from fusion_model.kernels.check.gpu import run_parts
+    from fusion_model.kernels.check.report import report
 
-    parts = {"generate": Part("fusion_model.device_check:cases"), **PARTS}
-    if unknown := set(part or ()) - set(parts):
-        raise FusionLMError(f"no such part, {unknown.pop()}: choose of {', '.join(parts)}")
+    if unknown := set(part or ()) - set(PARTS):
+        raise FusionLMError(f"no such part, {unknown.pop()}: choose of {', '.join(PARTS)}")
     out.mkdir(parents=True, exist_ok=True)
-    chosen = {name: parts[name] for name in part or parts}
-    results = run_parts(chosen, out, lambda line: print(line, flush=True), jobs)
+    chosen = {name: PARTS[name] for name in part or PARTS}
+    results = run_parts(
+        chosen,
+        out,
+        lambda line: print(line, flush=True),
+        jobs,
+        machine=describe("cuda"),
+        judge=judge,
+    )
     print(report(results))
     print(f"{out / 'results.json'}: {results['failed']} failed")
     if results["failed"]:

@@ -104,8 +104,8 @@ _decoders: WeakKeyDictionary[FusionLMForCausalLM, tuple[Any, Any]] = WeakKeyDict
 
 def _runner(model: FusionLMForCausalLM, batch: int, steps: int, choice: Choice, graph: bool) -> Any:
     """A decoder for so many sequences, or its graph: the last one again, if it fits."""
-    from fusion_model.kernels.triton_lstm import versions
-    from fusion_model.kernels.triton_token import Decoder, DecodeWeights, TokenGraph
+    from fusion_model.kernels.triton.decoder import Decoder, DecodeWeights, TokenGraph
+    from fusion_model.kernels.triton.lstm import versions
 
     room = max(64, 1 << (steps - 1).bit_length())
     options: dict[str, Any] = {"greedy": choice.temperature == 0, "top_k": choice.top_k}

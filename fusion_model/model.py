@@ -201,7 +201,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         elif not state[0].is_floating_point():
             raise ValueError("this state comes from prefix_embeds [B, T, E]: pass them again")
         if self._tokens_suffice(input_ids.shape[1]):
-            from fusion_model.kernels.triton_lstm import lstm_tokens
+            from fusion_model.kernels.triton.lstm import lstm_tokens
 
             weights = self.embed_tokens.weight, state, self.lstm.all_weights
             return lstm_tokens(input_ids, *weights, self._gate_table, mask)
@@ -229,7 +229,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         chosen = resolve_backend(self.backend, device, steps, dtype=self.dtype)
         if chosen != "triton":
             return False
-        from fusion_model.kernels.triton_lstm import GateTable
+        from fusion_model.kernels.triton.lstm import GateTable
 
         if self._gate_table is None:
             self._gate_table = GateTable()

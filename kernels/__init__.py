@@ -9,10 +9,10 @@ L layers. Gates are in PyTorch's order: input, forget, cell, output.
 if __name__ != "kernels":
     from fusion_model.kernels.backend import BACKENDS, resolve_backend
     from fusion_model.kernels.dropout import dropout
+    from fusion_model.kernels.linear_cross_entropy import target_log_probs
     from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence
     from fusion_model.kernels.packed_lstm import lstm_packed
     from fusion_model.kernels.prefix_lstm import prefix_lstm
-    from fusion_model.kernels.surprisal import target_log_probs
 
 __all__ = [
     "BACKENDS",

@@ -1,7 +1,7 @@
 """The one place where a backend for the operations is chosen."""
 
 import torch
-from fusion_model.kernels.triton_launch import DTYPES, HAS_TRITON, chip_of, interpreting
+from fusion_model.kernels.triton.configs import DTYPES, HAS_TRITON, chip_of, interpreting
 
 BACKENDS = ("auto", "torch", "cudnn", "triton", "reference")
 OPERATIONS = ("sequence", "prefix", "surprisal", "decode")

@@ -86,9 +86,9 @@ def lstm_sequence(
         x, state = x.to(dtype), (state[0].to(dtype), state[1].to(dtype))
         weights = [[p.to(dtype) for p in layer] for layer in weights]
     if backend == "triton":
-        from fusion_model.kernels import triton_lstm
+        from fusion_model.kernels.triton import lstm
 
-        return triton_lstm.lstm_sequence(x, state, weights, mask, dropout)
+        return lstm.lstm_sequence(x, state, weights, mask, dropout)
     rows = len(x)
     if device == "cpu" and dtype == torch.bfloat16 and rows > ROWS:
         spare = -rows % ROWS

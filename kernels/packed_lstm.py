@@ -52,9 +52,9 @@ def lstm_packed(
     h, c = (_ordered(s.to(dtype), order) for s in state)
     cast = [[p.to(dtype) for p in layer] for layer in weights]
     if chosen == "triton":
-        from fusion_model.kernels import triton_lstm
+        from fusion_model.kernels.triton import lstm
 
-        found, (h, c) = triton_lstm.lstm_packed(data.to(dtype), sizes, (h, c), cast, dropout)
+        found, (h, c) = lstm.lstm_packed(data.to(dtype), sizes, (h, c), cast, dropout)
     else:
         found, h, c = torch.lstm(
             data.to(dtype),

@@ -43,10 +43,10 @@ def prefix_lstm(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if resolve_backend(backend, x.device, operation="prefix", dtype=dtype) == "triton":
-        from fusion_model.kernels import triton_lstm
+        from fusion_model.kernels.triton import lstm
 
         cast = [[p.to(dtype) for p in layer] for layer in weights]
-        return triton_lstm.prefix_lstm(x.to(dtype), h0.to(dtype), c0.to(dtype), cast, mask, dropout)
+        return lstm.prefix_lstm(x.to(dtype), h0.to(dtype), c0.to(dtype), cast, mask, dropout)
     start = x.shape[1] - h0.shape[1]
     w_ih, _, b_ih, b_hh = weights[0]
     shared_gates = F.linear(x, w_ih, b_ih + b_hh)  # [B, T, 4H]

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels.compile_gate import (
+from fusion_model.kernels.check.compiled import (
     examine,
     instructions,
     judge,
     releases_in_order,
 )
-from fusion_model.kernels.triton_launch import KNOWN_CHIPS
-from fusion_model.kernels.triton_variants import Variant, variants
+from fusion_model.kernels.check.variants import Variant, variants
+from fusion_model.kernels.triton.configs import KNOWN_CHIPS
 
 from fusion_model.cli import app
 
@@ -59,8 +59,8 @@ def test_every_shipped_kernel(chip: int) -> None:
 
 REGRESSION = """
 from dataclasses import replace
-from fusion_model.kernels.compile_gate import examine
-from fusion_model.kernels.triton_variants import variants
+from fusion_model.kernels.check.compiled import examine
+from fusion_model.kernels.check.variants import variants
 [whole] = [v for v in variants(90) if v.name == "sequence table 768 U8 B16 bf16"]
 crowded = replace(whole, options={**whole.options, "num_warps": 1})
 wrong = replace(whole, constants={**whole.constants, "CHUNK": 5})
@@ -143,7 +143,7 @@ def test_every_limit_is_judged() -> None:
 
 
 def test_what_does_not_compile_is_a_problem() -> None:
-    missing = Variant("x", "triton_math:nothing", {}, {}, {"num_warps": 4})
+    missing = Variant("x", "triton.primitives:nothing", {}, {}, {"num_warps": 4})
     assert "AttributeError" in examine(missing, 90).problems[0]
 
 

@@ -174,7 +174,7 @@ def test_other_backends_and_autocast_take_the_ordinary_path(served: list[Any]) -
 
 
 def test_the_decoder_is_kept_while_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusion_model.kernels import triton_token
+    from fusion_model.kernels.triton import decoder as triton_token
 
     made = []
     decoder = triton_token.Decoder

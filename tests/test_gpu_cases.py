@@ -11,26 +11,17 @@ from triton_bf16 import right_bfloat16
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import (
-    gpu_cases,
-    gpu_check,
-    gpu_decode_cases,
-    gpu_floors,
-    gpu_hangs,
-    gpu_timing,
-    gpu_work,
-    step_graphs,
-    triton_decode,
-    triton_launch,
-    triton_operator,
-    triton_token,
-)
-from fusion_model.kernels.gpu_cases import Case
-from fusion_model.kernels.gpu_decode_cases import DecodeCase
-from fusion_model.kernels.triton_launch import KNOWN_CHIPS
+from fusion_model.benchmarks.gpu import floors, parts, timing
+from fusion_model.benchmarks.gpu import generate as device_check
+from fusion_model.benchmarks.gpu import work as gpu_work
+from fusion_model.kernels import cuda_graphs
+from fusion_model.kernels.check import cases, decode_cases, hangs
+from fusion_model.kernels.check.cases import Case
+from fusion_model.kernels.check.decode_cases import DecodeCase
+from fusion_model.kernels.triton import configs, decode, lstm_operator
+from fusion_model.kernels.triton import decoder as triton_token
+from fusion_model.kernels.triton.configs import KNOWN_CHIPS
 from triton_programs import concurrent_programs
-
-from fusion_model import device_check
 
 CPU = torch.device("cpu")
 
@@ -42,14 +33,14 @@ def _bfloat16() -> Iterator[None]:
 
 
 def test_cases_reach_every_kind_of_launch_on_an_h200() -> None:
-    found = [case for op in ("sequence", "prefix", "surprisal") for case in gpu_cases.cases(op)]
+    found = [case for op in ("sequence", "prefix", "surprisal") for case in cases.cases(op)]
     assert len({str(case) for case in found}) == len(found)
     kinds = set()
-    for case in gpu_cases.cases("sequence"):
-        dtype = gpu_cases.TYPES[case.dtype]
+    for case in cases.cases("sequence"):
+        dtype = cases.TYPES[case.dtype]
         args = (case.hidden, case.batch, 1, dtype, case.steps, case.training)
-        plan = triton_launch.rows_plan(KNOWN_CHIPS[90], *args)
-        config = triton_launch.sequence_config(KNOWN_CHIPS[90], case.hidden, case.batch, dtype)
+        plan = configs.rows_plan(KNOWN_CHIPS[90], *args)
+        config = configs.sequence_config(KNOWN_CHIPS[90], case.hidden, case.batch, dtype)
         if plan.persistent and config is not None:
             kinds.add((config.split, config.staged > 0, case.training))
         else:
@@ -71,57 +62,57 @@ TOKEN = DecodeCase("bf16", 2, 20, 30, "gate", 2, "top 40")
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_a_right_kernel_passes(case: Case) -> None:
-    result = gpu_cases.compare(case, CPU)
+    result = cases.compare(case, CPU)
     assert result["ok"], result
     json.dumps(result)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_a_wrong_kernel_fails(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = gpu_cases.target_log_probs
+    run = cases.target_log_probs
 
     def wrong(*args: Any, backend: str) -> torch.Tensor:
         return run(*args, backend=backend) * (factor if backend == "triton" else 1)
 
-    monkeypatch.setattr(gpu_cases, "target_log_probs", wrong)
-    result = gpu_cases.compare(SMALL[-1], CPU)
+    monkeypatch.setattr(cases, "target_log_probs", wrong)
+    result = cases.compare(SMALL[-1], CPU)
     assert not result["ok"]
     assert not result["of_budget"] <= 1
 
 
 def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [name for name, _ in gpu_decode_cases.check(CPU)]
+    names = [name for name, _ in decode_cases.check(CPU)]
     assert len(set(names)) == len(names)
-    result = gpu_decode_cases.compare(TOKEN, CPU)
+    result = decode_cases.compare(TOKEN, CPU)
     assert result["ok"], result
-    assert gpu_decode_cases.repeated(TOKEN, CPU, 3)["ok"]
+    assert decode_cases.repeated(TOKEN, CPU, 3)["ok"]
     monkeypatch.setattr(triton_token, "TokenGraph", lambda decoder: decoder)
-    assert gpu_decode_cases.replayed(TOKEN, CPU, 5)["ok"]
-    right = triton_decode.kernel_token
+    assert decode_cases.replayed(TOKEN, CPU, 5)["ok"]
+    right = decode.kernel_token
 
     def another(args: Any) -> torch.Tensor:
         logits = right(args)
         args.ids.copy_(logits.argmin(-1))
         return logits
 
-    monkeypatch.setattr(triton_decode, "kernel_token", another)
-    assert not gpu_decode_cases.compare(TOKEN, CPU)["ok"]
-    monkeypatch.setattr(triton_decode, "kernel_token", lambda args: right(args) * 1.1)
-    assert not gpu_decode_cases.compare(TOKEN, CPU)["ok"]
+    monkeypatch.setattr(decode, "kernel_token", another)
+    assert not decode_cases.compare(TOKEN, CPU)["ok"]
+    monkeypatch.setattr(decode, "kernel_token", lambda args: right(args) * 1.1)
+    assert not decode_cases.compare(TOKEN, CPU)["ok"]
     count = iter(range(100))
     monkeypatch.setattr(
         triton_token, "kernel_token", lambda args: args.c.add_(next(count)).sum() + right(args)
     )
-    assert not gpu_decode_cases.repeated(TOKEN, CPU, 3)["ok"]
-    assert not gpu_decode_cases.replayed(TOKEN, CPU, 5)["ok"]
+    assert not decode_cases.repeated(TOKEN, CPU, 3)["ok"]
+    assert not decode_cases.replayed(TOKEN, CPU, 5)["ok"]
 
 
 def test_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(gpu_cases.repeated(case, CPU, 3)["ok"] for case in SMALL[1:3])
+    assert all(cases.repeated(case, CPU, 3)["ok"] for case in SMALL[1:3])
     count = iter(range(100))
-    outputs = gpu_cases.outputs
-    monkeypatch.setattr(gpu_cases, "outputs", lambda *a: [o + next(count) for o in outputs(*a)])
-    assert not any(gpu_cases.repeated(case, CPU, 3)["ok"] for case in SMALL[1:3])
+    outputs = cases.outputs
+    monkeypatch.setattr(cases, "outputs", lambda *a: [o + next(count) for o in outputs(*a)])
+    assert not any(cases.repeated(case, CPU, 3)["ok"] for case in SMALL[1:3])
 
 
 def test_replays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,37 +132,37 @@ def test_replays(monkeypatch: pytest.MonkeyPatch) -> None:
         graph = Graph(run)
         return graph, graph.out
 
-    monkeypatch.setattr(step_graphs, "record", record)
-    assert gpu_cases.replayed(SMALL[1], CPU, 2)["ok"]
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    assert cases.replayed(SMALL[1], CPU, 2)["ok"]
     monkeypatch.setattr(Graph, "wrong", 1e-3)
-    assert not gpu_cases.replayed(SMALL[1], CPU, 2)["ok"]
+    assert not cases.replayed(SMALL[1], CPU, 2)["ok"]
 
 
 def test_graphs_of_steps_must_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = step_graphs.StepGraphs(lambda run: run)
-    assert all(case.steps >= step_graphs.STEPS for case in gpu_cases.STEPS)
-    monkeypatch.setattr(step_graphs, "STEPS", 2)
-    monkeypatch.setattr(step_graphs, "graphs", graphs)
+    graphs = cuda_graphs.StepGraphs(lambda run: run)
+    assert all(case.steps >= cuda_graphs.STEPS for case in cases.STEPS)
+    monkeypatch.setattr(cuda_graphs, "STEPS", 2)
+    monkeypatch.setattr(cuda_graphs, "graphs", graphs)
 
     def as_on_a_gpu(name: str, function: Any, args: Any, *rest: Any) -> None:
-        if step_graphs.worth(args.rows.active(0), args.rows.steps, 1):
+        if cuda_graphs.worth(args.rows.active(0), args.rows.steps, 1):
             return graphs.run(name, function, args, *rest)
         return function(*args)
 
-    assert not gpu_cases.graphed_steps(SMALL[0], CPU, 3)["ok"]  # none on a CPU
-    monkeypatch.setattr(triton_operator, "run_steps", as_on_a_gpu)
-    result = gpu_cases.graphed_steps(SMALL[0], CPU, 3)
+    assert not cases.graphed_steps(SMALL[0], CPU, 3)["ok"]  # none on a CPU
+    monkeypatch.setattr(lstm_operator, "run_steps", as_on_a_gpu)
+    result = cases.graphed_steps(SMALL[0], CPU, 3)
     assert result == {"ok": True, "differing": 0, "replays": 4}
-    for case in gpu_cases.STEPS:
+    for case in cases.STEPS:
         rows = case.steps if case.operation == "prefix" else 1
-        plan = (case.hidden, case.batch, rows, gpu_cases.TYPES[case.dtype], case.steps, True)
-        assert not triton_launch.rows_plan(KNOWN_CHIPS[90], *plan).persistent
+        plan = (case.hidden, case.batch, rows, cases.TYPES[case.dtype], case.steps, True)
+        assert not configs.rows_plan(KNOWN_CHIPS[90], *plan).persistent
 
 
 def test_what_could_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the driver's own refusal, which needs a GPU."""
-    monkeypatch.setattr(gpu_hangs, "LOOKS", 5)
-    *ours, _ = gpu_hangs.hangs(CPU)
+    monkeypatch.setattr(hangs, "LOOKS", 5)
+    *ours, _ = hangs.hangs(CPU)
     with concurrent_programs():
         for name, run in ours:
             assert run()["ok"], name
@@ -189,26 +180,26 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "DEVICE": "cpu", "D": 8, "H": 16, "V": 20, "NAMES": {torch.float16: "fp16"},
         "microseconds": once, "graphed": lambda run: run,
     }.items():  # fmt: skip
-        monkeypatch.setattr(gpu_timing, name, value)
+        monkeypatch.setattr(timing, name, value)
 
 
 @pytest.mark.usefixtures("small")
 def test_timings_run_and_have_a_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     named = [
-        *gpu_timing._sequence(CPU, torch.float16, 2, 16, 3, True),
-        *gpu_timing.tokens(CPU)[:2],
-        *gpu_timing.prefixes(CPU, 2, 3),
-        *gpu_timing.surprisals(CPU, 10),
+        *timing._sequence(CPU, torch.float16, 2, 16, 3, True),
+        *timing.tokens(CPU)[:2],
+        *timing.prefixes(CPU, 2, 3),
+        *timing.surprisals(CPU, 10),
     ]
     assert len(named) == 4 + 2 + 4 + 4
     rows = [run() for _, run in named]
     for row in rows:
         assert row["ok"], row
         assert row["ratio"] == 1.0
-    monkeypatch.setattr(gpu_floors, "SIZES", (1 << 14,))
-    monkeypatch.setattr(gpu_floors, "PROGRAMS", (3,))
+    monkeypatch.setattr(floors, "SIZES", (1 << 14,))
+    monkeypatch.setattr(floors, "PROGRAMS", (3,))
     with concurrent_programs():
-        measured = [run() for _, run in gpu_floors.floors(CPU, 1 << 15, 16, 5, 2)]
+        measured = [run() for _, run in floors.floors(CPU, 1 << 15, 16, 5, 2)]
     assert [row["floor"][0] for row in measured] == ["read", "product", "barrier", "node"]
     gpu_work.give_floors({"x": rows, "floors": measured})
     assert all(row["x_floor"] > 0 for row in rows)
@@ -217,18 +208,18 @@ def test_timings_run_and_have_a_floor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_compilation_beforehand_has_no_figures() -> None:
-    [(name, run), _] = gpu_check.compiled(CPU, "time tokens")
+    [(name, run), _] = parts.compiled(CPU, "time tokens")
     assert name == "token fp16 B1, eager"
     assert run() == {"ok": True}
 
 
 def test_a_baseline_that_fails_is_no_failure_of_ours(small: None) -> None:
     work = gpu_work.Work(1, 1, "fp16", 1)
-    row = gpu_timing.versus(lambda: (lambda: 1, lambda: 1 / 0), False, work)
+    row = timing.versus(lambda: (lambda: 1, lambda: 1 / 0), False, work)
     assert row["ok"]
     assert "ZeroDivisionError" in row["baseline_us_error"]
     assert "ratio" not in row
-    row = gpu_timing.versus(lambda: (lambda: 1 / 0, lambda: 1), True, work)
+    row = timing.versus(lambda: (lambda: 1 / 0, lambda: 1), True, work)
     assert not row["ok"]
     assert "us" not in row
 
@@ -236,14 +227,14 @@ def test_a_baseline_that_fails_is_no_failure_of_ours(small: None) -> None:
 @pytest.mark.usefixtures("small")
 def test_both_sides_of_a_ratio_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = torch.float32
-    monkeypatch.setattr(gpu_timing, "NAMES", {kind: "fp32"})
-    ours, theirs = gpu_timing._inference_pair(kind, 2, 16, 3)
+    monkeypatch.setattr(timing, "NAMES", {kind: "fp32"})
+    ours, theirs = timing._inference_pair(kind, 2, 16, 3)
     torch.testing.assert_close(ours()[0], theirs()[0].detach())
     for training in (False, True):
         pairs = [
-            gpu_timing._training_pair(kind, 2, 16, 3),
-            gpu_timing._prefixes(kind, 2, 3, training),
-            gpu_timing._surprisal(kind, 10, training),
+            timing._training_pair(kind, 2, 16, 3),
+            timing._prefixes(kind, 2, 3, training),
+            timing._surprisal(kind, 10, training),
         ]
         for n, (ours, theirs) in enumerate(pairs):
             got, expected = ours(), theirs()
@@ -253,7 +244,7 @@ def test_both_sides_of_a_ratio_compute_the_same(monkeypatch: pytest.MonkeyPatch)
     made = []
     decoder = triton_token.Decoder
     monkeypatch.setattr(triton_token, "Decoder", lambda *a: made.append(decoder(*a)) or made[-1])
-    ours, theirs = gpu_timing._token(kind, 3)
+    ours, theirs = timing._token(kind, 3)
     for _ in range(3):
         ours()
         theirs()

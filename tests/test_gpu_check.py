@@ -12,10 +12,15 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import gpu_check, gpu_timing, gpu_work, triton_launch
-from fusion_model.kernels.gpu_check import PARTS, Part, run_parts
-from fusion_model.kernels.gpu_report import report
-from fusion_model.kernels.gpu_work import GOALS, Work, floor, give_floors, measured, verdicts
+from fusion_model.benchmarks import machine
+from fusion_model.benchmarks.gpu import timing
+from fusion_model.benchmarks.gpu import work as gpu_work
+from fusion_model.benchmarks.gpu.parts import PARTS
+from fusion_model.benchmarks.gpu.work import GOALS, Work, floor, give_floors, measured, verdicts
+from fusion_model.kernels.check import gpu
+from fusion_model.kernels.check.gpu import Part, run_parts
+from fusion_model.kernels.check.report import report
+from fusion_model.kernels.triton import configs
 
 from fusion_model.cli import app
 
@@ -39,7 +44,7 @@ def check_mixed(found: dict[str, Any]) -> None:
 
 
 def test_one_case_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "PROCESS", [sys.executable, gpu_fake_parts.__file__])
+    monkeypatch.setattr(gpu, "PROCESS", [sys.executable, gpu_fake_parts.__file__])
     monkeypatch.setenv("FAKE_MARK", str(tmp_path.parent / "mark"))
     told: list[str] = []
     fakes = parts("mixed", "unlistable", "lost", each=2.0)
@@ -68,14 +73,14 @@ def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def falls_back() -> dict[str, bool]:
-        triton_launch.checked["rows", "cpu"] = False
+        configs.checked["rows", "cpu"] = False
         return {"ok": True}
 
     listed = [("skipped", None), ("raises", lambda: 1 / 0), ("falls back", falls_back),
               ("good", lambda: {"ok": True})]  # fmt: skip
-    monkeypatch.setattr(triton_launch, "checked", {})
+    monkeypatch.setattr(configs, "checked", {})
     monkeypatch.setattr(Part, "cases", lambda *_: listed)
-    gpu_check.work_off(Part(""), tmp_path / "lines", 1, CPU)
+    gpu.work_off(Part(""), tmp_path / "lines", 1, CPU)
     plan, *lines = map(json.loads, (tmp_path / "lines").read_text().splitlines())
     assert plan == {"plan": ["skipped", "raises", "falls back", "good"]}
     assert [line["begin"] for line in lines[::2]] == ["raises", "falls back", "good"]
@@ -98,7 +103,7 @@ class Clock:
         self.now += seconds
 
 
-class Endless(gpu_check.Worker):
+class Endless(gpu.Worker):
     """A case every look, ten thousand in all."""
 
     started: ClassVar[list[str]] = []
@@ -115,11 +120,11 @@ class Endless(gpu_check.Worker):
 def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timed parts still run when checks take all the time that they may; the rest is noted."""
     clock = Clock()
-    monkeypatch.setattr(gpu_check, "time", clock)
-    monkeypatch.setattr(gpu_check, "Worker", Endless)
+    monkeypatch.setattr(gpu, "time", clock)
+    monkeypatch.setattr(gpu, "Worker", Endless)
     chosen = parts("a", "b", "c") | parts("d", "e", timed=True)
     results = run_parts(chosen, tmp_path, lambda _: None, 2, "cpu")
-    assert clock.now < gpu_check.BUDGET + 1
+    assert clock.now < gpu.BUDGET + 1
     assert Endless.started == ["a", "b", "d"]
     for name, begun, limit in (("a", True, 240), ("c", False, 240), ("d", True, 460),
                                ("e", False, 460)):  # fmt: skip
@@ -130,7 +135,7 @@ def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_under_eight_minutes_whatever_happens() -> None:
-    assert gpu_check.CHECKS < gpu_check.BUDGET <= 470
+    assert gpu.FOR_CHECKS < gpu.BUDGET <= 470
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -221,7 +226,7 @@ def test_a_full_run_has_the_rows_that_the_goals_are_of() -> None:
         assert sum(goal.tag in row["tags"] for row in rows) == goal.rows, goal
     assert all(row["tags"] is not None for row in rows)
     assert gpu_work.GOALS[0].bound == 3.0
-    assert gpu_timing.H == 768
+    assert timing.H == 768
 
 
 def test_the_report_has_all_figures() -> None:
@@ -255,7 +260,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_the_command(good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def run(chosen: Any, out: Path, tell: Any, jobs: int) -> dict[str, Any]:
+    def run(chosen: Any, out: Path, tell: Any, jobs: int, **_: Any) -> dict[str, Any]:
         asked.append((list(chosen), jobs))
         tell("x: 1 of 1")
         found = {"x": [{"case": "a", "ok": good}]}
@@ -263,7 +268,8 @@ def test_the_command(good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 "goals": verdicts(found)}  # fmt: skip
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "run_parts", run)
+    monkeypatch.setattr(gpu, "run_parts", run)
+    monkeypatch.setattr(machine, "describe", lambda device: {"device": device})
     command = ["gpu-check", "--out", str(tmp_path / "new")]
     result = CliRunner().invoke(app, [*command, "--part", "hangs", "--jobs", "3"])
     assert result.exit_code == 1 - good, result.output
@@ -271,6 +277,6 @@ def test_the_command(good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "| goal | needed |" in result.output
     assert f"results.json: {1 - good} failed" in result.output
     CliRunner().invoke(app, command)
-    assert asked == [(["hangs"], 3), (["generate", *PARTS], 0)]
+    assert asked == [(["hangs"], 3), ([*PARTS], 0)]
     result = CliRunner().invoke(app, [*command, "--part", "nothing"])
     assert "no such part, nothing: choose of generate, hangs" in result.output

@@ -4,12 +4,12 @@ import pytest
 import torch
 from fusion_model.kernels import (
     dropout,
+    linear_cross_entropy,
     lstm_sequence,
     prefix_lstm,
     resolve_backend,
     target_log_probs,
 )
-from fusion_model.kernels import surprisal as surprisal_module
 from fusion_model.kernels.lstm import lstm_sequence_reference
 from torch import nn
 
@@ -137,8 +137,8 @@ def test_gradients() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 9])
 def test_target_log_probs(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surprisal_module, "CHUNK", 4)
-    monkeypatch.setattr(surprisal_module, "ROWS", 3)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 4)
+    monkeypatch.setattr(linear_cross_entropy, "ROWS", 3)
     x, w, b = torch.randn(n, 5), torch.randn(11, 5), torch.randn(11)
     y = torch.randint(11, (n,))
     wide = torch.log_softmax(x.double() @ w.double().T + b.double(), -1)
@@ -170,8 +170,8 @@ def test_log_probs_of_logits_whose_exponentials_leave_float32(shift: float) -> N
 
 
 def test_target_log_probs_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surprisal_module, "CHUNK", 4)
-    monkeypatch.setattr(surprisal_module, "ROWS", 3)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 4)
+    monkeypatch.setattr(linear_cross_entropy, "ROWS", 3)
     x, w, b = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((9, 5), (11, 5), (11,))
     )

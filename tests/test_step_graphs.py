@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_model.kernels import lstm_sequence, prefix_lstm, step_graphs
-from fusion_model.kernels.step_graphs import StepGraphs, worth
+from fusion_model.kernels import cuda_graphs, lstm_sequence, prefix_lstm
+from fusion_model.kernels.cuda_graphs import StepGraphs, worth
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import triton_operator
+from fusion_model.kernels.triton import lstm_operator
 
 
 class Recorder:
@@ -31,8 +31,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Every layer goes through graphs, as it does on a GPU."""
     found = Recorder()
     graphs = StepGraphs(found)
-    monkeypatch.setattr(step_graphs, "graphs", graphs)
-    monkeypatch.setattr(triton_operator, "run_steps", graphs.run)
+    monkeypatch.setattr(cuda_graphs, "graphs", graphs)
+    monkeypatch.setattr(lstm_operator, "run_steps", graphs.run)
     return found
 
 
@@ -65,11 +65,11 @@ def test_replayed_layers_are_right(masked: bool, recorder: Recorder) -> None:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     # Five shapes: both layers of a sequence are one, and both of prefixes backward.
     assert recorder.captures == 5
-    assert step_graphs.graphs.replays == 3 * 8 - 5
+    assert cuda_graphs.graphs.replays == 3 * 8 - 5
 
 
 def test_tokens_read_the_table_where_it_lies(recorder: Recorder) -> None:
-    from fusion_model.kernels.triton_lstm import GateTable, lstm_tokens
+    from fusion_model.kernels.triton.lstm import GateTable, lstm_tokens
 
     module, embedding, tables = nn.LSTM(4, 10, batch_first=True), torch.randn(9, 4), GateTable()
     zeros = torch.zeros(2, 1, 10)
@@ -79,7 +79,7 @@ def test_tokens_read_the_table_where_it_lies(recorder: Recorder) -> None:
             weights = embedding, (zeros, zeros), module.all_weights
             out, _ = lstm_tokens(ids, *weights, tables)
         torch.testing.assert_close(out, module(embedding[ids])[0].detach())
-    [(static, _)] = step_graphs.graphs._graphs.values()
+    [(static, _)] = cuda_graphs.graphs._graphs.values()
     [(table, _)] = tables._tables.values()
     assert static.x_gates is table
     assert recorder.captures == 1
@@ -94,7 +94,7 @@ def test_a_capture_that_fails_is_told_once(recorder: Recorder) -> None:
     def failing(run: Callable[[], Any]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted")
 
-    step_graphs.graphs._capture = failing
+    cuda_graphs.graphs._capture = failing
     with pytest.warns(RuntimeWarning, match="rows_backward: no CUDA graph"):
         both(False)  # its two layers are one shape
     with pytest.warns(RuntimeWarning, match="rows_forward: no CUDA graph.*not permitted"):
@@ -104,21 +104,21 @@ def test_a_capture_that_fails_is_told_once(recorder: Recorder) -> None:
         warnings.simplefilter("error")
         got, expected = both(False)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-    assert step_graphs.graphs.replays == 0
+    assert cuda_graphs.graphs.replays == 0
 
 
 def test_few_graphs_are_kept(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graphs, "MOST", 2)
-    monkeypatch.setattr(step_graphs, "SEEN", 4)
+    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "SEEN", 4)
     weights = nn.LSTM(4, 10, batch_first=True).all_weights
     with torch.no_grad():
         for steps in (2, 3, 4, 5, 6, 7):
             x, zeros = torch.randn(1, steps, 4), torch.zeros(1, 1, 10)
             for _ in range(2):
                 lstm_sequence(x, (zeros, zeros), weights, backend="triton")
-    kept = [static.rows.steps for static, _ in step_graphs.graphs._graphs.values()]
+    kept = [static.rows.steps for static, _ in cuda_graphs.graphs._graphs.values()]
     assert kept == [6, 7]
-    assert len(step_graphs.graphs._seen) == 4
+    assert len(cuda_graphs.graphs._seen) == 4
     assert recorder.captures == 6
 
 
@@ -137,6 +137,6 @@ def test_what_is_replayed(rows: int, steps: int, size: int, expected: bool) -> N
 
 
 def test_a_cpu_has_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_graphs, "graphs", None)
+    monkeypatch.setattr(cuda_graphs, "graphs", None)
     got, expected = both(True)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)

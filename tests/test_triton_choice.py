@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_model.kernels import lstm_sequence, resolve_backend, triton_launch
+from fusion_model.kernels import lstm_sequence, resolve_backend
 from fusion_model.kernels.backend import choose, obstacle
-from fusion_model.kernels.packed_rows import Rows
-from fusion_model.kernels.triton_launch import (
+from fusion_model.kernels.triton import configs as triton_launch
+from fusion_model.kernels.triton.configs import (
     KNOWN_CHIPS,
     LaunchRefused,
     check_grid,
@@ -20,6 +20,7 @@ from fusion_model.kernels.triton_launch import (
     sequence_config,
     trusted,
 )
+from fusion_model.kernels.triton.layout import Rows
 
 BF16, FP32 = torch.bfloat16, torch.float32
 H200 = KNOWN_CHIPS[90]
@@ -171,10 +172,10 @@ def test_a_wrong_kernel_is_named_and_not_used() -> None:
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_layer_falls_back_to_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from fusion_model.kernels import triton_operator
+    from fusion_model.kernels.triton import lstm_operator
 
-    monkeypatch.setattr(triton_operator, "steps_forward", lambda *_: None)  # writes nothing
-    monkeypatch.setattr(triton_operator, "steps_backward", lambda *_: 1 / 0)
+    monkeypatch.setattr(lstm_operator, "steps_forward", lambda *_: None)  # writes nothing
+    monkeypatch.setattr(lstm_operator, "steps_backward", lambda *_: 1 / 0)
     module = torch.nn.LSTM(3, 5, batch_first=True)
     x, zeros = torch.randn(2, 4, 3), torch.zeros(2, 1, 5)
     with pytest.warns(RuntimeWarning, match="rows_forward"):

@@ -13,11 +13,12 @@ from fusion_model import FUSIONS, FusionLMForCausalLM
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import triton_launch, triton_token
-from fusion_model.kernels.decoding import Token, philox, plain_token, scores
-from fusion_model.kernels.gpu_decode_cases import copied
-from fusion_model.kernels.triton_decode import choose, kernel_token
-from fusion_model.kernels.triton_token import WRITTEN, Decoder, DecodeWeights, decode_token
+from fusion_model.kernels.check.decode_cases import copied
+from fusion_model.kernels.triton import configs
+from fusion_model.kernels.triton import decoder as triton_token
+from fusion_model.kernels.triton.decode import choose, kernel_token
+from fusion_model.kernels.triton.decode_naive import Token, philox, plain_token, scores
+from fusion_model.kernels.triton.decoder import WRITTEN, Decoder, DecodeWeights, decode_token
 
 from fusion_model.device_generation import generate_on_device
 
@@ -185,9 +186,9 @@ def test_survives_compilation() -> None:
 
 @pytest.mark.parametrize("wrong", ["logits", "token", "error"])
 def test_a_wrong_kernel_is_named_and_not_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(triton_launch, "checked", {})
+    monkeypatch.setattr(configs, "checked", {})
     right = triton_token.kernel_token
 
     def kernel(args: Token) -> Tensor:

@@ -9,14 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_model.kernels import (
-    LayerWeights,
-    lstm_packed,
-    lstm_sequence,
-    prefix_lstm,
-    triton_launch,
-)
-from fusion_model.kernels.triton_launch import padded
+from fusion_model.kernels import LayerWeights, lstm_packed, lstm_sequence, prefix_lstm
+from fusion_model.kernels.triton import configs
+from fusion_model.kernels.triton.configs import padded
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from triton_bf16 import right_bfloat16
@@ -24,7 +19,8 @@ from triton_programs import concurrent_programs
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import packed_rows, triton_operator, triton_sequence
+from fusion_model.kernels.triton import layout, lstm_operator
+from fusion_model.kernels.triton import lstm_sequence as triton_sequence
 
 
 @pytest.fixture(autouse=True)
@@ -187,9 +183,9 @@ def test_every_kind_of_persistent_launch(
 
     monkeypatch.setattr(triton_sequence, "launch_spinning", noting)
     if kind == "hybrid":  # the real choice has 65 programs here: fewer units, the same kernel
-        few = triton_launch.SequenceConfig(16, 8, 8, 16, 1, 1, True)
-        monkeypatch.setattr(triton_launch, "sequence_config", lambda *_: few)
-        monkeypatch.setattr(triton_operator, "sequence_config", lambda *_: few)
+        few = configs.SequenceConfig(16, 8, 8, 16, 1, 1, True)
+        monkeypatch.setattr(configs, "sequence_config", lambda *_: few)
+        monkeypatch.setattr(lstm_operator, "sequence_config", lambda *_: few)
         hidden = 40
     case = Case(batch, 3, 4, hidden, 1, torch.float16)
     leaves = [leaf.detach() for leaf in case.leaves(torch.float16)]
@@ -227,7 +223,7 @@ def test_prefixes(shape: tuple[int, ...], start: int, masked: bool, dtype: torch
 def test_packing_puts_a_program_together(units: int) -> None:
     hidden = 37
     w = torch.arange(4 * hidden * 2).view(4 * hidden, 2) + 1
-    packed = packed_rows.pack(w, units)
+    packed = layout.pack(w, units)
     blocks = packed.view(padded(hidden, units) // units, 4, units, 2)
     for unit in range(padded(hidden, units)):
         for gate in range(4):
@@ -270,17 +266,17 @@ def test_survives_compilation() -> None:
 def test_a_debug_build_gives_up_waiting() -> None:
     """Too few programs for what a kernel waits for: with a limit it ends, and the rest is wrong."""
     hidden, units = 16, 8
-    config = triton_launch.SequenceConfig(units, 8, 2, 16, 1, 0, True)
+    config = configs.SequenceConfig(units, 8, 2, 16, 1, 0, True)
     case = Case(1, 3, 4, hidden, 1, torch.float32)
-    w = packed_rows.pack(case.flat[1], units)
+    w = layout.pack(case.flat[1], units)
     h, c = torch.zeros(4, hidden), torch.zeros(1, hidden)
     gates = torch.randn(3, 4 * hidden)
 
     def one_after_another(kernel: Any, grid: Any, args: Any, options: Any) -> None:
         kernel[grid](*args, **options)
 
-    old = triton_launch.spinning_runner
+    old = configs.spinning_runner
     with concurrent_programs():
-        triton_launch.spinning_runner = one_after_another
+        configs.spinning_runner = one_after_another
         triton_sequence.sequence_forward(gates, None, w, h, c, None, None, None, 3, config, limit=3)
-    assert triton_launch.spinning_runner is old
+    assert configs.spinning_runner is old

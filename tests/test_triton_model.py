@@ -9,7 +9,7 @@ from fusion_model import FUSIONS, FusionLMForCausalLM
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import triton_lstm
+from fusion_model.kernels.triton import lstm
 
 IDS = [[1, 5, 9, 3, 7, 2], [1, 8, 4, 2, 0, 0]]
 
@@ -75,8 +75,8 @@ def test_the_gate_table_follows_the_weights() -> None:
 
 def test_a_vast_vocabulary_is_not_tabled(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, kernels = both("none")
-    monkeypatch.setattr(triton_lstm.GateTable, "MOST", 10)
-    monkeypatch.setattr(triton_lstm.GateTable, "of", None)
+    monkeypatch.setattr(lstm.GateTable, "MOST", 10)
+    monkeypatch.setattr(lstm.GateTable, "of", None)
     with torch.no_grad():
         logits: Tensor = kernels(torch.tensor(IDS)).logits
         torch.testing.assert_close(logits, reference(torch.tensor(IDS)).logits)

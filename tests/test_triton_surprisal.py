@@ -11,7 +11,7 @@ from triton_bf16 import right_bfloat16
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels import triton_surprisal
+from fusion_model.kernels.triton import linear_cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def exact(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor) -> Tensor:
 def test_within_the_error_of_whole_logits(
     shape: tuple[int, ...], biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_surprisal, "CHUNK", 50)  # gradients in three parts
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 50)  # gradients in three parts
     n, d, v = shape
     inputs = [torch.randn(*s).to(dtype) for s in ((n, d), (v, d), (v,))]
     y, upstream = torch.randint(v, (n,)), torch.randn(n)

@@ -16,20 +16,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from fusion_model.kernels.gpu_cases import Named, Result
-from fusion_model.kernels.gpu_report import machine, report
-from fusion_model.kernels.gpu_work import give_floors, verdicts
+from fusion_model.kernels.check.cases import Named, Result
+from fusion_model.kernels.check.report import report
 
 BUDGET = 460.0  # seconds for everything
-CHECKS = 240.0  # of them at most for correctness
+FOR_CHECKS = 240.0  # of them at most for correctness
 START = 60.0  # seconds for a process to begin its first case
 POLL = 0.1
-PROCESS = [sys.executable, "-m", "fusion_model.kernels.gpu_check"]
+PROCESS = [sys.executable, "-m", "fusion_model.kernels.check.gpu"]
 
 
 @dataclass(frozen=True)
@@ -53,72 +51,44 @@ class Part:
         return found
 
 
-_HERE = "fusion_model.kernels"
-_TIMED = {
-    "time tokens": f"{_HERE}.gpu_timing:tokens",
-    "time sequences": f"{_HERE}.gpu_timing:sequences",
-    "time prefixes": f"{_HERE}.gpu_timing:prefixes",
-    "time surprisal": f"{_HERE}.gpu_timing:surprisals",
-}
-PARTS = {
-    "hangs": Part(f"{_HERE}.gpu_hangs:hangs", 20),
+_HERE = "fusion_model.kernels.check"
+CHECKS = {
+    "hangs": Part(f"{_HERE}.hangs:hangs", 20),
     **{
-        f"sequence {dtype}": Part(f"{_HERE}.gpu_check:sequence_cases:{dtype}")
+        f"sequence {dtype}": Part(f"{_HERE}.gpu:sequence_cases:{dtype}")
         for dtype in ("bf16", "fp16", "fp32")
     },
-    "prefix": Part(f"{_HERE}.gpu_check:prefix_cases"),
-    "surprisal": Part(f"{_HERE}.gpu_check:surprisal_cases"),
-    "token": Part(f"{_HERE}.gpu_decode_cases:check"),
-    "repeats": Part(f"{_HERE}.gpu_cases:repeats"),
-    "token repeats": Part(f"{_HERE}.gpu_decode_cases:repeats"),
-    "graphs": Part(f"{_HERE}.gpu_cases:replays"),
-    "token graphs": Part(f"{_HERE}.gpu_decode_cases:replays"),
-    # Compiled here, beside each other, what is timed below.
-    **{f"compile {n}": Part(f"{_HERE}.gpu_check:compiled:{n}", 90) for n in _TIMED},
-    "floors": Part(f"{_HERE}.gpu_floors:floors", 30, timed=True),
-    **{name: Part(home, 30, timed=True) for name, home in _TIMED.items()},
+    "prefix": Part(f"{_HERE}.gpu:prefix_cases"),
+    "surprisal": Part(f"{_HERE}.gpu:surprisal_cases"),
+    "token": Part(f"{_HERE}.decode_cases:check"),
+    "repeats": Part(f"{_HERE}.cases:repeats"),
+    "token repeats": Part(f"{_HERE}.decode_cases:repeats"),
+    "graphs": Part(f"{_HERE}.cases:replays"),
+    "token graphs": Part(f"{_HERE}.decode_cases:replays"),
 }
 
 
 def sequence_cases(device: torch.device, dtype: str) -> list[Named]:
-    from fusion_model.kernels import gpu_cases
+    from fusion_model.kernels.check import cases as gpu_cases
 
     return gpu_cases.check("sequence", device, [dtype])
 
 
 def prefix_cases(device: torch.device) -> list[Named]:
-    from fusion_model.kernels import gpu_cases
+    from fusion_model.kernels.check import cases as gpu_cases
 
     return gpu_cases.check("prefix", device)
 
 
 def surprisal_cases(device: torch.device) -> list[Named]:
-    from fusion_model.kernels import gpu_cases
+    from fusion_model.kernels.check import cases as gpu_cases
 
     return gpu_cases.check("surprisal", device)
 
 
-def compiled(device: torch.device, name: str) -> list[Named]:
-    """The eager cases of a timed part, each run once: Triton keeps on disk what it compiled."""
-    from fusion_model.kernels import gpu_timing
-
-    def run_once(run: Callable[[], Any], rounds: int = 1) -> float:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1.0
-
-    def without_figures(case: Callable[[], Result]) -> Result:
-        gpu_timing.microseconds = run_once
-        return {key: value for key, value in case().items() if key in ("ok", "us_error")}
-
-    cases = Part(_TIMED[name]).cases(device)
-    return [(n, partial(without_figures, case)) for n, case in cases if n.endswith("eager")]
-
-
 def work_off(part: Part, out: Path, skip: int, device: torch.device) -> None:
     """The cases of a part from `skip` on, in this process: lines of JSON, written at once."""
-    from fusion_model.kernels import triton_launch
+    from fusion_model.kernels.triton import configs
 
     with open(out, "a", encoding="utf-8") as file:
 
@@ -130,7 +100,7 @@ def work_off(part: Part, out: Path, skip: int, device: torch.device) -> None:
         tell(plan=[name for name, _ in cases])
         for name, run in cases[skip:]:
             tell(begin=name)
-            known = set(triton_launch.checked)
+            known = set(configs.checked)
             result: Result
             try:
                 result = {"case": name} | run()
@@ -138,8 +108,8 @@ def work_off(part: Part, out: Path, skip: int, device: torch.device) -> None:
                 text = f"{type(error).__name__}: {error}"
                 result = {"case": name, "ok": False, "error": text[:500]}
             # Else PyTorch's numbers and times would pass for the kernels'.
-            new = set(triton_launch.checked) - known
-            if fallen := [" ".join(map(str, k)) for k in new if not triton_launch.checked[k]]:
+            new = set(configs.checked) - known
+            if fallen := [" ".join(map(str, k)) for k in new if not configs.checked[k]]:
                 result |= {"ok": False, "fell_back": fallen}
             tell(result=result)
             if "error" in result and device.type == "cuda":
@@ -245,21 +215,24 @@ def run_parts(
     tell: Callable[[str], None],
     jobs: int = 0,
     device: str = "cuda",
+    machine: Mapping[str, Any] | None = None,
+    judge: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """All parts; `results.json` and `report.md` in `out` say all that is known at any moment.
 
     Args:
         jobs: checks at a time; 0: as many as there are cores, at most 8.
+        machine: what the results belong to.
+        judge: called with the results so far; adds floors and goals.
     """
     began = time.monotonic()
     jobs = jobs or min(8, os.cpu_count() or 1)
-    results: dict[str, Any] = {"machine": machine(), "parts": {}, "failed": 0}
+    results: dict[str, Any] = {"machine": machine or {}, "parts": {}, "goals": [], "failed": 0}
     workers: dict[str, Worker] = {}
 
     def write() -> None:
         results["parts"] = {n: workers[n].results for n in parts if n in workers}
-        give_floors(results["parts"])
-        results["goals"] = verdicts(results["parts"])
+        judge(results)
         rows = [row for part in results["parts"].values() for row in part]
         results["failed"] = sum(not row["ok"] for row in rows)
         results["seconds"] = round(time.monotonic() - began, 1)
@@ -296,7 +269,7 @@ def run_parts(
             time.sleep(POLL)
 
     timed = [n for n in parts if parts[n].timed]
-    work([n for n in parts if not parts[n].timed], CHECKS if timed else BUDGET, jobs)
+    work([n for n in parts if not parts[n].timed], FOR_CHECKS if timed else BUDGET, jobs)
     work(timed, BUDGET, 1)
     write()
     return results

@@ -5,7 +5,7 @@ first it reads the gradient of the gates of step t + 1 from the L2 cache, all 4 
 multiplies, and writes the gradient of its own units' gates of step t. The gradient of W_hh is one
 product by PyTorch afterwards.
 
-Notation: as in `fusion_model.kernels.triton_sequence`.
+Notation: as in `fusion_model.kernels.triton.lstm_sequence`.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton_launch import SequenceConfig, launch_spinning
-from fusion_model.kernels.triton_math import arrive, sum_warps, tanh, wait_for
-from fusion_model.kernels.triton_sequence import sequence_constants
+from fusion_model.kernels.triton.configs import SequenceConfig, launch_spinning
+from fusion_model.kernels.triton.lstm_sequence import sequence_constants
+from fusion_model.kernels.triton.primitives import arrive, sum_warps, tanh, wait_for
 from torch import Tensor
 
 

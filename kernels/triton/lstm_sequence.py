@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton_launch import SequenceConfig, launch_spinning, precision
-from fusion_model.kernels.triton_math import (
+from fusion_model.kernels.triton.configs import SequenceConfig, launch_spinning, precision
+from fusion_model.kernels.triton.primitives import (
     arrive,
     sigmoid,
     split_gates_first,
@@ -284,7 +284,7 @@ def sequence_forward(
     config: SequenceConfig,
     limit: int = 0,
 ) -> None:
-    """Shapes as in `fusion_model.kernels.triton_lstm`; fills h, c, c_saved, gates.
+    """Shapes as in `fusion_model.kernels.triton.lstm`; fills h, c, c_saved, gates.
 
     Args:
         limit: looks at a counter before a program gives up waiting; 0 waits as long as it takes.

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusion_model.kernels.decoding import Token
-from fusion_model.kernels.triton_launch import TileConfig, precision
-from fusion_model.kernels.triton_math import sigmoid
-from fusion_model.kernels.triton_rows import OWN, TABLE, forward_constants, rows_forward
+from fusion_model.kernels.triton.configs import TileConfig, precision
+from fusion_model.kernels.triton.decode_naive import Token
+from fusion_model.kernels.triton.lstm_step import OWN, TABLE, forward_constants, rows_forward
+from fusion_model.kernels.triton.primitives import sigmoid
 from torch import Tensor
 
 PLAIN, MULTIPLY, GATE = 0, 1, 2

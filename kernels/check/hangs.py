@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from fusion_model.kernels import triton_launch
-from fusion_model.kernels.gpu_cases import Named, Result
+from fusion_model.kernels.check.cases import Named, Result
+from fusion_model.kernels.triton import configs
 from torch import Tensor
 
 WIDTH, LOOKS = 64, 1000
 # Forward and backward: 8 programs of 4 warps each for WIDTH units.
-DEBUG = [triton_launch.SequenceConfig(8, 16, 4, 16, chunks, 0, True) for chunks in (1, 4)]
+DEBUG = [configs.SequenceConfig(8, 16, 4, 16, chunks, 0, True) for chunks in (1, 4)]
 
 
 def _counters(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,7 @@ def _counters(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _gives_up(device: torch.device) -> Result:
-    from fusion_model.kernels.triton_floor import wait_in_vain
+    from fusion_model.kernels.check.spin_kernels import wait_in_vain
 
     count, out = _counters(device)
     wait_in_vain[(1,)](count, out, 1, LIMIT=LOOKS)
@@ -27,8 +27,8 @@ def _gives_up(device: torch.device) -> Result:
 
 def _in_vain(device: torch.device, backward: bool) -> Result:
     """A persistent kernel in a debug build, whose programs wait for more than will ever come."""
-    from fusion_model.kernels.triton_sequence import sequence_forward
-    from fusion_model.kernels.triton_sequence_backward import sequence_backward
+    from fusion_model.kernels.triton.lstm_sequence import sequence_forward
+    from fusion_model.kernels.triton.lstm_sequence_backward import sequence_backward
 
     config, steps, kind = DEBUG[backward], 4, torch.bfloat16
     h = torch.zeros(steps + 1, 1, WIDTH, device=device, dtype=kind)
@@ -41,7 +41,7 @@ def _in_vain(device: torch.device, backward: bool) -> Result:
         count.fill_(-1000)
         kernel[grid](*args, **options)
 
-    old, triton_launch.spinning_runner = triton_launch.spinning_runner, in_vain
+    old, configs.spinning_runner = configs.spinning_runner, in_vain
     try:
         if backward:
             sequence_backward(h, c, w, c_saved, gates, None, grad, held, steps, config, limit=LOOKS)
@@ -49,27 +49,27 @@ def _in_vain(device: torch.device, backward: bool) -> Result:
             sequence_forward(gates, None, w, h, c, None, None, None, steps, config, limit=LOOKS)
         h.sum().item()  # waits for the launch
     finally:
-        triton_launch.spinning_runner = old
+        configs.spinning_runner = old
     return {"ok": True}
 
 
 def _too_large(device: torch.device) -> Result:
-    from fusion_model.kernels.triton_floor import empty_steps
+    from fusion_model.kernels.check.spin_kernels import empty_steps
 
     count, _ = _counters(device)
-    grid = (triton_launch.chip_of(device).sms + 1, 1)
+    grid = (configs.chip_of(device).sms + 1, 1)
     try:
-        triton_launch.launch_spinning(empty_steps, grid, (count, 2), device, LIMIT=0)
-    except triton_launch.LaunchRefused as refused:
+        configs.launch_spinning(empty_steps, grid, (count, 2), device, LIMIT=0)
+    except configs.LaunchRefused as refused:
         return {"ok": True, "refused": str(refused)}
     return {"ok": False}
 
 
 def _too_large_for_the_driver(device: torch.device) -> Result:
-    from fusion_model.kernels.triton_floor import empty_steps
+    from fusion_model.kernels.check.spin_kernels import empty_steps
 
     count, _ = _counters(device)
-    many = 64 * triton_launch.chip_of(device).sms
+    many = 64 * configs.chip_of(device).sms
     try:
         empty_steps[(many,)](count, 2, LIMIT=10_000, launch_cooperative_grid=True, num_warps=8)
         torch.cuda.synchronize()

@@ -3,15 +3,14 @@
 The operator runs the rows of one layer: a sequence is one row a sentence, all prefixes are R rows
 a sentence. Each kernel is compared with the reference once before it is used.
 
-Notation: as in `fusion_model.kernels.packed_rows`.
+Notation: as in `fusion_model.kernels.triton.layout`.
 """
 
 from typing import Any
 
 import torch
-from fusion_model.kernels.packed_rows import Backward, Forward, Rows, plain_backward, plain_forward
-from fusion_model.kernels.step_graphs import run_steps
-from fusion_model.kernels.triton_launch import (
+from fusion_model.kernels.cuda_graphs import run_steps
+from fusion_model.kernels.triton.configs import (
     chip_of,
     close,
     on,
@@ -19,9 +18,16 @@ from fusion_model.kernels.triton_launch import (
     sequence_config,
     trusted,
 )
-from fusion_model.kernels.triton_rows import steps_backward, steps_forward
-from fusion_model.kernels.triton_sequence import sequence_forward
-from fusion_model.kernels.triton_sequence_backward import sequence_backward
+from fusion_model.kernels.triton.layout import (
+    Backward,
+    Forward,
+    Rows,
+    plain_backward,
+    plain_forward,
+)
+from fusion_model.kernels.triton.lstm_sequence import sequence_forward
+from fusion_model.kernels.triton.lstm_sequence_backward import sequence_backward
+from fusion_model.kernels.triton.lstm_step import steps_backward, steps_forward
 from torch import Tensor
 
 

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from fusion_model.kernels.decoding import Token, plain_token, scores
-from fusion_model.kernels.gpu_cases import SMALL, TYPES, Named, Result, same
+from fusion_model.kernels.check.cases import SMALL, TYPES, Named, Result, same
+from fusion_model.kernels.triton.decode_naive import Token, plain_token, scores
 from torch import Tensor
 
 MODES: dict[str, dict[str, Any]] = {
@@ -50,8 +50,8 @@ def cases() -> list[DecodeCase]:
 
 
 def decoder(case: DecodeCase, device: torch.device, steps: int = 64, **options: Any) -> Any:
-    """A `triton_token.Decoder` in the middle of a sequence, and what puts it back there."""
-    from fusion_model.kernels.triton_token import Decoder, DecodeWeights
+    """A `decoder.Decoder` in the middle of a sequence, and what puts it back there."""
+    from fusion_model.kernels.triton.decoder import Decoder, DecodeWeights
 
     generator = torch.Generator().manual_seed(0)
     size, hidden, batch = case.hidden // 2, case.hidden, case.batch
@@ -98,7 +98,7 @@ def copied(token: Token, dtype: torch.dtype | None = None) -> Token:
 
 def compare(case: DecodeCase, device: torch.device) -> Result:
     """State and logits as `gpu_cases.compare`; the token is what PyTorch chooses of the logits."""
-    from fusion_model.kernels.triton_decode import kernel_token
+    from fusion_model.kernels.triton.decode import kernel_token
 
     token = decoder(case, device)[0].steps[0]
     found = []
@@ -135,7 +135,7 @@ def repeated(case: DecodeCase, device: torch.device, times: int, steps: int = 4)
 
 def replayed(case: DecodeCase, device: torch.device, steps: int = 100) -> Result:
     """Tokens of a graph each, against launches; some sequences end on the way."""
-    from fusion_model.kernels.triton_token import TokenGraph
+    from fusion_model.kernels.triton.decoder import TokenGraph
 
     one, start = decoder(case, device, steps, eos=7, pad=0)
     expected = _ran(one, start, one, steps)

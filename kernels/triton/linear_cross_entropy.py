@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton_launch import (
+from fusion_model.kernels.triton.configs import (
     close,
     on,
     precision,

@@ -1,42 +1,9 @@
 """The results of a GPU check as a table that a person reads, and what they belong to."""
 
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import torch
-
 Results = Mapping[str, Any]
-
-
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    import triton
-
-    gpu = torch.cuda.is_available()
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "driver": _first_line(query),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if gpu else None,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": _first_line(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _first_line(command: list[str]) -> str | None:
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.splitlines()[0].strip() if out.strip() else None
 
 
 def _number(row: Mapping[str, Any], key: str, form: str = ".2f") -> str:

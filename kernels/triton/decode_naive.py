@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels.packed_rows import unpack
+from fusion_model.kernels.triton.layout import unpack
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
@@ -17,7 +17,7 @@ MASK = 0xFFFFFFFF
 class Token(NamedTuple):
     """What a token reads, and what it writes: ids, tokens, done, made, h_next, c.
 
-    The weights and biases of the LSTM are packed, as `packed_rows.pack` does.
+    The weights and biases of the LSTM are packed, as `layout.pack` does.
     """
 
     ids: Tensor  # [B] int64: the input, replaced by the token chosen

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels.triton_launch import padded
+from fusion_model.kernels.triton.configs import padded
 from torch import Tensor
 
 

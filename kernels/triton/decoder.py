@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels.decoding import Token, plain_token, scores
-from fusion_model.kernels.packed_rows import pack
-from fusion_model.kernels.step_graphs import record
-from fusion_model.kernels.triton_decode import kernel_token
-from fusion_model.kernels.triton_launch import close, on, padded, step_units, trusted
+from fusion_model.kernels.cuda_graphs import record
+from fusion_model.kernels.triton.configs import close, on, padded, step_units, trusted
+from fusion_model.kernels.triton.decode import kernel_token
+from fusion_model.kernels.triton.decode_naive import Token, plain_token, scores
+from fusion_model.kernels.triton.layout import pack
 from torch import Tensor
 
 WRITTEN = ("ids", "tokens", "done", "made", "h_next", "c")

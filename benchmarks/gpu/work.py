@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fusion_model.kernels.gpu_cases import Result
+from fusion_model.kernels.check.cases import Result
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,22 @@
 from functools import partial
 
 import torch
-from fusion_model.kernels import gpu_timing, triton_launch
-from fusion_model.kernels.gpu_cases import Named, Result
+from fusion_model.benchmarks.gpu import timing
+from fusion_model.kernels.check.cases import Named, Result
+from fusion_model.kernels.triton import configs
 
 SIZES = (8 << 20, 16 << 20, 32 << 20, 1 << 30)  # bytes: in the L2 cache of an H200, and not
 PROGRAMS = (24, 48, 96, 128)
 
 
 def _read(size: int, total: int) -> Result:
-    from fusion_model.kernels.triton_floor import read_all
+    from fusion_model.kernels.check.spin_kernels import read_all
 
     block, rounds = 4096, max(1, total // size)
     programs = min(8 * 132, size // 4 // block)
-    x = torch.zeros(size // 4, dtype=torch.int32, device=gpu_timing.DEVICE)
+    x = torch.zeros(size // 4, dtype=torch.int32, device=timing.DEVICE)
     out = x.new_empty(programs)
-    us = gpu_timing.microseconds(
+    us = timing.microseconds(
         lambda: read_all[(programs,)](x, out, size // 4 // block, rounds, BLOCK=block, num_warps=8)
     )
     rate = size * rounds / us / 1e3
@@ -25,41 +26,41 @@ def _read(size: int, total: int) -> Result:
 
 
 def _product(dtype: torch.dtype, order: int) -> Result:
-    m = torch.randn(order, order, device=gpu_timing.DEVICE, dtype=dtype)
-    us = gpu_timing.microseconds(lambda: m @ m)
+    m = torch.randn(order, order, device=timing.DEVICE, dtype=dtype)
+    us = timing.microseconds(lambda: m @ m)
     rate = 2 * order**3 / us / 1e6
-    name = gpu_timing.NAMES[dtype]
+    name = timing.NAMES[dtype]
     return {"ok": True, "us": us, "tflops": rate, "floor": ["product", name, rate]}
 
 
 def _barrier(programs: int, steps: int) -> Result:
-    from fusion_model.kernels.triton_floor import empty_steps
+    from fusion_model.kernels.check.spin_kernels import empty_steps
 
-    count = torch.zeros(1, dtype=torch.int32, device=gpu_timing.DEVICE)
+    count = torch.zeros(1, dtype=torch.int32, device=timing.DEVICE)
 
     def loop() -> None:
         count.zero_()
-        triton_launch.launch_spinning(
+        configs.launch_spinning(
             empty_steps, (programs, 1), (count, steps), count.device, LIMIT=0, num_warps=4
         )
 
     try:
-        us = gpu_timing.microseconds(loop) / steps
-    except triton_launch.LaunchRefused as refused:  # a smaller chip: no failure of ours
+        us = timing.microseconds(loop) / steps
+    except configs.LaunchRefused as refused:  # a smaller chip: no failure of ours
         return {"ok": True, "refused": str(refused)}
     return {"ok": True, "us": us, "floor": ["barrier", programs, us]}
 
 
 def _node(nodes: int) -> Result:
-    from fusion_model.kernels.triton_floor import nothing
+    from fusion_model.kernels.check.spin_kernels import nothing
 
-    out = torch.zeros(1, device=gpu_timing.DEVICE)
+    out = torch.zeros(1, device=timing.DEVICE)
 
     def launches() -> None:
         for _ in range(nodes):
             nothing[(96,)](out, num_warps=4)
 
-    us = gpu_timing.microseconds(gpu_timing.graphed(launches)) / nodes
+    us = timing.microseconds(timing.graphed(launches)) / nodes
     return {"ok": True, "us": us, "floor": ["node", nodes, us]}
 
 
@@ -68,7 +69,7 @@ def floors(
 ) -> list[Named]:
     """Memory, products, grids that only wait for themselves, and launches of nothing."""
     found: list[Named] = [(f"read {s >> 20} MiB", partial(_read, s, total)) for s in SIZES]
-    for dtype, name in gpu_timing.NAMES.items():
+    for dtype, name in timing.NAMES.items():
         found.append((f"product {name} {order}^3", partial(_product, dtype, order)))
     for programs in PROGRAMS:
         found.append((f"barrier of {programs} programs", partial(_barrier, programs, steps)))

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels import gpu_work, triton_launch
-from fusion_model.kernels.gpu_cases import Named, Result
+from fusion_model.benchmarks.gpu import work as gpu_work
+from fusion_model.kernels.check.cases import Named, Result
+from fusion_model.kernels.cuda_graphs import record
+from fusion_model.kernels.linear_cross_entropy import target_log_probs
 from fusion_model.kernels.prefix_lstm import prefix_lstm
-from fusion_model.kernels.step_graphs import record
-from fusion_model.kernels.surprisal import target_log_probs
+from fusion_model.kernels.triton import configs
 from torch import Tensor, nn
 
 DEVICE = "cuda"
@@ -107,9 +108,9 @@ def _sequence(
     tags = {False: ["sequence 256" if batch == 256 else "sequence"], True: ["training"]}
     found = []
     for training, what in ((False, "sequence"), (True, "training step")):
-        chip = triton_launch.chip_of(device)
-        plan = triton_launch.rows_plan(chip, hidden, batch, 1, dtype, steps, training)
-        config = triton_launch.sequence_config(chip, hidden, batch, dtype)
+        chip = configs.chip_of(device)
+        plan = configs.rows_plan(chip, hidden, batch, 1, dtype, steps, training)
+        config = configs.sequence_config(chip, hidden, batch, dtype)
         shape = kind, batch, steps, hidden, D, training
         work = gpu_work.sequence_work(config if plan.persistent else None, *shape)
         make = partial(_training_pair if training else _inference_pair, dtype, batch, hidden, steps)
@@ -118,10 +119,10 @@ def _sequence(
 
 
 def _inference_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> Pair:
-    from fusion_model.kernels import triton_lstm
+    from fusion_model.kernels.triton import lstm
 
     module, embedding = _lstm(dtype, hidden), _random(dtype, V, D)
-    tables, weights = triton_lstm.GateTable(), module.all_weights
+    tables, weights = lstm.GateTable(), module.all_weights
     ids = torch.randint(V, (batch, steps), device=DEVICE)
     zeros = torch.zeros(batch, 1, hidden, device=DEVICE, dtype=dtype)
     inner = (zeros.transpose(0, 1), zeros.transpose(0, 1))
@@ -130,11 +131,11 @@ def _inference_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> 
     def theirs() -> Any:
         return module(F.embedding(ids, embedding), inner)
 
-    return partial(triton_lstm.lstm_tokens, ids, embedding, (zeros, zeros), weights, tables), theirs
+    return partial(lstm.lstm_tokens, ids, embedding, (zeros, zeros), weights, tables), theirs
 
 
 def _training_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> Pair:
-    from fusion_model.kernels import triton_lstm
+    from fusion_model.kernels.triton import lstm
 
     module, x = _lstm(dtype, hidden), _random(dtype, batch, steps, D)
     upstream, weights = _random(dtype, batch, steps, hidden), module.all_weights
@@ -142,7 +143,7 @@ def _training_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> P
     inner = (zeros.transpose(0, 1), zeros.transpose(0, 1))
 
     def ours() -> Any:
-        out, _ = triton_lstm.lstm_sequence(x, (zeros, zeros), weights)
+        out, _ = lstm.lstm_sequence(x, (zeros, zeros), weights)
         return torch.autograd.grad(out, weights[0], upstream)
 
     def theirs() -> Any:
@@ -165,7 +166,7 @@ def tokens(device: torch.device) -> list[Named]:
 
 @torch.no_grad()
 def _token(dtype: torch.dtype, batch: int) -> Pair:
-    from fusion_model.kernels import triton_token
+    from fusion_model.kernels.triton import decoder as triton_token
 
     module, embedding = _lstm(dtype, H), _random(dtype, V, D)
     projection, head = (nn.Linear(*s).to(DEVICE, dtype) for s in ((H, D), (D, V)))

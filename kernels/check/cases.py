@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from fusion_model.kernels import step_graphs
+from fusion_model.kernels import cuda_graphs
+from fusion_model.kernels.linear_cross_entropy import target_log_probs
 from fusion_model.kernels.lstm import lstm_sequence
 from fusion_model.kernels.prefix_lstm import prefix_lstm
-from fusion_model.kernels.surprisal import target_log_probs
-from fusion_model.kernels.triton_launch import chip_of, rows_plan
+from fusion_model.kernels.triton.configs import chip_of, rows_plan
 from torch import Tensor
 
 Result = dict[str, Any]
@@ -198,7 +198,7 @@ def replayed(case: Case, device: torch.device, times: int) -> Result:
     """A CUDA graph of the operation gives what it gave when it was launched."""
     leaves, run = build(case, device)
     expected = [t.clone() for t in run(leaves, "triton")]
-    graph, captured = step_graphs.record(lambda: run(leaves, "triton"))
+    graph, captured = cuda_graphs.record(lambda: run(leaves, "triton"))
     differing = 0
     for _ in range(times):
         for tensor in captured:
@@ -219,15 +219,15 @@ STEPS = [
 def graphed_steps(case: Case, device: torch.device, times: int = 5) -> Result:
     """The library's own graphs of steps: the same bits as launches, and that they did replay."""
     leaves, run = build(case, device)
-    kind, graphs = TYPES[case.dtype], step_graphs.graphs
+    kind, graphs = TYPES[case.dtype], cuda_graphs.graphs
     found = []
-    for most in (0, *[step_graphs.BYTES] * times):  # at 0 bytes nothing is worth a graph
-        step_graphs.BYTES, old = most, step_graphs.BYTES
+    for most in (0, *[cuda_graphs.BYTES] * times):  # at 0 bytes nothing is worth a graph
+        cuda_graphs.BYTES, old = most, cuda_graphs.BYTES
         try:
             before = graphs.replays
             found.append(outputs(case, leaves, run, kind, "triton"))
         finally:
-            step_graphs.BYTES = old
+            cuda_graphs.BYTES = old
     replays = graphs.replays - before
     differing = sum(not same(found[0], again) for again in found[1:])
     return {"ok": not differing and replays > 0, "differing": differing, "replays": replays}

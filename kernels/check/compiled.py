@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusion_model.kernels.triton_launch import KNOWN_CHIPS
-from fusion_model.kernels.triton_variants import Variant
+from fusion_model.kernels.check.variants import Variant
+from fusion_model.kernels.triton.configs import KNOWN_CHIPS
 
 STACK = 16  # bytes a thread may keep on the stack
 REGISTERS = 65_536  # of a multiprocessor

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fusion_model.kernels.triton_launch import (
+from fusion_model.kernels.triton.configs import (
     KNOWN_CHIPS,
     padded,
     sequence_backward_config,
@@ -82,8 +82,8 @@ def make(
 
 
 def _sequences(chip: int) -> Iterator[Variant]:
-    from fusion_model.kernels.triton_sequence import sequence_constants, sequence_kernel
-    from fusion_model.kernels.triton_sequence_backward import backward_settings
+    from fusion_model.kernels.triton.lstm_sequence import sequence_constants, sequence_kernel
+    from fusion_model.kernels.triton.lstm_sequence_backward import backward_settings
 
     modes = {
         "table": {"TABLE": True, "HAS_KEEP": False, "SAVE": False},
@@ -106,7 +106,7 @@ def _sequences(chip: int) -> Iterator[Variant]:
                     if mode == "train" and (back is None or back.units != config.units):
                         continue
                     yield make(
-                        f"sequence {mode} {shape}", f"triton_sequence:{kernel}", dtype,
+                        f"sequence {mode} {shape}", f"triton.lstm_sequence:{kernel}", dtype,
                         ("steps", "batch", "one"), settings | flags, spins=True,
                     )  # fmt: skip
             back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, 16, dtype)
@@ -114,13 +114,13 @@ def _sequences(chip: int) -> Iterator[Variant]:
                 settings = backward_settings(back, dtype, padded(hidden, back.units))
                 yield make(
                     f"sequence backward {hidden} U{back.units} B{back.columns}",
-                    "triton_sequence_backward:sequence_backward_kernel", dtype,
+                    "triton.lstm_sequence_backward:sequence_backward_kernel", dtype,
                     ("steps", "batch"), settings | {"HAS_KEEP": True, "LIMIT": 0}, spins=True,
                 )  # fmt: skip
 
 
 def _rows() -> Iterator[Variant]:
-    from fusion_model.kernels.triton_rows import backward_constants, forward_constants
+    from fusion_model.kernels.triton.lstm_step import backward_constants, forward_constants
 
     for dtype in TYPES:
         for hidden in WIDTHS if dtype == torch.bfloat16 else (768,):
@@ -133,18 +133,18 @@ def _rows() -> Iterator[Variant]:
                 }.items():
                     settings = forward_constants(rows, dtype, width, units) | flags
                     yield make(
-                        f"rows {mode} {hidden} N{rows}", "triton_rows:rows_forward", dtype,
+                        f"rows {mode} {hidden} N{rows}", "triton.lstm_step:rows_forward", dtype,
                         ("n", "batch"), settings,
                     )  # fmt: skip
                 settings = backward_constants(rows, dtype, width, units) | {"HAS_KEEP": True}
                 yield make(
-                    f"rows backward {hidden} N{rows}", "triton_rows:rows_backward", dtype,
+                    f"rows backward {hidden} N{rows}", "triton.lstm_step:rows_backward", dtype,
                     ("n", "n_next", "batch"), settings, products=settings["FUSED"],
                 )  # fmt: skip
 
 
 def _decode() -> Iterator[Variant]:
-    from fusion_model.kernels.triton_decode import linear_constants
+    from fusion_model.kernels.triton.decode import linear_constants
 
     for dtype in TYPES:
         for rows in (1, 64):
@@ -153,30 +153,30 @@ def _decode() -> Iterator[Variant]:
                 settings |= {"STRIDE": width, "FUSION": fusion, "ROWS": fusion > 0}
                 name = f"{('vocabulary', 'projection', 'gate')[fusion]} N{rows}"
                 scalars = ("n", "outputs")
-                yield make(name, "triton_decode:decode_linear", dtype, scalars, settings)
+                yield make(name, "triton.decode:decode_linear", dtype, scalars, settings)
     for mode, greedy in (("greedy", True), ("sample top k", False)):
         settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": 8192, "num_warps": 8}
         yield make(
-            mode, "triton_decode:decode_choose", torch.float32,
+            mode, "triton.decode:decode_choose", torch.float32,
             ("v", "batch", "steps", "k", "eos", "pad"), settings, products=False,
         )  # fmt: skip
 
 
 def _surprisal() -> Iterator[Variant]:
-    from fusion_model.kernels.triton_surprisal import surprisal_constants
+    from fusion_model.kernels.triton.linear_cross_entropy import surprisal_constants
 
     for dtype in TYPES:
         settings = surprisal_constants(512, dtype, True)
         for kernel in ("surprisal_forward", "surprisal_backward"):
             name = kernel.replace("_", " ")
-            yield make(name, f"triton_surprisal:{kernel}", dtype, ("n", "v"), settings)
+            yield make(name, f"triton.linear_cross_entropy:{kernel}", dtype, ("n", "v"), settings)
 
 
 def _checks() -> Iterator[Variant]:
     """What only `fusion-lm gpu-check` runs, as it runs there: floors, and debug builds."""
-    from fusion_model.kernels.gpu_hangs import DEBUG, LOOKS, WIDTH
-    from fusion_model.kernels.triton_sequence import sequence_constants
-    from fusion_model.kernels.triton_sequence_backward import backward_settings
+    from fusion_model.kernels.check.hangs import DEBUG, LOOKS, WIDTH
+    from fusion_model.kernels.triton.lstm_sequence import sequence_constants
+    from fusion_model.kernels.triton.lstm_sequence_backward import backward_settings
 
     kind = torch.int32
     scalars = {"empty_steps": ("steps",), "wait_in_vain": ("target",), "nothing": (),
@@ -188,18 +188,18 @@ def _checks() -> Iterator[Variant]:
         "read_all": {"BLOCK": 4096, "num_warps": 8},
     }
     for kernel, own in settings.items():
-        home = f"triton_floor:{kernel}"
+        home = f"check.spin_kernels:{kernel}"
         yield make(f"check {kernel}", home, kind, scalars[kernel], own, products=False)
     flags = {"TABLE": False, "HAS_KEEP": False, "SAVE": False, "LIMIT": LOOKS}
     forward, backward = DEBUG
     yield make(
-        "sequence debug", "triton_sequence:sequence_forward_split", torch.bfloat16,
+        "sequence debug", "triton.lstm_sequence:sequence_forward_split", torch.bfloat16,
         ("steps", "batch", "one"), sequence_constants(forward, torch.bfloat16, WIDTH) | flags,
         spins=True,
     )  # fmt: skip
     own = backward_settings(backward, torch.bfloat16, WIDTH) | {"HAS_KEEP": False, "LIMIT": LOOKS}
     yield make(
-        "sequence backward debug", "triton_sequence_backward:sequence_backward_kernel",
+        "sequence backward debug", "triton.lstm_sequence_backward:sequence_backward_kernel",
         torch.bfloat16, ("steps", "batch"), own, spins=True,
     )  # fmt: skip
 

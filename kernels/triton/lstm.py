@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels.packed_rows import Rows, pack
-from fusion_model.kernels.triton_launch import RowsPlan, chip_of, padded, rows_plan
-from fusion_model.kernels.triton_operator import lstm_rows
+from fusion_model.kernels.triton.configs import RowsPlan, chip_of, padded, rows_plan
+from fusion_model.kernels.triton.layout import Rows, pack
+from fusion_model.kernels.triton.lstm_operator import lstm_rows
 from torch import Tensor
 
 State = tuple[Tensor, Tensor]

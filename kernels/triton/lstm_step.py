@@ -13,9 +13,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fusion_model.kernels.packed_rows import Rows
-from fusion_model.kernels.triton_launch import precision, step_backward_config, step_config
-from fusion_model.kernels.triton_math import sigmoid, split_gates, tanh
+from fusion_model.kernels.triton.configs import precision, step_backward_config, step_config
+from fusion_model.kernels.triton.layout import Rows
+from fusion_model.kernels.triton.primitives import sigmoid, split_gates, tanh
 from torch import Tensor
 
 FUSED_ROWS = 64  # a backward step of more multiplies by PyTorch: its tiles re-use more than ours
@@ -206,7 +206,7 @@ def steps_forward(
     shared: bool,
     units: int,
 ) -> None:
-    """All T steps. Shapes as in `fusion_model.kernels.triton_lstm`; fills h, c, c_saved, gates."""
+    """All T steps. Shapes as in `fusion_model.kernels.triton.lstm`; fills h, c, c_saved, gates."""
     width, count, offsets = w.shape[1], len(c), rows.offsets()
     source = TABLE if ids is not None else SHARED if shared else OWN
     start = 0  # where the rows before this step's begin in h

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton_math import arrive, wait_for
+from fusion_model.kernels.triton.primitives import arrive, wait_for
 
 
 @triton.jit(do_not_specialize=["steps"])

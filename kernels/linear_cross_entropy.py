@@ -123,10 +123,10 @@ def target_log_probs(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     inputs = (x, weight, bias)
     if resolve_backend(backend, x.device, operation="surprisal", dtype=x.dtype) == "triton":
-        from fusion_model.kernels import triton_surprisal
+        from fusion_model.kernels.triton import linear_cross_entropy
 
         with torch.autocast(device, enabled=False):
-            return triton_surprisal.target_log_probs(*inputs, targets)
+            return linear_cross_entropy.target_log_probs(*inputs, targets)
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             out: Tensor = _TargetLogProbs.apply(*inputs, targets)
