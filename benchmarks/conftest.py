@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_model.benchmarks import results
-from fusion_model.benchmarks.bench import BUDGETS, context_of
-from fusion_model.benchmarks.cases import SUITES, cases
-from fusion_model.benchmarks.counts import SIZE
-from fusion_model.benchmarks.machine import Ceilings, describe, measure_ceilings
-from fusion_model.benchmarks.suite import with_speedups
-from fusion_model.benchmarks.work import Context
+from fusion_model.benchmarks.measure import records as results
+from fusion_model.benchmarks.measure.counts import SIZE
+from fusion_model.benchmarks.measure.machine import Ceilings, describe, measure_ceilings
+from fusion_model.benchmarks.suite.bench import BUDGETS, context_of
+from fusion_model.benchmarks.suite.cases import SUITES, cases
+from fusion_model.benchmarks.suite.run import with_speedups
+from fusion_model.benchmarks.suite.work import Context
 from transformers.utils import logging
 
 logging.disable_progress_bar()

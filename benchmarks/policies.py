@@ -22,20 +22,21 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from fusion_model.benchmarks.encoding import one_at_a_time, sentence_transformers
-from fusion_model.benchmarks.machine import describe, where
-from fusion_model.benchmarks.work import Unavailable
+from fusion_model.benchmarks.measure.machine import describe, where
+from fusion_model.benchmarks.suite.encoding import one_at_a_time, sentence_transformers
+from fusion_model.benchmarks.suite.work import Unavailable
 from transformers.utils import logging
 
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document, read_text, split_sentences
 from fusion_model.encoders import load_encoder
+from fusion_model.encoders.pretrained import HFEncoder, counted_tokens
 from fusion_model.files import write_text
-from fusion_model.hf_encoder import HFEncoder, counted_tokens
-from fusion_model.language_model import load_model
-from fusion_model.planning import Corpus, PrefixPlanner
-from fusion_model.prefixes import prefix_texts
+from fusion_model.loading import load_model
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.stream import PrefixStream
+from fusion_model.prefixes.views import prefix_texts
 from fusion_model.progress import note
-from fusion_model.streaming import PrefixStream
-from fusion_model.text import Document, read_text, split_sentences
 
 TEXT = Path(__file__).parent / "thursday.txt"
 DTYPES = ("float32", "bfloat16")

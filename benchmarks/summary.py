@@ -13,10 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fusion_model.benchmarks.machine import where
+from fusion_model.benchmarks.measure.machine import where
+from fusion_model.benchmarks.measure.records import measured, read
+from fusion_model.benchmarks.page.page import overview, standalone
 from fusion_model.benchmarks.policies import table as policies_table
-from fusion_model.benchmarks.report import overview, standalone
-from fusion_model.benchmarks.results import measured, read
 
 from fusion_model.files import write_text
 

@@ -1,4 +1,4 @@
-"""Every case of `fusion_model.benchmarks.cases`: checked against its reference, then timed.
+"""Every case of `fusion_model.benchmarks.suite.cases`: checked against its reference, then timed.
 
     pytest benchmarks --benchmark-enable [--suite quick|full] [--benchmark-autosave]
 
@@ -8,12 +8,12 @@ Backends that this machine lacks are skipped with the reason. The last test is t
 from typing import Any
 
 import pytest
-from fusion_model.benchmarks import gate
-from fusion_model.benchmarks.cases import Case
-from fusion_model.benchmarks.machine import Ceilings, describe
-from fusion_model.benchmarks.suite import build, record, with_speedups
-from fusion_model.benchmarks.timing import Clock, Timing, measure_in_turns
-from fusion_model.benchmarks.work import Context, Unavailable
+from fusion_model.benchmarks.measure.machine import Ceilings, describe
+from fusion_model.benchmarks.measure.timing import Clock, Timing, measure_in_turns
+from fusion_model.benchmarks.suite import gate
+from fusion_model.benchmarks.suite.cases import Case
+from fusion_model.benchmarks.suite.run import build, record, with_speedups
+from fusion_model.benchmarks.suite.work import Context, Unavailable
 
 from fusion_model.errors import FusionLMError
 

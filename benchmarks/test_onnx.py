@@ -15,11 +15,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fusion_model.export.language_graphs import sequence_graph, step_graph
-from fusion_model.export.quantize import quantize
-from fusion_model.export.sequences import Sequences
-from fusion_model.export.session import open_session
-from fusion_model.export.steps import Steps
+from fusion_model.export.graphs.language import sequence_graph, step_graph
+from fusion_model.export.graphs.quantize import quantize
+from fusion_model.export.runtime.sequences import Sequences
+from fusion_model.export.runtime.session import open_session
+from fusion_model.export.runtime.steps import Steps
 
 from fusion_model import FusionLMConfig, FusionLMForCausalLM
 

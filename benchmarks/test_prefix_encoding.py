@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_model.benchmarks import encoding
-from fusion_model.benchmarks.work import Unavailable
+from fusion_model.benchmarks.suite import encoding
+from fusion_model.benchmarks.suite.work import Unavailable
 
-from fusion_model.text import read_text, split_sentences
+from fusion_model.data.text import read_text, split_sentences
 
 TEXT = Path(__file__).parent / "thursday.txt"
 DTYPES = ("float32", "bfloat16")
@@ -28,7 +28,7 @@ def prefixes() -> list[str]:
     return found
 
 
-# Names of the results in benchmarks/results, and the way in fusion_model.benchmarks.encoding.
+# Names of the results in benchmarks/results, and the way in fusion_model.benchmarks.suite.encoding.
 WAYS = {
     "one-at-a-time": "eager",
     "sentence-transformers-32": "sentence-transformers",

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from fusion_model.benchmarks.published_loop import PublishedLM, evaluate_sentence, train_sentence
-from fusion_model.benchmarks.zipf import zipf_sentences
+from fusion_model.benchmarks.suite.published_loop import (
+    PublishedLM,
+    evaluate_sentence,
+    train_sentence,
+)
+from fusion_model.benchmarks.suite.zipf import zipf_sentences
 
-from fusion_model.options import TrainingOptions
-from fusion_model.preparation import prepare
 from fusion_model.scoring import score_sentences
-from fusion_model.training import TrainingRun
+from fusion_model.training.data import prepare
+from fusion_model.training.options import TrainingOptions
+from fusion_model.training.run import TrainingRun
 
 SENTENCES, FEWER = 8000, 600  # FEWER where nothing is timed
 ROUNDS = 3

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusion_model.export.exporter import export_model
-    from fusion_model.export.runtime import OnnxFusionLM
+    from fusion_model.export.runtime.model import OnnxFusionLM
 
 __all__ = ["OnnxFusionLM", "export_model"]
-_HOMES = {"OnnxFusionLM": "runtime", "export_model": "exporter"}
+_HOMES = {"OnnxFusionLM": "runtime.model", "export_model": "exporter"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from fusion_model.export.exporter import export_model, report
-from fusion_model.export.runtime import OnnxFusionLM
+from fusion_model.export.runtime.model import OnnxFusionLM
 from rich.console import Console
 from rich.table import Table
 
-from fusion_model.language_model import load
-from fusion_model.planning import Corpus
-from fusion_model.text import Document
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document
+from fusion_model.loading import load
 
 SENTENCE = "The old gentleman with the white beard sat down in his chair, and said nothing."
 TOKENS, WARMUP = 60, 5

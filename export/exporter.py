@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import torch
 import transformers
-from fusion_model.export.encoder import OnnxEncoder
-from fusion_model.export.encoder_graph import export_encoder
-from fusion_model.export.language_graphs import sequence_graph, step_graph
+from fusion_model.export.graphs.encoder import export_encoder
+from fusion_model.export.graphs.language import sequence_graph, step_graph
+from fusion_model.export.graphs.quantize import quantize
 from fusion_model.export.manifest import (
     ENCODER,
     ENCODER_TOKENIZER,
@@ -24,19 +24,21 @@ from fusion_model.export.manifest import (
     STEP,
     write_manifest,
 )
-from fusion_model.export.quantize import quantize
-from fusion_model.export.sequences import Sequences
-from fusion_model.export.session import open_session, runtime
-from fusion_model.export.steps import Steps
-from fusion_model.export.text_tokenizer import describe_tokenizer
+from fusion_model.export.runtime.encoder import OnnxEncoder
+from fusion_model.export.runtime.sequences import Sequences
+from fusion_model.export.runtime.session import open_session, runtime
+from fusion_model.export.runtime.steps import Steps
+from fusion_model.export.runtime.tokenizer import describe_tokenizer
 from fusion_model.export.verify import check_encoder, check_graph, check_parity, clone
 
 import fusion_model
-from fusion_model.encoders import BAGS, load_encoder
+from fusion_model.encoders import load_encoder
+from fusion_model.encoders.controls import BAGS
+from fusion_model.encoders.incremental.encoder import IncrementalEncoder
+from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import ExportError
-from fusion_model.hf_encoder import HFEncoder
-from fusion_model.incremental import IncrementalEncoder
-from fusion_model.language_model import FusionLM, load, load_model
+from fusion_model.language_model import FusionLM
+from fusion_model.loading import load, load_model
 from fusion_model.model import FusionLMForCausalLM
 
 SAMPLE = (

@@ -1,7 +1,7 @@
 """Text on standard output as it is made; nothing here needs PyTorch."""
 
 import numpy as np
-from fusion_model.export.text_tokenizer import TextTokenizer
+from fusion_model.export.runtime.tokenizer import TextTokenizer
 
 
 class TokenPrinter:

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from fusion_model.export.encoder import OnnxEncoder
-from fusion_model.export.sequences import Sequences
-from fusion_model.export.steps import Steps
+from fusion_model.export.runtime.encoder import OnnxEncoder
+from fusion_model.export.runtime.sequences import Sequences
+from fusion_model.export.runtime.steps import Steps
 
 from fusion_model.config import EARLY
+from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import ExportError
-from fusion_model.hf_encoder import HFEncoder
 from fusion_model.model import FusionLMForCausalLM
 
 # In nats. float32 is held to the worst of all tokens of the vocabulary; fewer bits to the mean over

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fusion_model.config import FUSIONS, FusionLMConfig
-    from fusion_model.language_model import FusionLM, load
+    from fusion_model.encoders import load_encoder
+    from fusion_model.language_model import FusionLM
+    from fusion_model.loading import load
     from fusion_model.model import FusionLMForCausalLM, FusionLMOutput
+    from fusion_model.prefixes.planner import PrefixPlanner
+    from fusion_model.prefixes.stream import PrefixStream
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,15 +20,21 @@ __all__ = [
     "FusionLMConfig",
     "FusionLMForCausalLM",
     "FusionLMOutput",
+    "PrefixPlanner",
+    "PrefixStream",
     "load",
+    "load_encoder",
 ]
 _HOMES = {
     "FUSIONS": "config",
     "FusionLMConfig": "config",
     "FusionLM": "language_model",
-    "load": "language_model",
+    "load": "loading",
     "FusionLMForCausalLM": "model",
     "FusionLMOutput": "model",
+    "PrefixPlanner": "prefixes.planner",
+    "PrefixStream": "prefixes.stream",
+    "load_encoder": "encoders",
 }
 
 

@@ -24,9 +24,9 @@ class FusionLMConfig(PreTrainedConfig):
         prefix_dropout: probability on the prefix embeddings.
         encoder: Hugging Face name or path, `minilm`, `tfidf`, `counts` or `zeros`.
         encoder_sha256: content hash of the encoder that the model was trained with.
-        pooling: see `fusion_model.items.POOLINGS`; several are joined by `+`.
-        view: what the encoder is shown, see `fusion_model.prefixes.VIEWS`.
-        policy: how often the encoder runs, one of `fusion_model.policies.POLICIES`.
+        pooling: see `fusion_model.encoders.pooling.POOLINGS`; several are joined by `+`.
+        view: what the encoder is shown, see `fusion_model.prefixes.views.VIEWS`.
+        policy: how often the encoder runs, one of `fusion_model.encoders.policies.POLICIES`.
         shuffle: control, `none`, `sentence` or `corpus`.
         shares_vocabulary: tokens are pieces of the encoder's own vocabulary, so that prefixes go
             to the encoder as tokens and not as text.

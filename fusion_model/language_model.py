@@ -6,26 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from fusion_model import progress
-from fusion_model.config import FusionLMConfig
-from fusion_model.corpus import BatchSource
-from fusion_model.encoders import load_encoder
-from fusion_model.errors import CheckpointError, EncoderError, FusionLMError
-from fusion_model.hf_encoder import resolve_dtype
+from fusion_model.data.batches import BatchSource, Vectors
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document, split_sentences
+from fusion_model.errors import FusionLMError
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.planning import Corpus, PrefixPlanner, check_causal, embed_corpus
-from fusion_model.prefixes import CAUSAL_VIEWS, shuffle_rows
+from fusion_model.prefixes.embed import embed_corpus
+from fusion_model.prefixes.planner import PrefixPlanner, check_causal
+from fusion_model.prefixes.store import EmbeddingStore, MemoryStore
+from fusion_model.prefixes.stream import PrefixStream
+from fusion_model.prefixes.views import CAUSAL_VIEWS, shuffle_rows
 from fusion_model.scoring import score_articles, score_sentences, word_boundary_ids
-from fusion_model.store import EmbeddingStore, MemoryStore, Vectors
-from fusion_model.streaming import PrefixStream
-from fusion_model.text import Document, split_sentences
-from fusion_model.words import Perplexity, WordScore, check_context, text_perplexity, word_scores
-
-SHIPPED = Path(__file__).parent / "checkpoints"
+from fusion_model.surprisal import (
+    Perplexity,
+    WordScore,
+    check_context,
+    text_perplexity,
+    word_scores,
+)
 
 
 class PrefixCache(PrefixStream):
@@ -97,7 +99,7 @@ class FusionLM:
             text: plain text, split into sentences here, or documents.
             context: `sentence`, as the model is trained, or `article`: the LSTM's state goes
                 on through each document.
-            whitespace_correction: see `fusion_model.words.sum_words`.
+            whitespace_correction: see `fusion_model.surprisal.sum_words`.
 
         Raises:
             FusionLMError: unknown context; a correction that the vocabulary does not allow; a
@@ -142,96 +144,3 @@ class FusionLM:
             raise FusionLMError(f"cannot generate: {error}") from error
         texts: list[str] = self.tokenizer.batch_decode(out, skip_special_tokens=True)
         return texts
-
-
-def load(
-    name: str,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: str = "float32",
-    encoder: str | None = None,
-    encoder_dtype: str = "float32",
-    backend: str = "auto",
-    policy: str | None = None,
-) -> FusionLM:
-    """A saved model with tokenizer and encoder: safetensors only, no remote code.
-
-    Args:
-        name: folder, hub name, or a model that ships: `fusion-lm-small` and its unfused twin
-            `fusion-lm-small-unfused`.
-        device: where the model and the encoder run.
-        dtype: `float32`, `bfloat16`, `float16` or `auto`, of the language model.
-        encoder: where the encoder lies now, if it moved since training.
-        encoder_dtype: as `dtype`, of the encoder.
-        backend: one of `fusion_model.kernels.BACKENDS`.
-        policy: in place of the model's own, to measure what it costs: the scores are then of
-            embeddings that the model was not trained with.
-
-    Raises:
-        CheckpointError: missing, damaged, pickled, or no fusion language model.
-        EncoderError: the encoder is missing, or is not the one of the training.
-    """
-    model, tokenizer = load_model(name)
-    model.to(device=device, dtype=resolve_dtype(dtype, device))  # type: ignore[call-arg]
-    try:
-        model.set_backend(backend)
-    except ValueError as error:
-        raise FusionLMError(str(error)) from None
-    config = model.config
-    if config.fusion == "none":
-        if policy is not None:
-            raise FusionLMError(f"{name} is unfused: it has no encoding policy")
-        return FusionLM(model, tokenizer, None)
-    found = load_encoder(
-        encoder or str(config.encoder),
-        config.pooling,
-        dtype=encoder_dtype,
-        device=device,
-        directory=Path(name),
-        dim=config.prefix_size,
-        policy=policy or config.policy,
-    )
-    if found.content_sha256 != config.encoder_sha256:
-        raise EncoderError(
-            f"{name} was trained with another encoder than {found.name} holds now (sha256 "
-            f"{str(config.encoder_sha256)[:12]}…, found {found.content_sha256[:12]}…): name the "
-            "right one with --encoder"
-        )
-    shares = config.shares_vocabulary
-    return FusionLM(model, tokenizer, PrefixPlanner(found, tokenizer, config.view, shares))
-
-
-def load_model(name: str) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]:
-    """Weights in float32 and tokenizer, without the encoder; `name` and errors as in `load`."""
-    source = str(SHIPPED / name) if (SHIPPED / name).is_dir() else name
-    path = Path(source)
-    if path.is_dir() and not (path / "model.safetensors").exists():
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pkl")):
-            raise CheckpointError(
-                f"{source} holds pickled weights, which can run code when loaded: they are never "
-                "read; convert them to model.safetensors"
-            )
-        begun = " (a training run has begun there, and no epoch is finished)"
-        raise CheckpointError(
-            f"{source} holds no model.safetensors{begun if list(path.glob('*.json')) else ''}: "
-            "name a folder that fusion-lm train wrote"
-        )
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if not isinstance(config, FusionLMConfig):
-            raise CheckpointError(f"{source} is a {config.model_type} model, not a fusion-lm one")
-        loaded: Any = FusionLMForCausalLM.from_pretrained(
-            source, config=config, use_safetensors=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except CheckpointError:
-        raise
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        where = "a damaged file" if path.is_dir() else "no such folder, and no hub model reached"
-        raise CheckpointError(f"cannot load the model {source}: {where} ({reason})") from error
-    model: FusionLMForCausalLM = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if missing:
-        raise CheckpointError(f"{source} lacks weights ({', '.join(missing)}): it is damaged")
-    return model.float(), tokenizer

@@ -362,7 +362,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         asked = input_ids, logits_processor, stopping_criteria, generation_config
         chosen = resolve_backend(self.backend, self.device, operation="decode", dtype=self.dtype)
         if chosen == "triton" and not synced_gpus:
-            from fusion_model.device_generation import sample
+            from fusion_model.decoding import sample
 
             found = sample(self, *asked, streamer, model_kwargs)
             if found is not None:

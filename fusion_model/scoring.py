@@ -1,4 +1,4 @@
-"""Stage 8: surprisal of the tokens of text; `fusion_model.words` sums them to words."""
+"""Stage 8: surprisal of the tokens of text; `fusion_model.surprisal` sums them to words."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fusion_model.corpus import Batch, BatchSource
+from fusion_model.data.batches import Batch, BatchSource
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.words import (
+from fusion_model.surprisal import (
     SentenceScores,
     boundary_ids,
 )
@@ -88,5 +88,5 @@ def _sentence_scores(
 
 
 def word_boundary_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """`fusion_model.words.boundary_ids` as a tensor, [K] int64."""
+    """`fusion_model.surprisal.boundary_ids` as a tensor, [K] int64."""
     return torch.tensor(boundary_ids(tokenizer))

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fusion_model import FusionLMConfig, FusionLMForCausalLM
-from fusion_model.tokenizer import train_bpe
+from fusion_model.data.tokenizer import train_bpe
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

@@ -10,12 +10,12 @@ import onnxruntime
 import pytest
 import torch
 from conftest import SENTENCES, small_model
-from fusion_model.export.sequences import Sequences
-from fusion_model.export.steps import Steps
+from fusion_model.export.runtime.sequences import Sequences
+from fusion_model.export.runtime.steps import Steps
 
 from fusion_model import FusionLMForCausalLM
-from fusion_model.encoders import BagEncoder
-from fusion_model.hf_encoder import HFEncoder
+from fusion_model.encoders.controls import BagEncoder
+from fusion_model.encoders.pretrained import HFEncoder
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SENTENCES
-from fusion_model.benchmarks import bench, gate, on_text, recurrence, results, suite, timing
-from fusion_model.benchmarks import cases as case_data
-from fusion_model.benchmarks.cases import EAGER, Case, cases
-from fusion_model.benchmarks.counts import Counts, of_case
-from fusion_model.benchmarks.machine import Ceilings, describe
-from fusion_model.benchmarks.report import page
-from fusion_model.benchmarks.work import Context, Unavailable, Work, WrongResult
+from fusion_model.benchmarks.measure import records as results
+from fusion_model.benchmarks.measure import timing
+from fusion_model.benchmarks.measure.counts import Counts, of_case
+from fusion_model.benchmarks.measure.machine import Ceilings, describe
+from fusion_model.benchmarks.page.page import page
+from fusion_model.benchmarks.suite import bench, gate, on_text, recurrence
+from fusion_model.benchmarks.suite import cases as case_data
+from fusion_model.benchmarks.suite import run as suite
+from fusion_model.benchmarks.suite.cases import EAGER, Case, cases
+from fusion_model.benchmarks.suite.work import Context, Unavailable, Work, WrongResult
 from fusion_model.kernels import BACKENDS
 from test_cli import fails, run
 

@@ -15,8 +15,8 @@ from conftest import SENTENCES
 from typer.testing import CliRunner
 
 from fusion_model.cli import app
-from fusion_model.options import TrainingOptions
-from fusion_model.training import train
+from fusion_model.training.options import TrainingOptions
+from fusion_model.training.run import train
 
 SMALL = ["--vocab-size", "300", "--embedding-size", "8", "--hidden-size", "12", "--split", "lines"]
 
@@ -201,7 +201,7 @@ def test_unknown_choices_are_named(text_file: Path, trained: Path, tmp_path: Pat
 
 
 def test_output_appears_whole_or_not_at_all(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    from fusion_model import words
+    from fusion_model import surprisal as words
 
     def full(self) -> float:
         raise OSError(28, "No space left on device", "scores.tsv")

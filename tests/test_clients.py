@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import SENTENCES, small_model
 
+from fusion_model.data.text import Document
 from fusion_model.language_model import FusionLM
-from fusion_model.text import Document
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 import fusion_model
 from fusion_model.cli import app
-from fusion_model.demo import SAMPLE
-from fusion_model.language_model import SHIPPED
-from fusion_model.text import Document, read_text, split_sentences
+from fusion_model.commands.demo import SAMPLE
+from fusion_model.data.text import Document, read_text, split_sentences
+from fusion_model.loading import SHIPPED
 
 
 def test_shipped_models_are_small_and_safe() -> None:

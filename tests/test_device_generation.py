@@ -12,7 +12,7 @@ from fusion_model import FusionLMForCausalLM
 
 pytest.importorskip("triton")
 
-from fusion_model import device_generation
+from fusion_model import decoding as device_generation
 
 
 def model_of(fusion: str, backend: str = "triton", **options: object) -> FusionLMForCausalLM:

@@ -8,13 +8,21 @@ import torch
 from conftest import SENTENCES
 from test_cli import run
 
-from fusion_model import encoder_memory, hf_encoder, preparation
-from fusion_model.encoder_memory import free_memory, free_ram, shrinking, token_budget, token_bytes
+from fusion_model.data.tokenizer import train_bpe
+from fusion_model.encoders import batching as encoder_memory
 from fusion_model.encoders import load_encoder
+from fusion_model.encoders import pretrained as hf_encoder
+from fusion_model.encoders.batching import (
+    free_memory,
+    free_ram,
+    shrinking,
+    token_budget,
+    token_bytes,
+)
+from fusion_model.encoders.transfers import Returns, overlapped, sent
 from fusion_model.errors import EncoderError
-from fusion_model.planning import PrefixPlanner
-from fusion_model.tokenizer import train_bpe
-from fusion_model.transfers import Returns, overlapped, sent
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.training import data as preparation
 
 MINILM = (384, 1536, 12, 4)
 

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, SENTENCES
 
-from fusion_model import attention, packed_linear
-from fusion_model.attention import AllToAll, similar
-from fusion_model.encoders import load_encoder
-from fusion_model.graphs import CHECKED, OFTEN, Graphs
-from fusion_model.packed_linear import Linear, packed
-from fusion_model.planning import PrefixPlanner
-from fusion_model.streaming import PrefixStream
-from fusion_model.tokenizer import cut_vocabulary, train_bpe
-from fusion_model.trees import Tree
+from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
+from fusion_model.encoders import attention, load_encoder
+from fusion_model.encoders import linear as packed_linear
+from fusion_model.encoders.attention import AllToAll, similar
+from fusion_model.encoders.graphs import CHECKED, OFTEN, Graphs
+from fusion_model.encoders.incremental.trees import Tree
+from fusion_model.encoders.linear import Linear, packed
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.stream import PrefixStream
 
 DTYPES = (torch.float32, torch.bfloat16)
 

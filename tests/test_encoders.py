@@ -8,10 +8,12 @@ import torch
 from conftest import ARCHITECTURES, SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model import encoders, hf_encoder
-from fusion_model.encoders import load_encoder, minilm_path
+from fusion_model import encoders
+from fusion_model.encoders import load_encoder
+from fusion_model.encoders import pretrained as hf_encoder
+from fusion_model.encoders.pooling import POOLINGS
+from fusion_model.encoders.pretrained import minilm_path
 from fusion_model.errors import EncoderError
-from fusion_model.items import POOLINGS
 
 TEXTS = ["", "The", *SENTENCES[:6], "The cat", "", "the CAT sat"]
 

@@ -9,14 +9,15 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
+from fusion_model.data.text import Document
 from fusion_model.errors import FusionLMError
-from fusion_model.experiments.reading import compare, held_out_log_likelihood, predictors
-from fusion_model.experiments.reading_data import (
+from fusion_model.experiments.reading.data import (
     Frequencies,
     ReadingTimes,
     read_natural_stories,
     read_tsv,
 )
+from fusion_model.experiments.reading.regression import compare, held_out_log_likelihood, predictors
 from fusion_model.experiments.report import Table, p_value, signed
 from fusion_model.experiments.statistics import (
     bootstrap_groups,
@@ -25,7 +26,6 @@ from fusion_model.experiments.statistics import (
     paired_losses,
     sign_flip,
 )
-from fusion_model.text import Document
 
 rng = np.random.default_rng(0)
 

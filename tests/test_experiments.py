@@ -15,17 +15,18 @@ from typer.testing import CliRunner
 
 from fusion_model import FusionLMConfig
 from fusion_model.cli import app
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document, read_documents
 from fusion_model.experiments import study as study_module
 from fusion_model.experiments.arms import arms_of
+from fusion_model.experiments.baselines import EmbeddingOnlyLM, RegularisedLM
 from fusion_model.experiments.comparisons import resized
-from fusion_model.experiments.models import EmbeddingOnlyLM, RegularisedLM
+from fusion_model.experiments.corpora import Texts, find_corpora, write_test, write_texts
 from fusion_model.experiments.runner import EXPERIMENTS, Experiments
 from fusion_model.experiments.sizes import Size, size_by_name
 from fusion_model.experiments.study import Arm, Run, Study
-from fusion_model.experiments.texts import Texts, find_corpora, write_test, write_texts
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.planning import Corpus, digest
-from fusion_model.text import Document, read_documents
+from fusion_model.prefixes.store import digest
 
 TOY = Size(
     "toy",

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from fusion_model.benchmarks import machine
 from fusion_model.benchmarks.gpu import timing
 from fusion_model.benchmarks.gpu import work as gpu_work
 from fusion_model.benchmarks.gpu.parts import PARTS
 from fusion_model.benchmarks.gpu.work import GOALS, Work, floor, give_floors, measured, verdicts
+from fusion_model.benchmarks.measure import machine
 from fusion_model.kernels.check import gpu
 from fusion_model.kernels.check.gpu import Part, run_parts
 from fusion_model.kernels.check.report import report
-from fusion_model.kernels.triton import configs
+from fusion_model.kernels.triton import guards
 
 from fusion_model.cli import app
 
@@ -73,12 +73,12 @@ def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def falls_back() -> dict[str, bool]:
-        configs.checked["rows", "cpu"] = False
+        guards.checked["rows", "cpu"] = False
         return {"ok": True}
 
     listed = [("skipped", None), ("raises", lambda: 1 / 0), ("falls back", falls_back),
               ("good", lambda: {"ok": True})]  # fmt: skip
-    monkeypatch.setattr(configs, "checked", {})
+    monkeypatch.setattr(guards, "checked", {})
     monkeypatch.setattr(Part, "cases", lambda *_: listed)
     gpu.work_off(Part(""), tmp_path / "lines", 1, CPU)
     plan, *lines = map(json.loads, (tmp_path / "lines").read_text().splitlines())

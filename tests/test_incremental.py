@@ -9,15 +9,17 @@ import torch
 from conftest import ARCHITECTURES, SENTENCES, small_model
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model import hf_encoder, node_pool
-from fusion_model.encoders import BagEncoder, load_encoder
+from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
+from fusion_model.encoders import load_encoder
+from fusion_model.encoders import pretrained as hf_encoder
+from fusion_model.encoders.controls import BagEncoder
+from fusion_model.encoders.incremental import cache as node_pool
+from fusion_model.encoders.incremental.encoder import IncrementalEncoder
+from fusion_model.encoders.policies import parse_policy
 from fusion_model.errors import EncoderError, FusionLMError
-from fusion_model.incremental import IncrementalEncoder
 from fusion_model.language_model import FusionLM
-from fusion_model.planning import PrefixPlanner
-from fusion_model.policies import parse_policy
-from fusion_model.streaming import PrefixStream
-from fusion_model.tokenizer import cut_vocabulary, train_bpe
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.stream import PrefixStream
 
 TEXTS = [*SENTENCES[:4], "Unhappily, thereupon", "The mat"]
 POOLINGS = ("cls", "mean", "last", "sep", "mask", "mean@1")
@@ -356,7 +358,7 @@ def test_minilm_streams(policy: str, small_bpe) -> None:
 
 
 def encoders_path() -> Path:
-    from fusion_model.encoders import minilm_path
+    from fusion_model.encoders.pretrained import minilm_path
 
     return minilm_path()
 

@@ -4,52 +4,143 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = {"kernels": 0, "fusion_model": 1, "export": 2, "benchmarks": 3}
+RANKS = (
+    ("kernels",),
+    ("errors", "files", "progress", "devices"),
+    ("data",),
+    ("encoders",),
+    ("prefixes", "planning", "streaming"),
+    ("config", "fusion", "decoding", "generation", "model"),
+    ("surprisal", "scoring"),
+    ("language_model", "loading"),
+    ("", "training"),  # "": the package's own file, which names what is public
+    ("experiments", "export", "benchmarks"),
+    ("commands",),
+    ("cli",),
+)
+RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+FOLDERS = ("kernels", "fusion_model", "export", "benchmarks")
+SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
+LIMIT = 370  # lines of a file
 
 
-def imports_of(path: Path) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def module_of(path: Path) -> str:
+    """Its name as imported, without `fusion_model.`: the first part is its room."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(p for p in parts if p not in ("fusion_model", "__init__"))
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def imports_of(path: Path, lazy: bool = True) -> Iterator[str]:
+    """Modules that a file imports; without `lazy` those only that are imported with it."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.append(node.module or "")
-    return found
+            inside = f"{node.module}.".removeprefix("fusion_model").removeprefix(".")
+            for alias in node.names:
+                is_module = inside + alias.name in MODULES
+                yield f"{node.module}.{alias.name}" if is_module else str(node.module)
+        inner = isinstance(node, ast.FunctionDef) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        if lazy or not inner:
+            waiting += ast.iter_child_nodes(node)
 
 
-def room(module: str) -> str | None:
-    """The top-level folder that a module of the package lives in."""
-    parts = module.split(".")
-    if parts[0] != "fusion_model":
-        return None
-    return parts[1] if len(parts) > 1 and parts[1] in ORDER else "fusion_model"
+def ours(path: Path, lazy: bool = True) -> set[str]:
+    """The modules of this package among them, without `fusion_model.`."""
+    found = [m for m in imports_of(path, lazy) if m.partition(".")[0] == "fusion_model"]
+    return {m.removeprefix("fusion_model").removeprefix(".") for m in found}
 
 
-SOURCES = [p for folder in ORDER for p in sorted((ROOT / folder).rglob("*.py"))]
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_imports_point_one_way(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0]
+    room = module_of(path).partition(".")[0]
     for module in imports_of(path):
-        assert module.split(".")[0] not in (*set(ORDER) - {"fusion_model"}, "tests"), module
-        target = room(module)
-        if target is None or target == own or path.name.startswith(("cli", "command_line")):
+        assert module.split(".")[0] not in ("kernels", "export", "benchmarks", "tests"), module
+    if room == "":
+        return  # it names them all, and imports each when it is asked for
+    for module in ours(path):
+        other = module.partition(".")[0]
+        assert RANK[other] <= RANK[room], f"{path} imports {module}"
+        if (room, other) in (("benchmarks", "export"), ("benchmarks", "experiments")):
             continue
-        assert ORDER[target] < ORDER[own], f"{path} imports {module}"
-    if own == "kernels":
+        if room in RANKS[-3]:
+            assert other == room or other not in RANKS[-3], f"{path} imports {module}"
+    if room == "kernels":
         known = {"torch", "triton", "fusion_model", *sys.stdlib_module_names}
         assert {m.split(".")[0] for m in imports_of(path)} <= known
 
 
+@pytest.mark.xfail(reason="opened after the moves")
+def test_no_circles() -> None:
+    """Nor by an import inside a function, but for the public names of a package."""
+    graph = {name: ours(path) & set(MODULES) for name, path in MODULES.items()}
+    for package in ("", "export"):
+        graph[package] = set()
+    done: set[str] = set()
+
+    def walk(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name] - {name}):
+                walk(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+TORCH_FREE = (
+    "data",
+    "encoders",
+    "encoders.inputs",
+    "encoders.pooling",
+    "encoders.policies",
+    "encoders.batching",
+    "encoders.controls",
+    "prefixes",
+    "prefixes.views",
+    "prefixes.planner",
+    "prefixes.embed",
+    "prefixes.store",
+    "prefixes.stream",
+    "scoring",
+    "surprisal",
+    "export.runtime",
+)
+
+
+@pytest.mark.xfail(reason="opened after the moves")
+def test_some_files_need_no_torch() -> None:
+    """By themselves, and by all that is imported with them."""
+    free = [n for n in MODULES if n in TORCH_FREE or n.startswith(("data.", "export.runtime."))]
+    assert len(free) > 20
+    waiting, seen = list(free), set(free)
+    while waiting:
+        name = waiting.pop()
+        direct = {m.partition(".")[0] for m in imports_of(MODULES[name], lazy=False)}
+        assert not direct & {"torch", "transformers"}, name
+        for other in ours(MODULES[name], lazy=False) & set(MODULES) - seen - {""}:
+            seen.add(other)
+            waiting.append(other)
+
+
+@pytest.mark.xfail(reason="opened after the moves")
 def test_files_are_small() -> None:
-    long = [p.name for p in SOURCES if len(p.read_text().splitlines()) > 400]
+    long = [p.name for p in SOURCES if len(p.read_text().splitlines()) > LIMIT]
     assert not long
 
 

@@ -13,16 +13,17 @@ import torch
 from conftest import ARCHITECTURES, SENTENCES
 from fusion_model.export import export_model
 from fusion_model.export import exporter as exporter_module
-from fusion_model.export import language_graphs as graphs_module
 from fusion_model.export.demo import show_export
-from fusion_model.export.encoder import BagVectors, OnnxEncoder
-from fusion_model.export.text_tokenizer import TextTokenizer, describe_tokenizer
+from fusion_model.export.graphs import language as graphs_module
+from fusion_model.export.runtime.encoder import BagVectors, OnnxEncoder
+from fusion_model.export.runtime.tokenizer import TextTokenizer, describe_tokenizer
 from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model, session
 from test_cli import fails, run
 
 import fusion_model
-from fusion_model.encoders import BagEncoder, load_encoder
+from fusion_model.encoders import load_encoder
+from fusion_model.encoders.controls import BagEncoder
 from fusion_model.errors import ExportError
 
 TEXTS = ["", "The cat", "The cat sat on the mat.", "A dog, is it not?", "mat"] * 2

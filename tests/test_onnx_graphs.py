@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import pytest
 from conftest import small_model
-from fusion_model.export import sequences as sequences_module
-from fusion_model.export.language_graphs import sequence_graph, step_graph
-from fusion_model.export.quantize import quantize
+from fusion_model.export.graphs.language import sequence_graph, step_graph
+from fusion_model.export.graphs.quantize import quantize
+from fusion_model.export.runtime import sequences as sequences_module
 from fusion_model.export.verify import check_graph, step_log_probs
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator

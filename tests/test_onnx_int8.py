@@ -9,10 +9,10 @@ from fusion_model.export import OnnxFusionLM, export_model
 from onnx_cases import one_thread as one_thread
 
 from fusion_model import FusionLM
-from fusion_model.corpus import BatchSource
-from fusion_model.planning import Corpus
-from fusion_model.text import Document, read_text, split_sentences
-from fusion_model.tokenizer import train_bpe
+from fusion_model.data.batches import BatchSource
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document, read_text, split_sentences
+from fusion_model.data.tokenizer import train_bpe
 
 SHIPPED = Path(__file__).parents[1] / "fusion_model" / "samples" / "thursday.txt"
 

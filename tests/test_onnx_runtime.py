@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import SENTENCES, wordpiece
 from fusion_model.export import OnnxFusionLM, export_model
-from fusion_model.export.generation import GenerationOptions, generate_rows, probabilities
 from fusion_model.export.manifest import read_manifest
-from fusion_model.export.session import check_placement, check_version
-from fusion_model.export.steps import Steps
+from fusion_model.export.runtime.generation import GenerationOptions, generate_rows, probabilities
+from fusion_model.export.runtime.session import check_placement, check_version
+from fusion_model.export.runtime.steps import Steps
 from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model
 from test_cli import fails, run
@@ -29,9 +29,9 @@ from transformers.generation.logits_process import (
 
 import fusion_model
 from fusion_model import FUSIONS
+from fusion_model.data.text import Document
+from fusion_model.data.tokenizer import cut_vocabulary
 from fusion_model.errors import ExportError, FusionLMError
-from fusion_model.text import Document
-from fusion_model.tokenizer import cut_vocabulary
 
 TEXT = " ".join(SENTENCES[:8])
 DOCUMENTS = [Document("one", SENTENCES[:4]), Document("two", SENTENCES[4:7])]

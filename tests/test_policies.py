@@ -10,7 +10,7 @@ from conftest import SENTENCES
 from test_cli import SMALL, fails, run
 
 import fusion_model
-from fusion_model.planning import Corpus
+from fusion_model.data.corpus import Corpus
 
 POLICIES = ("word", "stride:3", "sentence", "incremental", "incremental+refresh:4")
 

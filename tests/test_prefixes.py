@@ -8,14 +8,17 @@ import torch
 from conftest import SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model.corpus import BatchSource
-from fusion_model.encoders import BagEncoder, ZeroEncoder, load_encoder
+from fusion_model.data.batches import BatchSource
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document
+from fusion_model.data.tokenizer import cut_vocabulary
+from fusion_model.encoders import load_encoder
+from fusion_model.encoders.controls import BagEncoder, ZeroEncoder
 from fusion_model.errors import FusionLMError
-from fusion_model.planning import Corpus, PrefixPlanner, embed_corpus
-from fusion_model.prefixes import parse_view, prefix_texts, shuffle_rows, view_ids, view_texts
-from fusion_model.store import MemoryStore
-from fusion_model.text import Document
-from fusion_model.tokenizer import cut_vocabulary
+from fusion_model.prefixes.embed import embed_corpus
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.store import MemoryStore
+from fusion_model.prefixes.views import parse_view, prefix_texts, shuffle_rows, view_ids, view_texts
 
 WORDS = ["", "The", "The cat", "The cat sat", "The cat sat down"]
 

@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import SENTENCES
-from fusion_model.benchmarks import engines, latency
-from fusion_model.benchmarks.engines import ENCODER, HOST, LSTM, PARTS, TOKENISER, VOCABULARY
-from fusion_model.benchmarks.spans import Recorder, replaced
+from fusion_model.benchmarks.profile import engines, latency
+from fusion_model.benchmarks.profile.engines import (
+    ENCODER,
+    HOST,
+    LSTM,
+    PARTS,
+    TOKENISER,
+    VOCABULARY,
+)
+from fusion_model.benchmarks.profile.spans import Recorder, replaced
 from test_cli import fails, run
 
 import fusion_model

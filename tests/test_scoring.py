@@ -8,13 +8,13 @@ import torch
 from conftest import SENTENCES, small_model
 
 import fusion_model
+from fusion_model.data.text import Document
+from fusion_model.data.tokenizer import cut_vocabulary
 from fusion_model.encoders import load_encoder
 from fusion_model.errors import FusionLMError
 from fusion_model.language_model import FusionLM
-from fusion_model.planning import PrefixPlanner
-from fusion_model.text import Document
-from fusion_model.tokenizer import cut_vocabulary
-from fusion_model.words import SentenceScores, sum_words
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.surprisal import SentenceScores, sum_words
 
 DOCUMENTS = [Document("one", SENTENCES[:3]), Document("two", SENTENCES[3:5])]
 

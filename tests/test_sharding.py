@@ -13,7 +13,7 @@ from conftest import SENTENCES
 from test_cli import run
 
 from fusion_model.encoders import load_encoder
-from fusion_model.sharding import share_of
+from fusion_model.prefixes.distributed import share_of
 
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ FAILING = """
 import sys, torch.distributed as dist
 from fusion_model.errors import EncoderError
 from fusion_model.encoders import ZeroEncoder
-from fusion_model.sharding import shared_encoding
+from fusion_model.prefixes.distributed import shared_encoding
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 encoder = ZeroEncoder(4)

@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from fusion_model import planning as planning_module
-from fusion_model import store as store_module
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document
 from fusion_model.encoders import load_encoder
 from fusion_model.errors import StoreError
-from fusion_model.planning import Corpus, PrefixPlanner, digest, embed_corpus
-from fusion_model.store import EmbeddingStore, MemoryStore
-from fusion_model.text import Document
+from fusion_model.prefixes import planner as planning_module
+from fusion_model.prefixes import store as store_module
+from fusion_model.prefixes.embed import embed_corpus
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.store import EmbeddingStore, MemoryStore, digest
 
 KEYS = [digest(str(i).encode()) for i in range(10)]
 

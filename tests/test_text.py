@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from conftest import SENTENCES, wordpiece
 
+from fusion_model.data.text import detokenize, read_documents, read_text, split_sentences
+from fusion_model.data.tokenizer import cut_vocabulary, encode_sentences, encoder_ids, train_bpe
 from fusion_model.errors import EncoderError, TextError
-from fusion_model.text import detokenize, read_documents, read_text, split_sentences
-from fusion_model.tokenizer import cut_vocabulary, encode_sentences, encoder_ids, train_bpe
 
 
 @pytest.mark.parametrize(

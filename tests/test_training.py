@@ -17,11 +17,11 @@ from conftest import SENTENCES
 from safetensors.torch import load_file
 
 import fusion_model
-from fusion_model import training
+from fusion_model.data.text import read_documents
 from fusion_model.errors import CheckpointError, FusionLMError
-from fusion_model.options import TrainingOptions
-from fusion_model.text import read_documents
-from fusion_model.training import train
+from fusion_model.training import run as training
+from fusion_model.training.options import TrainingOptions
+from fusion_model.training.run import train
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_full_prefix_dropout_hides_the_embedding() -> None:
 def test_shared_store_is_encoded_once(
     options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusion_model.hf_encoder import HFEncoder
+    from fusion_model.encoders.pretrained import HFEncoder
 
     calls = []
     original = HFEncoder.encode
@@ -276,8 +276,8 @@ def test_a_killed_process_resumes(options, tmp_path: Path) -> None:
     train(chosen, whole)
     code = (
         "import sys, json; from pathlib import Path\n"
-        "from fusion_model.options import TrainingOptions\n"
-        "from fusion_model.training import train\n"
+        "from fusion_model.training.options import TrainingOptions\n"
+        "from fusion_model.training.run import train\n"
         f"fields = json.loads(Path({str(whole / 'training.json')!r}).read_text())\n"
         "fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}\n"
         f"train(TrainingOptions(**fields), Path({str(killed)!r}))\n"
@@ -323,7 +323,7 @@ def test_damaged_checkpoint_is_refused_by_name(name: str, options, tmp_path: Pat
 def test_full_disk_keeps_the_earlier_checkpoint(
     options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusion_model import checkpoint
+    from fusion_model.training import checkpoint
 
     whole, out = tmp_path / "whole", tmp_path / "run"
     train(options(), whole)

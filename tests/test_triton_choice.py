@@ -9,17 +9,15 @@ import torch
 from fusion_model.kernels import lstm_sequence, resolve_backend
 from fusion_model.kernels.backend import choose, obstacle
 from fusion_model.kernels.triton import configs as triton_launch
+from fusion_model.kernels.triton import guards
 from fusion_model.kernels.triton.configs import (
     KNOWN_CHIPS,
-    LaunchRefused,
-    check_grid,
-    close,
     padded,
     rows_plan,
     sequence_backward_config,
     sequence_config,
-    trusted,
 )
+from fusion_model.kernels.triton.guards import LaunchRefused, check_grid, close, trusted
 from fusion_model.kernels.triton.layout import Rows
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -142,7 +140,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-check as it runs where nothing is interpreted or captured."""
     monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(triton_launch, "checked", {})
+    monkeypatch.setattr(guards, "checked", {})
 
 
 @pytest.mark.usefixtures("on_a_gpu")

@@ -14,13 +14,13 @@ from fusion_model import FUSIONS, FusionLMForCausalLM
 pytest.importorskip("triton")
 
 from fusion_model.kernels.check.decode_cases import copied
-from fusion_model.kernels.triton import configs
+from fusion_model.kernels.triton import configs, guards
 from fusion_model.kernels.triton import decoder as triton_token
 from fusion_model.kernels.triton.decode import choose, kernel_token
 from fusion_model.kernels.triton.decode_naive import Token, philox, plain_token, scores
 from fusion_model.kernels.triton.decoder import WRITTEN, Decoder, DecodeWeights, decode_token
 
-from fusion_model.device_generation import generate_on_device
+from fusion_model.decoding import generate_on_device
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_survives_compilation() -> None:
 def test_a_wrong_kernel_is_named_and_not_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(configs, "checked", {})
+    monkeypatch.setattr(guards, "checked", {})
     right = triton_token.kernel_token
 
     def kernel(args: Token) -> Tensor:

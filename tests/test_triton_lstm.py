@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fusion_model.kernels import LayerWeights, lstm_packed, lstm_sequence, prefix_lstm
-from fusion_model.kernels.triton import configs
+from fusion_model.kernels.triton import configs, guards
 from fusion_model.kernels.triton.configs import padded
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -275,8 +275,8 @@ def test_a_debug_build_gives_up_waiting() -> None:
     def one_after_another(kernel: Any, grid: Any, args: Any, options: Any) -> None:
         kernel[grid](*args, **options)
 
-    old = configs.spinning_runner
+    old = guards.spinning_runner
     with concurrent_programs():
-        configs.spinning_runner = one_after_another
+        guards.spinning_runner = one_after_another
         triton_sequence.sequence_forward(gates, None, w, h, c, None, None, None, 3, config, limit=3)
-    assert configs.spinning_runner is old
+    assert guards.spinning_runner is old

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from fusion_model.kernels.triton import configs
+from fusion_model.kernels.triton import configs, guards
 
 TIMEOUT = 120  # seconds
 
@@ -42,7 +42,7 @@ def _program(
 def run_concurrently(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    """A `fusion_model.kernels.triton.configs.Runner`. Raises where a program fails or hangs."""
+    """A `fusion_model.kernels.triton.guards.Runner`. Raises where a program fails or hangs."""
     for tensor in args:
         if isinstance(tensor, torch.Tensor):
             tensor.untyped_storage().share_memory_()
@@ -66,10 +66,10 @@ def run_concurrently(
 @contextmanager
 def concurrent_programs() -> Iterator[None]:
     """Persistent kernels run, and are chosen, under the interpreter."""
-    old = configs.spinning_runner, configs.INTERPRETER
-    configs.spinning_runner = run_concurrently
+    old = guards.spinning_runner, configs.INTERPRETER
+    guards.spinning_runner = run_concurrently
     configs.INTERPRETER = replace(old[1], cooperative=True)
     try:
         yield
     finally:
-        configs.spinning_runner, configs.INTERPRETER = old
+        guards.spinning_runner, configs.INTERPRETER = old

@@ -1,0 +1,1 @@
+"""What `fusion-lm gpu-check` times, and runs of whole models."""

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from fusion_model.benchmarks.gpu import timing
 from fusion_model.kernels.check.cases import Named, Result
-from fusion_model.kernels.triton import configs
+from fusion_model.kernels.triton import guards
 
 SIZES = (8 << 20, 16 << 20, 32 << 20, 1 << 30)  # bytes: in the L2 cache of an H200, and not
 PROGRAMS = (24, 48, 96, 128)
@@ -40,13 +40,13 @@ def _barrier(programs: int, steps: int) -> Result:
 
     def loop() -> None:
         count.zero_()
-        configs.launch_spinning(
+        guards.launch_spinning(
             empty_steps, (programs, 1), (count, steps), count.device, LIMIT=0, num_warps=4
         )
 
     try:
         us = timing.microseconds(loop) / steps
-    except configs.LaunchRefused as refused:  # a smaller chip: no failure of ours
+    except guards.LaunchRefused as refused:  # a smaller chip: no failure of ours
         return {"ok": True, "refused": str(refused)}
     return {"ok": True, "us": us, "floor": ["barrier", programs, us]}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fusion_model import device_generation
+from fusion_model import decoding as device_generation
 from fusion_model.config import FusionLMConfig
 from fusion_model.model import FusionLMForCausalLM
 

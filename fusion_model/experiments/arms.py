@@ -8,7 +8,7 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.study import Arm
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.prefixes import CAUSAL_VIEWS
+from fusion_model.prefixes.views import CAUSAL_VIEWS
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static+mean", "static+last")
 VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "masked", "previous")

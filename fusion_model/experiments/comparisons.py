@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusion_model.config import EARLY, LATE
+from fusion_model.data.text import Document
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments.arms import STATIC, WIDER
+from fusion_model.experiments.corpora import Texts, plain_name, write_test, write_texts
 from fusion_model.experiments.figures import curves, intervals
-from fusion_model.experiments.losses import (
+from fusion_model.experiments.report import Findings, Table, interval, plain_number, signed
+from fusion_model.experiments.statistics import Estimate, scaled
+from fusion_model.experiments.study import Arm, Study
+from fusion_model.experiments.tables import (
     Results,
     answers,
     best_epoch,
@@ -27,12 +32,7 @@ from fusion_model.experiments.losses import (
     settings_cell,
     times_table,
 )
-from fusion_model.experiments.report import Findings, Table, interval, plain_number, signed
-from fusion_model.experiments.statistics import Estimate, scaled
-from fusion_model.experiments.study import Arm, Study
-from fusion_model.experiments.texts import Texts, plain_name, write_test, write_texts
-from fusion_model.options import TrainingOptions
-from fusion_model.text import Document
+from fusion_model.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

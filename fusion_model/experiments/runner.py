@@ -8,25 +8,27 @@ from functools import cached_property
 from pathlib import Path
 
 from fusion_model import progress
+from fusion_model.data.text import Document
 from fusion_model.encoders import load_encoder
+from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import FusionLMError
-from fusion_model.experiments import comparisons, examples, reading_times
+from fusion_model.experiments import comparisons, examples
 from fusion_model.experiments.arms import arms_of
-from fusion_model.experiments.losses import describe
-from fusion_model.experiments.reading_data import read_natural_stories, read_tsv
-from fusion_model.experiments.report import Findings
-from fusion_model.experiments.sizes import Size
-from fusion_model.experiments.study import Study
-from fusion_model.experiments.texts import (
+from fusion_model.experiments.corpora import (
     choose_corpus,
     find_corpora,
     find_reading_times,
     write_texts,
 )
+from fusion_model.experiments.reading import experiment as reading_times
+from fusion_model.experiments.reading.data import read_natural_stories, read_tsv
+from fusion_model.experiments.report import Findings
+from fusion_model.experiments.sizes import Size
+from fusion_model.experiments.study import Study
+from fusion_model.experiments.tables import describe
 from fusion_model.files import write_text
-from fusion_model.hf_encoder import HFEncoder
-from fusion_model.language_model import FusionLM, load
-from fusion_model.text import Document
+from fusion_model.language_model import FusionLM
+from fusion_model.loading import load
 
 SCORING = ("reading-times", "examples")
 EXPERIMENTS = (*comparisons.TITLES, *SCORING)

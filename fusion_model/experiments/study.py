@@ -15,19 +15,21 @@ import torch
 from transformers import AutoTokenizer
 
 from fusion_model import progress
-from fusion_model.encoders import BAGS, load_encoder
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document, read_documents
+from fusion_model.encoders import load_encoder
+from fusion_model.encoders.controls import BAGS
+from fusion_model.encoders.pretrained import HFEncoder, counted_tokens
 from fusion_model.errors import CheckpointError
-from fusion_model.experiments.models import MODELS
+from fusion_model.experiments.baselines import MODELS
+from fusion_model.experiments.corpora import Texts
 from fusion_model.experiments.sizes import Size
-from fusion_model.experiments.texts import Texts
 from fusion_model.files import write_text
-from fusion_model.hf_encoder import HFEncoder, counted_tokens
 from fusion_model.language_model import FusionLM
-from fusion_model.options import TrainingOptions
-from fusion_model.planning import Corpus, PrefixPlanner
+from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.scoring import score_sentences
-from fusion_model.text import Document, read_documents
-from fusion_model.training import train
+from fusion_model.training.options import TrainingOptions
+from fusion_model.training.run import train
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Arm:
 
     Attributes:
         options: fields of `TrainingOptions` that set it apart.
-        model: one of `fusion_model.experiments.models.MODELS`.
+        model: one of `fusion_model.experiments.baselines.MODELS`.
     """
 
     name: str
@@ -71,7 +73,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run; `metrics` has a row an epoch, see `fusion_model.training`.
+    """A finished run; `metrics` has a row an epoch, see `fusion_model.training.run`.
 
     Attributes:
         seconds: of training, without dev text and encoding.

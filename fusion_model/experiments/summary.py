@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusion_model.experiments.reading_times import ALIGNMENT_NAMES, MILLI
+from fusion_model.experiments.reading.experiment import ALIGNMENT_NAMES, MILLI
 from fusion_model.experiments.report import Table, interval, p_value
 from fusion_model.experiments.statistics import Estimate
 from fusion_model.files import write_text

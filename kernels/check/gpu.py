@@ -88,7 +88,7 @@ def surprisal_cases(device: torch.device) -> list[Named]:
 
 def work_off(part: Part, out: Path, skip: int, device: torch.device) -> None:
     """The cases of a part from `skip` on, in this process: lines of JSON, written at once."""
-    from fusion_model.kernels.triton import configs
+    from fusion_model.kernels.triton import guards
 
     with open(out, "a", encoding="utf-8") as file:
 
@@ -100,7 +100,7 @@ def work_off(part: Part, out: Path, skip: int, device: torch.device) -> None:
         tell(plan=[name for name, _ in cases])
         for name, run in cases[skip:]:
             tell(begin=name)
-            known = set(configs.checked)
+            known = set(guards.checked)
             result: Result
             try:
                 result = {"case": name} | run()
@@ -108,8 +108,8 @@ def work_off(part: Part, out: Path, skip: int, device: torch.device) -> None:
                 text = f"{type(error).__name__}: {error}"
                 result = {"case": name, "ok": False, "error": text[:500]}
             # Else PyTorch's numbers and times would pass for the kernels'.
-            new = set(configs.checked) - known
-            if fallen := [" ".join(map(str, k)) for k in new if not configs.checked[k]]:
+            new = set(guards.checked) - known
+            if fallen := [" ".join(map(str, k)) for k in new if not guards.checked[k]]:
                 result |= {"ok": False, "fell_back": fallen}
             tell(result=result)
             if "error" in result and device.type == "cuda":

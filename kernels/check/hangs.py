@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from fusion_model.kernels.check.cases import Named, Result
-from fusion_model.kernels.triton import configs
+from fusion_model.kernels.triton import configs, guards
 from torch import Tensor
 
 WIDTH, LOOKS = 64, 1000
@@ -41,7 +41,7 @@ def _in_vain(device: torch.device, backward: bool) -> Result:
         count.fill_(-1000)
         kernel[grid](*args, **options)
 
-    old, configs.spinning_runner = configs.spinning_runner, in_vain
+    old, guards.spinning_runner = guards.spinning_runner, in_vain
     try:
         if backward:
             sequence_backward(h, c, w, c_saved, gates, None, grad, held, steps, config, limit=LOOKS)
@@ -49,7 +49,7 @@ def _in_vain(device: torch.device, backward: bool) -> Result:
             sequence_forward(gates, None, w, h, c, None, None, None, steps, config, limit=LOOKS)
         h.sum().item()  # waits for the launch
     finally:
-        configs.spinning_runner = old
+        guards.spinning_runner = old
     return {"ok": True}
 
 
@@ -59,8 +59,8 @@ def _too_large(device: torch.device) -> Result:
     count, _ = _counters(device)
     grid = (configs.chip_of(device).sms + 1, 1)
     try:
-        configs.launch_spinning(empty_steps, grid, (count, 2), device, LIMIT=0)
-    except configs.LaunchRefused as refused:
+        guards.launch_spinning(empty_steps, grid, (count, 2), device, LIMIT=0)
+    except guards.LaunchRefused as refused:
         return {"ok": True, "refused": str(refused)}
     return {"ok": False}
 

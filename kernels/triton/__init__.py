@@ -1,0 +1,1 @@
+"""The Triton kernels, and the equations in plain PyTorch that they are held to."""

@@ -1,4 +1,4 @@
-"""Where and how the Triton kernels run: pure functions of chip, shape and dtype, and the guards.
+"""Where and how the Triton kernels run: pure functions of chip, shape and dtype.
 
 Nothing here imports triton, so that every choice can be made, and tested, without it.
 
@@ -9,14 +9,11 @@ U hidden units a program. A program of U units owns 4U rows of the recurrent wei
 import functools
 import importlib.util
 import os
-import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -231,88 +228,3 @@ def rows_plan(
         if config is not None and back is not None and config.units == back.units:
             return RowsPlan(config.units, True)
     return RowsPlan(step_units(batch * rows, hidden), False)
-
-
-class LaunchRefused(RuntimeError):
-    """A launch that would not fit, found out before it is made."""
-
-
-def check_grid(chip: Chip, programs: int, kernel: str) -> None:
-    """A spinning grid must be on the chip as a whole, or it waits for ever.
-
-    Raises:
-        LaunchRefused: more programs than multiprocessors, or no cooperative launches.
-    """
-    if not chip.cooperative:
-        raise LaunchRefused(f"{kernel}: this device refuses cooperative launches")
-    if programs > chip.sms:
-        raise LaunchRefused(
-            f"{kernel}: {programs} programs do not fit on {chip.sms} multiprocessors at once"
-        )
-
-
-Runner = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
-
-
-def _run(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
-) -> None:
-    kernel[grid](*args, **options)
-
-
-spinning_runner: Runner = _run
-"""How persistent kernels start. The interpreter runs programs one after another, so that a
-kernel which waits for its neighbours never ends. Tests put a runner here that gives each program
-a process of its own, and then let `INTERPRETER` be cooperative."""
-
-
-def launch_spinning(
-    kernel: Any, grid: tuple[int, int], args: tuple[Any, ...], device: torch.device, **options: Any
-) -> None:
-    """Launch a kernel whose programs wait for each other: cooperative, and only if it fits."""
-    check_grid(chip_of(device), grid[0] * grid[1], kernel.fn.__name__)
-    cooperative = {"launch_cooperative_grid": True, "enable_fp_fusion": True}
-    spinning_runner(kernel, grid, args, options | cooperative)
-
-
-checked: dict[tuple[Any, ...], bool] = {}
-"""(kernel, device, configuration) -> whether it agreed with the reference."""
-
-
-def trusted(
-    name: str, key: tuple[Any, ...], device: torch.device, check: Callable[[], bool]
-) -> bool:
-    """Whether a kernel agrees with the reference here; found out once a device and configuration.
-
-    A kernel that fails, or disagrees, is not used: a warning names it, and the caller computes
-    without it. While a CUDA graph is being captured nothing can be compared; what was not
-    checked before is then taken on trust.
-    """
-    if interpreting():
-        return True  # the tests compare every kernel with the reference themselves
-    where = (name, str(device), *key)
-    if where not in checked:
-        if torch.cuda.is_current_stream_capturing():
-            return True
-        checked[where] = True  # the check itself comes through here
-        reason = "its results differ from the reference's"
-        try:
-            checked[where] = check()
-        except Exception as error:  # whatever Triton or the driver raise: the fallback is right
-            checked[where] = False
-            reason = f"{type(error).__name__}: {error}"
-        if not checked[where]:
-            warnings.warn(
-                f"Triton kernel {name} {key} is not used on {device}, PyTorch computes instead: "
-                f"{reason}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return checked[where]
-
-
-def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Agreement for a self-check: far from what a wrong kernel gives, wide for rounding."""
-    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
-    scale = float(expected.float().abs().max()) + 1e-3
-    return bool((got.float() - expected.float()).abs().max() <= tolerance * scale)

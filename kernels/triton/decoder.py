@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from fusion_model.kernels.cuda_graphs import record
-from fusion_model.kernels.triton.configs import close, on, padded, step_units, trusted
+from fusion_model.kernels.triton.configs import on, padded, step_units
 from fusion_model.kernels.triton.decode import kernel_token
 from fusion_model.kernels.triton.decode_naive import Token, plain_token, scores
+from fusion_model.kernels.triton.guards import close, trusted
 from fusion_model.kernels.triton.layout import pack
 from torch import Tensor
 

@@ -14,13 +14,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import (
-    close,
-    on,
-    precision,
-    surprisal_config,
-    trusted,
-)
+from fusion_model.kernels.triton.configs import on, precision, surprisal_config
+from fusion_model.kernels.triton.guards import close, trusted
 from torch import Tensor
 
 CHUNK = 2048  # positions a gradient tile: 32 MB at V = 8192 in bf16, within an L2 of 50 MB

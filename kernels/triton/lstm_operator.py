@@ -12,19 +12,13 @@ import torch
 from fusion_model.kernels.cuda_graphs import run_steps
 from fusion_model.kernels.triton.configs import (
     chip_of,
-    close,
     on,
     sequence_backward_config,
     sequence_config,
-    trusted,
 )
-from fusion_model.kernels.triton.layout import (
-    Backward,
-    Forward,
-    Rows,
-    plain_backward,
-    plain_forward,
-)
+from fusion_model.kernels.triton.guards import close, trusted
+from fusion_model.kernels.triton.layout import Backward, Forward, Rows
+from fusion_model.kernels.triton.lstm_naive import plain_backward, plain_forward
 from fusion_model.kernels.triton.lstm_sequence import sequence_forward
 from fusion_model.kernels.triton.lstm_sequence_backward import sequence_backward
 from fusion_model.kernels.triton.lstm_step import steps_backward, steps_forward

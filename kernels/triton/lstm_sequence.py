@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import SequenceConfig, launch_spinning, precision
+from fusion_model.kernels.triton.configs import SequenceConfig, precision
+from fusion_model.kernels.triton.guards import launch_spinning
 from fusion_model.kernels.triton.primitives import (
     arrive,
     sigmoid,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import SequenceConfig, launch_spinning
+from fusion_model.kernels.triton.configs import SequenceConfig
+from fusion_model.kernels.triton.guards import launch_spinning
 from fusion_model.kernels.triton.lstm_sequence import sequence_constants
 from fusion_model.kernels.triton.primitives import arrive, sum_warps, tanh, wait_for
 from torch import Tensor

@@ -1,0 +1,301 @@
+"""One self-contained HTML page of a run: no script, no network, light and dark, fit for print."""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fusion_model.benchmarks.measure.machine import where
+from fusion_model.benchmarks.measure.records import measured
+from fusion_model.benchmarks.page import charts
+from fusion_model.benchmarks.page.charts import milliseconds, number
+from fusion_model.benchmarks.suite.bench import glossary, ranked, remarks
+from fusion_model.benchmarks.suite.cases import EAGER, OPERATIONS
+
+from fusion_model.files import write_text
+
+Record = dict[str, Any]
+AXES = {"batch": "sequences a batch", "hidden_size": "hidden size", "length": "tokens a sequence"}
+TILES = {
+    "scoring": "scoring your text",
+    "generation": "writing, token by token",
+    "embedding": "prefix embeddings",
+    "training": "training",
+}
+COMPARED = {"auto": "fusion-lm", "fusion-lm": "fusion-lm"} | {
+    name: name
+    for name in ("onnx", "compile", "cuda-graph", "sentence-transformers", "published", "flashrnn")
+}
+OVERVIEW = {
+    "scoring": "scoring a text",
+    "generation": "generating text",
+    "embedding": "prefix embeddings",
+    "training": "training step",
+    "prefixes": "all prefixes, early fusion",
+    "head": "log-probabilities",
+    "sequence": "LSTM, sequences",
+    "step": "LSTM, one step",
+}
+FIXED = ("operation", "dtype", "batch", "length", "hidden_size", "embedding_size", "vocab_size")
+
+
+def capital(text: str) -> str:
+    """With a capital letter at the start, and all others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def write_report(path: Path, run: Record, records: Sequence[Record]) -> None:
+    """Write the page of a run."""
+    write_text(path, page(run, records))
+
+
+def page(run: Record, records: Sequence[Record]) -> str:
+    """The page as HTML."""
+    timed = measured(records)
+    style = resources.files("fusion_model.benchmarks.page").joinpath("report.css").read_text()
+    sections = [
+        _header(run, timed),
+        *(_operation(name, timed) for name in OPERATIONS),
+        _distributions(timed),
+        _roofline(run, timed),
+        _memory(timed),
+        _figures(timed),
+        _method(run, records),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>fusion-lm benchmark, {escape(where(run['machine']))}</title>"
+        f"<style>{style}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _header(run: Record, timed: Sequence[Record]) -> str:
+    tiles = []
+    for operation in TILES:
+        own = [r for r in timed if r["operation"] == operation and r["backend"] != EAGER]
+        own = [r for r in own if r["backend"] in ("auto", "fusion-lm") and "speedup" in r][:1]
+        for r in own:
+            each = milliseconds(r["p50_ms"] / r["items"])
+            tiles.append(
+                f'<li class="tile"><span>{TILES[operation]}</span><b>{number(r["per_second"])}'
+                f" <small>{r['unit']}/s</small></b><span>{each} each, {r['speedup']:.2f} × plain "
+                "PyTorch</span></li>"
+            )
+    return (
+        "<header><h1>How fast fusion-lm is here</h1>"
+        f'<p class="soft">{escape(where(run["machine"]))}, commit '
+        f"{escape(run['machine']['commit'] or 'unknown')}</p>"
+        f'<ul class="tiles">{"".join(tiles)}</ul>'
+        f"{overview(timed)}"
+        '<p class="soft key">Below, bars show the median time of a call, and the thin line goes '
+        "on to p90; × is the speed relative to plain PyTorch (eager), above 1 is faster. B "
+        "sequences, T tokens each, H hidden units. Point at a mark for its figures.</p></header>"
+    )
+
+
+def overview(timed: Sequence[Record]) -> str:
+    """Speed relative to plain PyTorch of the backends that matter most, on each first shape."""
+    rows: dict[str, list[tuple[str, float]]] = {}
+    for name, title in OVERVIEW.items():
+        groups = ranked([r for r in timed if r["operation"] == name])
+        members = groups[0][1] if groups else []
+        shown = [r for r in members if r["backend"] in COMPARED and "speedup" in r]
+        if shown:
+            rows[title] = [(COMPARED[r["backend"]], r["speedup"]) for r in shown]
+    if not rows:
+        return ""
+    used = [n for n in dict.fromkeys(COMPARED.values()) if any(n in dict(r) for r in rows.values())]
+    chart = charts.ratios(rows, used, "speed relative to plain PyTorch")
+    return f"<figure><h3>Speed relative to plain PyTorch</h3>{chart}</figure>"
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, with the colours it has on the page."""
+    style = resources.files("fusion_model.benchmarks.page").joinpath("report.css").read_text()
+    head = '<svg xmlns="http://www.w3.org/2000/svg" '
+    svg = svg[svg.index("<svg ") : svg.index("</svg>") + len("</svg>")]
+    return svg.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1) + "\n"
+
+
+def _bar(r: Record) -> charts.Bar:
+    ratio = f"{r['speedup']:.2f} ×" if "speedup" in r and r["backend"] != EAGER else ""
+    label = " · ".join(filter(None, (milliseconds(r["p50_ms"]), ratio)))
+    tip = (
+        f"{r['backend']}: p50 {milliseconds(r['p50_ms'])}, p90 {milliseconds(r['p90_ms'])}, "
+        f"p99 {milliseconds(r['p99_ms'])}, {number(r['per_second'])} {r['unit']}/s, "
+        f"{r['of_floor']:.1%} of the floor"
+    )
+    return charts.Bar(r["backend"], r["p50_ms"], label, tip, r["p90_ms"])
+
+
+def _operation(name: str, timed: Sequence[Record]) -> str:
+    own = [r for r in timed if r["operation"] == name]
+    if not own:
+        return ""
+    parts = [f"<section><h2>{escape(capital(OPERATIONS[name]))}</h2>"]
+    figures = [curve for axis in AXES if (curve := _curve(own, axis))]
+    if figures:
+        parts.append(f'<div class="pair">{"".join(figures)}</div>')
+    groups = ranked(own)
+    for i, (group, members) in enumerate(groups):
+        figure = (
+            f"<figure><h3>{escape(group.removeprefix(name + ' '))}</h3>"
+            f"{charts.bars([_bar(r) for r in members], group)}</figure>"
+        )
+        if figures and i == 1:
+            parts.append(f"<details><summary>{len(groups) - 1} more shapes</summary>")
+        parts.append(figure)
+    parts.append("</details>" if figures and len(groups) > 1 else "")
+    return "".join(parts) + "</section>"
+
+
+def _curve(own: Sequence[Record], axis: str) -> str:
+    """Throughput against one number, with all others as in the most points found."""
+    fixed = [name for name in FIXED if name != axis]
+    families: dict[tuple[Any, ...], list[Record]] = {}
+    for r in own:
+        families.setdefault(tuple(r[name] for name in fixed), []).append(r)
+    family = max(families.values(), key=lambda f: len({r[axis] for r in f}))
+    if len({r[axis] for r in family}) < 3:
+        return ""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for r in sorted(family, key=lambda r: r[axis]):
+        series.setdefault(r["backend"], []).append((r[axis], r["per_second"]))
+    first = family[0]
+    rest = {"batch": "B", "length": "T", "hidden_size": "H"}
+    fixed_text = ", ".join(f"{s} = {first[n]}" for n, s in rest.items() if n != axis)
+    chart = charts.curves(series, AXES[axis], f"{first['unit']}/s")
+    return f"<figure>{chart}<figcaption>{fixed_text}, {first['dtype']}</figcaption></figure>"
+
+
+def _distributions(timed: Sequence[Record]) -> str:
+    parts = []
+    for operation in ("step", "generation"):
+        groups = ranked([r for r in timed if r["operation"] == operation])
+        if groups:
+            name, members = groups[0]
+            rows = {r["backend"]: r["times_ms"] for r in members}
+            parts.append(f"<figure><h3>{escape(name)}</h3>{charts.distributions(rows, name)}")
+            parts.append("</figure>")
+    if not parts:
+        return ""
+    return (
+        "<section><h2>Latency, call by call</h2><p>Each stroke is one call; the bold line is the "
+        "median, the thin one p90, the dashed one p99. The backends took turns, so a disturbance "
+        f"of the machine shows in all of them.</p>{''.join(parts)}</section>"
+    )
+
+
+def _roofline(run: Record, timed: Sequence[Record]) -> str:
+    if not timed:
+        return ""
+    bandwidth = run["ceilings"]["bandwidth"]
+    lines = [(f"{number(b)}B/s from {number(s)}B", b) for s, b in (bandwidth[0], bandwidth[-1])]
+    if lines[0][1] < 1.2 * lines[-1][1]:
+        lines = lines[-1:]
+    points = [
+        charts.Point(
+            r["backend"],
+            r["flops"] / r["bytes"],
+            r["flops"] / r["p50_ms"] * 1e3,
+            f"{r['group']} {r['backend']}: {r['of_floor']:.1%} of the {r['bound']} floor",
+        )
+        for r in timed
+    ]
+    names = list(dict.fromkeys(r["backend"] for r in timed))
+    chart = charts.roofline(points, run["ceilings"]["flops"], lines)
+    return (
+        "<section><h2>How far from what this machine can do</h2><p>Work and compulsory traffic are "
+        "counted; the ceilings were measured in the same run: the fastest product of matrices, the "
+        "fastest reading of a buffer that fits a cache and of one that does not. A recurrence is a "
+        "chain, so small batches cannot reach the roof.</p>"
+        f"<figure>{chart}</figure>{charts.legend(names)}</section>"
+    )
+
+
+def _memory(timed: Sequence[Record]) -> str:
+    figures = []
+    for operation in OPERATIONS:
+        groups = ranked([r for r in timed if r["operation"] == operation and r["peak_bytes"]])
+        if not groups:
+            continue
+        name, members = max(groups, key=lambda g: max(r["peak_bytes"] for r in g[1]))
+        rows = [
+            charts.Bar(
+                r["backend"],
+                r["peak_bytes"],
+                f"{number(r['peak_bytes'])}B",
+                f"{r['backend']}: {r['peak_bytes']:,} bytes",
+            )
+            for r in sorted(members, key=lambda r: r["peak_bytes"])
+        ]
+        figures.append(f"<figure><h3>{escape(name)}</h3>{charts.bars(rows, name)}</figure>")
+    if not figures:
+        return ""
+    return (
+        "<section><h2>Memory</h2><p>The most that one call holds beyond weights and inputs, as "
+        "PyTorch's allocator counts it; the largest shape of each operation. ONNX Runtime keeps "
+        f"its own and is not counted.</p>{''.join(figures)}</section>"
+    )
+
+
+COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
+    ("p50", lambda r: milliseconds(r["p50_ms"])),
+    ("p90", lambda r: milliseconds(r["p90_ms"])),
+    ("p99", lambda r: milliseconds(r["p99_ms"])),
+    ("per second", lambda r: number(r["per_second"])),
+    ("× plain", lambda r: f"{r['speedup']:.2f}" if "speedup" in r else ""),
+    ("floor", lambda r: f"{milliseconds(r['floor_ms'])}, {r['bound']}"),
+    ("reached", lambda r: f"{r['of_floor']:.1%}"),
+    ("first call", lambda r: milliseconds(r["first_ms"])),
+    ("samples", lambda r: str(r["samples"])),
+)
+
+
+def _figures(timed: Sequence[Record]) -> str:
+    head = "".join(f'<th class="n">{name}</th>' for name, _ in COLUMNS)
+    rows = []
+    for group, members in ranked(timed):
+        rows.append(f'<tr class="group"><td colspan="{len(COLUMNS) + 1}">{escape(group)}</td></tr>')
+        for r in members:
+            cells = "".join(f'<td class="n">{escape(cell(r))}</td>' for _, cell in COLUMNS)
+            rows.append(f"<tr><td>{escape(r['backend'])}</td>{cells}</tr>")
+    return (
+        '<section><h2>All figures</h2><p class="soft">Fastest first. “× plain” compares with plain '
+        "PyTorch (eager) in the same turns; the first call holds compilation and cold caches.</p>"
+        f'<div class="scroll"><table><tr><th>backend</th>{head}</tr>{"".join(rows)}</table></div>'
+        "</section>"
+    )
+
+
+def _method(run: Record, records: Sequence[Record]) -> str:
+    machine = run["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+    facts = {
+        "device": machine["name"],
+        "clock": f"{machine.get('gpu_mhz') or machine['cpu_mhz']} MHz",
+        "threads": f"{machine['threads']} of {machine['cores']} cores",
+        "memory": f"{machine['memory_gb']} GB",
+        "load before": ", ".join(map(str, machine["load"])),
+        "system": f"{machine['system']}, Python {machine['python']}",
+        "libraries": versions,
+        "commit": machine["commit"] or "unknown",
+        "date": machine["date"],
+        "model": run["model"],
+        "text": f"{run['text']['words']} words of {run['text']['source']}",
+    }
+    table = "".join(f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+    names = "".join(
+        f"<tr><td>{escape(n)}</td><td>{escape(m)}</td></tr>" for n, m in glossary(records).items()
+    )
+    notes = "".join(f"<li>{escape(line)}</li>" for line in remarks(records))
+    skipped = f"<h3>Not measured</h3><ul>{notes}</ul>" if notes else ""
+    return (
+        f"<section><h2>What was measured, and where</h2><table>{table}</table>"
+        f"<h3>Backends</h3><table>{names}</table>{skipped}"
+        "<p>Every case was compared with a reference in float64 or float32 before it was timed; "
+        "inputs are random, never zeros.</p>"
+        f"<h3>To repeat it</h3><pre>{escape(run['command'])}</pre></section>"
+    )

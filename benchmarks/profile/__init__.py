@@ -1,0 +1,1 @@
+"""`fusion-lm profile`: latency of a token, part by part."""

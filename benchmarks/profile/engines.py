@@ -1,0 +1,175 @@
+"""A model, in PyTorch or exported, as a profile drives it: its stages, and a tick a token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from fusion_model.benchmarks.profile.spans import Recorder, replaced
+
+from fusion_model.data.text import Document
+from fusion_model.prefixes import planner as planning
+
+TOKENISER, ENCODER, LSTM = "tokeniser", "prefix encoding", "LSTM and fusion"
+VOCABULARY, HOST = "vocabulary and sampling", "host"
+PARTS = (TOKENISER, ENCODER, LSTM, VOCABULARY, HOST)
+Tick = Callable[[], None]
+
+
+class Engine(Protocol):
+    """What can be profiled."""
+
+    def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
+        """Make up to `tokens` tokens after each prompt, greedily; `tick` after each."""
+
+    def score(self, sentences: Sequence[str]) -> int:
+        """Surprisal of the sentences; the number of words."""
+
+    @contextmanager
+    def stages(self, recorder: Recorder) -> Iterator[None]:
+        """Spans around the stages while the block runs."""
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> int:
+        """Length of the longest, BOS included."""
+
+
+def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
+    found = [(planning, "encode_sentences", TOKENISER)]
+    if planner is not None:
+        found += [(planner, name, TOKENISER) for name in ("items", "last_items")]
+        found.append((planner.encoder, "encode", ENCODER))
+    return found
+
+
+class _Ticker:
+    """Stands where transformers puts a streamer: called with the prompt, then with each token."""
+
+    def __init__(self, tick: Tick) -> None:
+        self._tick, self._prompt = tick, True
+
+    def put(self, value: Any) -> None:
+        if not self._prompt:
+            self._tick()
+        self._prompt = False
+
+    def end(self) -> None:
+        """Nothing is kept back."""
+
+
+class TorchEngine:
+    """A `FusionLM`; each call starts with nothing kept of earlier prefixes."""
+
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+        self._recorder: Recorder | None = None
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> int:
+        return max(int(self.lm.prompt_ids(p).shape[1]) for p in prompts)
+
+    def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
+        import torch
+
+        type(self.lm)(self.lm.model, self.lm.tokenizer, self.lm.planner)  # attaches a new cache
+        recorder = self._recorder
+        with ExitStack() as stack:
+            if recorder is not None:
+                encode = self.lm.model.prefix_encoder
+                if encode is not None:
+                    wrapped = recorder.spanned(encode, ENCODER)
+                    stack.enter_context(replaced(self.lm.model, "prefix_encoder", wrapped))
+                prompt_ids = recorder.spanned(self.lm.prompt_ids, TOKENISER)
+            else:
+                prompt_ids = self.lm.prompt_ids
+            rows = [prompt_ids(p) for p in prompts]
+            length = min(r.shape[1] for r in rows)  # rows of one length need no padding
+            ids = torch.cat([r[:, :length] for r in rows])
+
+            def choosing(_: Any, scores: Any) -> Any:
+                if recorder is not None:
+                    recorder.open(VOCABULARY)
+                return scores
+
+            def made() -> None:
+                if recorder is not None:
+                    recorder.close()
+                tick()
+
+            self.lm.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                streamer=_Ticker(made),
+                logits_processor=[choosing],
+            )
+
+    def score(self, sentences: Sequence[str]) -> int:
+        return len(self.lm.score([Document("text", list(sentences))]))
+
+    @contextmanager
+    def stages(self, recorder: Recorder) -> Iterator[None]:
+        model = self.lm.model
+        targets = [
+            *_planner_stages(self.lm.planner),
+            (model, "features", LSTM),
+            (model, "token_log_probs", VOCABULARY),
+            (model.lm_head, "forward", VOCABULARY),
+        ]
+        self._recorder = recorder
+        try:
+            with recorder.around(*targets):
+                yield
+        finally:
+            self._recorder = None
+
+
+class OnnxEngine:
+    """An `OnnxFusionLM`. Its step is one graph: the vocabulary is counted with the LSTM."""
+
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> int:
+        return 1 + max(len(self.lm._ids(p)) for p in prompts)
+
+    def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
+        from fusion_model.export.runtime import generation
+
+        self.lm._cache = None  # nothing kept of earlier prefixes
+        choose = generation.choose
+        end = self.lm.tokenizer.eos_token_id
+
+        def choose_then_tick(logits: Any, *args: Any) -> list[int]:
+            logits[:, end] = -1e30  # a sentence that ends early would end the measurement
+            chosen: list[int] = choose(logits, *args)
+            tick()
+            return chosen
+
+        with replaced(generation, "choose", choose_then_tick):
+            self.lm.generate(list(prompts), max_new_tokens=tokens)
+
+    def score(self, sentences: Sequence[str]) -> int:
+        return len(self.lm.score([Document("text", list(sentences))]))
+
+    @contextmanager
+    def stages(self, recorder: Recorder) -> Iterator[None]:
+        from fusion_model.export.runtime import generation
+
+        make_steps = self.lm.steps
+
+        def steps(vector: Any) -> Any:
+            made = make_steps(vector)
+            made.start = recorder.spanned(made.start, LSTM)
+            made.advance = recorder.spanned(made.advance, LSTM)
+            return made
+
+        with (
+            replaced(self.lm, "steps", steps),
+            recorder.around(
+                *_planner_stages(self.lm.planner),
+                (self.lm, "_ids", TOKENISER),
+                (self.lm._sequences, "run", LSTM),
+                (generation, "choose", VOCABULARY),
+            ),
+        ):
+            yield

@@ -1,0 +1,115 @@
+"""What `fusion-lm profile` does: open a model, profile it, describe what was measured where."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusion_model.benchmarks.measure.machine import describe, memory_now, where
+from fusion_model.benchmarks.profile.engines import Engine, OnnxEngine, TorchEngine
+from fusion_model.benchmarks.profile.latency import Profile, profile, summary
+from fusion_model.benchmarks.profile.spans import Recorder
+
+from fusion_model import progress
+from fusion_model.data.text import read_documents
+from fusion_model.prefixes.planner import check_causal
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run; see `fusion_model.benchmarks.profile.latency.profile`."""
+
+    runs: int = 12
+    tokens: int = 48
+    batch: int = 1
+    prompt_words: int = 8
+
+
+def _energy(device: str) -> float | None:
+    """Joules that the GPU has used since its driver was loaded; None without NVML."""
+    if device == "cpu":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        number = int(device.partition(":")[2] or 0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    except Exception:  # not installed, or a GPU that does not count
+        return None
+
+
+def _memory(device: str) -> dict[str, float]:
+    found = {"process_mb": round(memory_now() / 1e6, 1)}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        found["peak_mb"] = round(most / 1e6, 1)
+    if device != "cpu":
+        import torch
+
+        if torch.cuda.is_available():
+            found["gpu_peak_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return found
+
+
+def _recorder(device: str, engine: str) -> Recorder:
+    if device == "cpu":
+        return Recorder()
+    import torch
+
+    if not torch.cuda.is_available():  # ONNX Runtime waits for the GPU by itself
+        return Recorder()
+    wait = torch.cuda.synchronize if engine == "torch" else None
+    return Recorder(synchronize=wait, nvtx=True)
+
+
+def profile_model(
+    lm: Any, name: str, engine: str, device: str, text: Sequence[str], settings: Settings
+) -> tuple[dict[str, Any], Profile]:
+    """Everything for JSON, and the passes themselves, for a trace.
+
+    Args:
+        lm: a `FusionLM` (`engine` "torch") or an `OnnxFusionLM` ("onnx").
+        name: of the model, for the title.
+
+    Raises:
+        FusionLMError: a text too short; a model that cannot generate.
+    """
+    sentences = [s for document in read_documents(text) for s in document.sentences]
+    check_causal(lm.planner)
+    driven: Engine = OnnxEngine(lm) if engine == "onnx" else TorchEngine(lm)
+    before = _energy(device)
+    score_batches = min(settings.runs, -(-len(sentences) // settings.batch))
+    with progress.track("profile", settings.runs + score_batches) as update:
+        found = profile(
+            driven,
+            sentences,
+            runs=settings.runs,
+            tokens=settings.tokens,
+            batch=settings.batch,
+            prompt_words=settings.prompt_words,
+            score_batches=score_batches,
+            recorder=_recorder(device, engine),
+            progress=update,
+        )
+    after = _energy(device)
+    machine = describe(device)
+    described: dict[str, Any] = {
+        "title": f"{name}, {engine}: {where(machine)}",
+        "machine": machine,
+        "settings": vars(settings)
+        | {"model": name, "engine": engine, "text": list(text), "sentences": len(sentences)},
+    }
+    config = getattr(getattr(lm, "model", None), "config", None)
+    if config is not None:
+        described["settings"]["backend"] = lm.model.backend
+    if lm.planner is not None:
+        described["settings"]["policy"] = lm.planner.encoder.policy
+    described |= summary(found, settings.batch)
+    described["memory"] = _memory(device)
+    energy = None if before is None or after is None else after - before
+    return described | {"energy_joules": energy}, found

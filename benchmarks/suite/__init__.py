@@ -1,0 +1,1 @@
+"""`fusion-lm bench`: the cases, their baselines, the run and its gate."""

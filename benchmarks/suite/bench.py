@@ -1,0 +1,198 @@
+"""What `fusion-lm bench` does: choose cases, run them, show a ranked table."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_model.benchmarks.measure import records as results
+from fusion_model.benchmarks.measure.counts import SIZE
+from fusion_model.benchmarks.measure.machine import describe, measure_ceilings, where
+from fusion_model.benchmarks.suite.cases import MEANING, OPERATIONS, Case, cases, own_cases
+from fusion_model.benchmarks.suite.run import run
+from fusion_model.benchmarks.suite.work import Context
+from rich.table import Table
+
+from fusion_model import progress
+from fusion_model.data.text import read_documents
+from fusion_model.errors import FusionLMError
+from fusion_model.loading import load_model
+
+SAMPLE = "samples/thursday.txt"  # beside fusion_model/__init__.py
+BUDGETS = {"tiny": 0.0, "quick": 0.3, "full": 2.0}  # seconds of samples a case
+WORDS = {"tiny": 5, "quick": 80, "full": 400}  # of the text that is used
+FEWEST_WORDS = 4
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run and where it was kept."""
+
+    run: Record
+    records: list[Record]
+    kept: Path | None
+
+
+def opening(sentences: Sequence[str], words: int) -> list[str]:
+    """Whole sentences from the beginning, up to about `words` words; of the first at least some.
+
+    Raises:
+        FusionLMError: the text has fewer than `FEWEST_WORDS` words.
+    """
+    total = sum(len(s.split()) for s in sentences)
+    if total < FEWEST_WORDS:
+        plural = "" if total == 1 else "s"
+        raise FusionLMError(
+            f"the text has {total} word{plural}: give at least {FEWEST_WORDS}, better a page"
+        )
+    found: list[str] = []
+    left = words
+    for sentence in sentences:
+        own = sentence.split()
+        if found and len(own) > left:
+            break
+        found.append(" ".join(own[: max(left, FEWEST_WORDS)]))
+        left -= len(own)
+    return found
+
+
+def context_of(model: str, text: Sequence[str], device: str, suite: str, scratch: Path) -> Context:
+    """What the cases share; the text defaults to the sample that ships."""
+    import fusion_model
+
+    sources = list(text) or [str(Path(fusion_model.__file__).parent / SAMPLE)]
+    sentences = [s for document in read_documents(sources) for s in document.sentences]
+    used = opening(sentences, WORDS[suite])
+    return Context(device, model, used, scratch, new_tokens=4 if suite == "tiny" else 32)
+
+
+def chosen_cases(
+    suite: str, only: Sequence[str], shape: Record, backend: str | None, model: str | None
+) -> list[Case]:
+    """The suite's cases, or those of the user's own shape or model.
+
+    Raises:
+        FusionLMError: an unknown operation, backend or dtype; a size below 1.
+    """
+    only = [*only, backend] if backend else list(only)
+    if shape.get("dtype") not in (None, *SIZE):
+        raise FusionLMError(f"unknown dtype {shape['dtype']!r}: choose one of {', '.join(SIZE)}")
+    if not shape and model is None:
+        return cases(suite, only)
+    on_text: list[Case] = []
+    if model is not None:
+        config = load_model(model)[0].config
+        sizes = ("hidden_size", "embedding_size", "vocab_size", "prefix_size")
+        shape = {name: getattr(config, name) for name in sizes} | shape
+        on_text = [c for c in cases(suite, only) if c.operation in ("scoring", "generation")]
+        names = [name for name in OPERATIONS if name in only]
+        if names and set(names) <= {"scoring", "generation"}:
+            return on_text
+    shape = {"batch": 1, "length": 64} | shape
+    return own_cases(shape, only, sweep=suite == "full") + on_text
+
+
+def bench(
+    chosen: Sequence[Case],
+    suite: str,
+    model: str,
+    text: Sequence[str],
+    device: str,
+    keep: Path | None,
+    command: str,
+) -> Outcome:
+    """Measure, with a bar that shows the time left, and append the results to `keep`.
+
+    Raises:
+        FusionLMError: a text without words.
+    """
+    with tempfile.TemporaryDirectory(prefix="fusion-lm-bench-") as scratch:
+        context = context_of(model, text, device, suite, Path(scratch))
+        progress.note(f"{len(chosen)} cases on {where(describe(device))}")
+        ceilings = measure_ceilings(device, sorted({c.dtype for c in chosen}))
+        first = results.run_line(
+            describe(device),
+            ceilings,
+            suite=suite,
+            command=command,
+            model=model,
+            text={"source": ", ".join(text) or SAMPLE, "words": _words(context.sentences)},
+        )
+        with progress.track("measuring", len(chosen)) as update:
+            measured = run(chosen, context, ceilings, BUDGETS[suite], update)
+            if keep is not None:
+                measured = results.append(keep, first, measured)
+            records = list(measured)
+    return Outcome(first, records, None if keep is None else results.file_of(keep, first))
+
+
+def _words(sentences: Sequence[str]) -> int:
+    return sum(len(s.split()) for s in sentences)
+
+
+def ranked(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Groups in the order of measurement, fastest backend first."""
+    groups: dict[str, list[Record]] = {}
+    for record in results.measured(records):
+        groups.setdefault(record["group"], []).append(record)
+    return [(name, sorted(group, key=lambda r: r["p50_ms"])) for name, group in groups.items()]
+
+
+COLUMNS = ("p50 ms", "p90", "p99", "per s", "of floor", "first ms")
+
+
+def tables(records: Sequence[Record]) -> Iterator[Table]:
+    """One a group: times, rate, ratio to plain PyTorch, share of the floor."""
+    ratio_to = "× cuDNN" if torch.cuda.is_available() else "× eager"
+    for group, members in ranked(records):
+        title = f"[bold]{OPERATIONS[members[0]['operation']]}[/]\n[dim]{group}[/]"
+        shown = Table(
+            title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1)
+        )
+        shown.add_column("", width=max(len(r["backend"]) for r in members), no_wrap=True)
+        for name in (ratio_to, *COLUMNS):
+            shown.add_column(name, justify="right", min_width=5, no_wrap=True, header_style="dim")
+        for r in members:
+            ratio = r.get("speedup")
+            colour = "green" if (ratio or 0) >= 1.05 else "red" if (ratio or 1) < 0.95 else "dim"
+            shown.add_row(
+                r["backend"],
+                f"[{colour}]{ratio:.2f}[/]" if ratio else "",
+                *(_digits(r[f"p{q}_ms"]) for q in (50, 90, 99)),
+                f"{r['per_second']:,.0f}",
+                f"{r['of_floor']:.1%}",
+                f"{r['first_ms']:,.0f}",
+            )
+        yield shown
+
+
+def _digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def remarks(records: Sequence[Record]) -> list[str]:
+    """What was skipped and why, once for each backend; what was wrong; whether times hold."""
+    skipped: dict[tuple[str, str], int] = {}
+    wrong = []
+    for r in records:
+        if r["kind"] == "skip":
+            key = (r["backend"], r["reason"])
+            skipped[key] = skipped.get(key, 0) + 1
+        elif r["kind"] == "wrong":
+            wrong.append(f"WRONG {r['group']} {r['backend']}: {r['reason']}; not timed")
+    uneven = sum(not results.is_even(r) for r in results.measured(records))
+    if uneven:
+        wrong.append(
+            f"uneven: in {uneven} cases p90 is over {results.UNEVEN} times p50, so the machine did "
+            "something else meanwhile; measure again when it is idle, or with OMP_NUM_THREADS=1"
+        )
+    lines = [f"skipped {name} ({n}): {reason}" for (name, reason), n in skipped.items()]
+    return lines + wrong
+
+
+def glossary(records: Sequence[Record]) -> dict[str, str]:
+    """The backends that appear, and what each is."""
+    return {r["backend"]: MEANING[r["backend"]] for r in records if r["backend"] in MEANING}

@@ -1,0 +1,108 @@
+"""Runs cases: builds, checks against the reference, times, and gives records.
+
+A record is a dict that JSON can hold: see `fusion_model.benchmarks.measure.records`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from fusion_model.benchmarks.measure.machine import Ceilings
+from fusion_model.benchmarks.measure.timing import Timing, measure_in_turns, peak_memory
+from fusion_model.benchmarks.suite import on_text, recurrence, training_step
+from fusion_model.benchmarks.suite.cases import EAGER, ON_TEXT, Case
+from fusion_model.benchmarks.suite.work import Context, Unavailable, Work, WrongResult
+
+from fusion_model.errors import FusionLMError
+
+Record = dict[str, Any]
+KEPT = 200  # samples a record keeps, evenly over all of them
+
+
+def build(case: Case, context: Context) -> Work:
+    """The case, ready.
+
+    Raises:
+        Unavailable: this machine cannot run it.
+    """
+    if case.operation in ON_TEXT:
+        return on_text.build(case, context)
+    if case.operation in ("head", "training"):
+        return training_step.build(case, context)
+    return recurrence.build(case, context)
+
+
+def run(
+    cases: Sequence[Case],
+    context: Context,
+    ceilings: Ceilings,
+    budget: float,
+    progress: Callable[[int, str], None] = lambda done, text: None,
+) -> Iterator[Record]:
+    """Measure group by group; each case gives one record, measured, skipped or wrong.
+
+    Args:
+        budget: seconds of samples for each case.
+        progress: called with the number of cases done and what comes now.
+    """
+    done = 0
+    for group, members in groupby(cases, key=lambda case: case.group):
+        progress(done, group)
+        ready: dict[Case, Work] = {}
+        for case in list(members):
+            try:
+                work = build(case, context)
+                work.check()
+                ready[case] = work
+            except Unavailable as reason:
+                yield {"kind": "skip", "reason": str(reason)} | case.facts()
+            except FusionLMError:
+                raise  # the user's mistake
+            except Exception as error:  # of a backend: the others are measured all the same
+                said = next(iter(str(error).splitlines()), "")
+                name = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+                yield {"kind": "wrong", "reason": name + said} | case.facts()
+            done += 1
+        runs = {case.backend: work.run for case, work in ready.items()}
+        timings = measure_in_turns(runs, context.device, budget)
+        device = context.device
+        timed = [record(c, w, timings[c.backend], ceilings, device) for c, w in ready.items()]
+        yield from with_speedups(timed)
+        context.forget()
+    progress(done, "")
+
+
+def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: str) -> Record:
+    """What is kept of a measured case; times in milliseconds, rates in items a second."""
+    p50, p90, p99 = (timing.percentile(q) for q in (50, 90, 99))
+    floor, bound = ceilings.floor(work.counts, case.dtype)
+    step = max(1, len(timing.seconds) // KEPT)
+    found = case.facts() | {
+        "kind": "case",
+        "p50_ms": round(1e3 * p50, 5),
+        "p90_ms": round(1e3 * p90, 5),
+        "p99_ms": round(1e3 * p99, 5),
+        "samples": len(timing.seconds),
+        "first_ms": round(1e3 * (work.compiled + timing.first), 3),
+        "items": work.items,
+        "per_second": round(work.items / p50, 1),
+        "flops": work.counts.flops,
+        "bytes": work.counts.bytes,
+        "floor_ms": float(f"{1e3 * floor:.4g}"),
+        "bound": bound,
+        "of_floor": round(floor / p50, 4),
+        "peak_bytes": None if case.backend.startswith("onnx") else peak_memory(work.run, device),
+        "times_ms": [float(f"{1e3 * s:.4g}") for s in timing.seconds[::step]],
+    }
+    if timing.host:
+        found["host_ms"] = round(1e3 * sorted(timing.host)[len(timing.host) // 2], 5)
+    return found
+
+
+def with_speedups(records: Sequence[Record]) -> list[Record]:
+    """The records of a run, each with its speed relative to the eager one of its group."""
+    eager = {r["group"]: r["p50_ms"] for r in records if r["backend"] == EAGER}
+    return [
+        r | ({"speedup": round(eager[r["group"]] / r["p50_ms"], 4)} if r["group"] in eager else {})
+        for r in records
+    ]

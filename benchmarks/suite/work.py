@@ -1,0 +1,116 @@
+"""A case made ready: what is called, how its result is checked, and what it costs at least."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_model.benchmarks.measure.counts import Counts
+from torch import Tensor
+
+
+class Unavailable(Exception):
+    """A case that this machine cannot run, and why."""
+
+
+class WrongResult(AssertionError):
+    """A backend whose result is not the reference's: it is not timed."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of it processes `items`.
+
+    Attributes:
+        run: what is timed.
+        result: the same call's result as numbers, [...], for comparison.
+        expected: what a reference gives, computed once for a group.
+        counts: bytes and operations that no implementation can save.
+        tolerance: largest difference, relative to the largest expected number.
+        compiled: seconds that building took because something was compiled.
+    """
+
+    run: Callable[[], Any]
+    result: Callable[[], Tensor]
+    expected: Callable[[], Tensor]
+    items: int
+    counts: Counts
+    tolerance: float
+    compiled: float = 0.0
+
+    def check(self) -> float:
+        """The largest difference from the reference, relative.
+
+        Raises:
+            WrongResult: it is above the tolerance, or not a number.
+        """
+        got, expected = self.result().double().cpu(), self.expected().double().cpu()
+        if got.shape != expected.shape:
+            raise WrongResult(f"shape {list(got.shape)}, expected {list(expected.shape)}")
+        scale = float(expected.abs().max())
+        error = float((got - expected).abs().max()) / max(scale, 1e-30)
+        if not error <= self.tolerance:
+            raise WrongResult(
+                f"differs from the reference by {error:.2g}; {self.tolerance:.2g} is allowed"
+            )
+        return error
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
+
+
+@dataclass
+class Context:
+    """What cases share: where they run, and the model and text of those that need them.
+
+    Attributes:
+        device: `cpu`, `cuda`.
+        model: saved model, for the cases on text.
+        sentences: text of those cases.
+        scratch: folder for exports.
+        new_tokens: most that are generated.
+        cache: what was made once, by name.
+    """
+
+    device: str
+    model: str
+    sentences: list[str]
+    scratch: Path
+    new_tokens: int = 32
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Make something once; a reason not to be able to is kept, too."""
+        if key not in self.cache:
+            try:
+                self.cache[key] = make()
+            except Unavailable as reason:
+                self.cache[key] = reason
+        if isinstance(self.cache[key], Unavailable):
+            raise self.cache[key]
+        return self.cache[key]
+
+    def forget(self) -> None:
+        """Give up what belongs to one group."""
+        self.cache = {k: v for k, v in self.cache.items() if not isinstance(k, tuple)}
+
+
+def check_backend(name: str, device: str) -> None:
+    """Raise `Unavailable` for one of our backends that cannot run here."""
+    from fusion_model.kernels import resolve_backend
+
+    try:
+        resolve_backend(name, device)
+    except (ValueError, RuntimeError, ImportError) as reason:
+        raise Unavailable(str(reason).splitlines()[0]) from None
+
+
+def no_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` under inference mode."""
+
+    @torch.inference_mode()
+    def wrapped() -> Any:
+        return run()
+
+    return wrapped

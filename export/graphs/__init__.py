@@ -1,0 +1,1 @@
+"""The graphs of an export, written node by node."""

@@ -1,0 +1,82 @@
+"""A pretrained encoder with its poolings as one ONNX graph: token ids in, vectors out.
+
+The graph is traced from `HFEncoder` itself, so that it pools as the encoder does in PyTorch.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fusion_model.encoders.pretrained import HFEncoder
+from fusion_model.errors import ExportError
+
+TRACED = (3, 7)  # N, L of the example; neither 0 nor 1, which a trace takes for constants
+
+
+class _Pooled(nn.Module):
+    """ids [N, L] int64 -> vectors [N, E] float32."""
+
+    def __init__(self, encoder: HFEncoder) -> None:
+        super().__init__()
+        self.model, self._encoder = encoder.model, encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self._encoder.pooled(input_ids)
+
+
+def export_encoder(encoder: HFEncoder, path: Path, opset: int) -> None:
+    """Write `encoder.onnx`: `input_ids` [N, L] int64 to `prefix_embeds` [N, E] float32.
+
+    All items of a call have the same length, special tokens included, so there is no mask. With
+    pooling `static` alone, L is 1.
+
+    Raises:
+        ExportError: PyTorch's exporter cannot express this encoder.
+    """
+    static = encoder.pooling == "static"
+    count, length = TRACED
+    example = torch.zeros(count, 1 if static else length, dtype=torch.int64)
+    axes: dict[int, object] = {0: torch.export.Dim("items", min=1)}
+    if not static:
+        most = encoder.window - any(p.name == "mask" for p in encoder.poolings)
+        axes[1] = torch.export.Dim("length", min=len(encoder.specials), max=most)
+    try:
+        with torch.inference_mode(), _quiet():
+            program = torch.onnx.export(
+                _Pooled(encoder),
+                (example,),
+                input_names=["input_ids"],
+                output_names=["prefix_embeds"],
+                opset_version=opset,
+                dynamic_shapes=(axes,),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+            assert program is not None
+            program.save(path)
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ExportError(
+            f"the encoder {encoder.name} cannot be exported to ONNX: {reason.strip()}; export "
+            "without --encoder, and pass prefix embeddings yourself"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporter warns and logs about its own insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

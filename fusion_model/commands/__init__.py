@@ -1,0 +1,1 @@
+"""The commands of `fusion-lm`, a file for each kind."""

@@ -1,0 +1,36 @@
+"""Devices and dtypes by name."""
+
+import torch
+
+from fusion_model.errors import EncoderError
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
+    if dtype not in DTYPES:
+        raise EncoderError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return torch.float32 if dtype == "float32" else getattr(torch, dtype)
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_device(name: str) -> str:
+    import torch
+
+    from fusion_model.errors import FusionLMError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FusionLMError(f"the device {name!r} cannot be used here: {reason}") from None
+    return name

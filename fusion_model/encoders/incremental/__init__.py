@@ -1,0 +1,1 @@
+"""Policy `incremental`: texts that grow, each token encoded once."""

@@ -1,0 +1,179 @@
+"""The layers of BERT-like encoders, run by ourselves.
+
+transformers' own code computes every node of every layer, and texts of one length at a time.
+Here texts of all lengths share the products without padding, so that these meet few shapes (a
+new one costs oneDNN more than a pass); layers above the last that a pooling reads are left out,
+and so are nodes of the top layer that none reads; and attention is the caller's: all to all, or
+along a tree with keys and values kept.
+
+Notation: M nodes (tokens of any number of texts, one after the other), E width, A heads of width
+d; N texts of L nodes. Layer 0 is the embeddings' output, layer i that of the i-th layer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusion_model.encoders.linear import Linear
+
+BERT = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "attention.output.LayerNorm",
+    "intermediate.dense",
+    "intermediate.intermediate_act_fn",
+    "output.dense",
+    "output.LayerNorm",
+)
+MPNET = (*(f"attention.attn.{name}" for name in "qkvo"), "attention.LayerNorm", *BERT[5:])
+DISTILBERT = (
+    *(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+    "sa_layer_norm",
+    "ffn.lin1",
+    "ffn.activation",
+    "ffn.lin2",
+    "output_layer_norm",
+)
+ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bert": ("encoder.layer", BERT),
+    "roberta": ("encoder.layer", BERT),
+    "xlm-roberta": ("encoder.layer", BERT),
+    "camembert": ("encoder.layer", BERT),
+    "mpnet": ("encoder.layer", MPNET),
+    "distilbert": ("transformer.layer", DISTILBERT),
+}
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, queries [R, A, d], keys [M, A, d], values [M, A, d]) -> [R, A, d]."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One post-norm layer; `qkv` gives queries, keys and values side by side, [M, 3 E]."""
+
+    qkv: Linear
+    out: Linear
+    attention_norm: Callable[[Tensor], Tensor]
+    up: Linear
+    down: Linear
+    norm: Callable[[Tensor], Tensor]
+
+    def finish(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        """From attention's result and the layer's input, both [M, E], to its output."""
+        hidden = self.attention_norm(self.out(attended, hidden))
+        return self.norm(self.down(self.up(hidden), hidden))
+
+
+def check_architecture(config: Any) -> None:
+    """Raise `ValueError` for a model that `EncoderLayers` does not cover."""
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"{config.model_type} is not one of {', '.join(ARCHITECTURES)}, whose layers are "
+            "known here"
+        )
+    if getattr(config, "is_decoder", False):
+        raise ValueError(f"this {config.model_type} is a decoder, not an encoder")
+
+
+class EncoderLayers:
+    """Embeddings and layers of a transformers encoder of one of `ARCHITECTURES`.
+
+    Args:
+        model: in evaluation mode; its weights are read now, so move and cast it before.
+
+    Raises:
+        ValueError: another architecture, or a variant that these equations do not cover.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        check_architecture(config)
+        where, names = ARCHITECTURES[config.model_type]
+        act = getattr(config, "hidden_act", getattr(config, "activation", None))
+        self.layers = [_layer(m, names, act == "gelu") for m in model.get_submodule(where)]
+        self.heads: int = config.num_attention_heads
+        self.device = model.device
+        self._embeddings = model.embeddings
+        padding = model.embeddings.position_embeddings.padding_idx
+        self._first_position = 0 if padding is None else padding + 1
+        self.relative = model.encoder if config.model_type == "mpnet" else None
+
+    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Layer 0, [N, L, E], of ids [N, L] at positions [N, L] counted from 0 (default: 0..)."""
+        if positions is None:
+            hidden: Tensor = self._embeddings(input_ids=ids)
+        else:
+            hidden = self._embeddings(input_ids=ids, position_ids=positions + self._first_position)
+        return hidden
+
+    def position_bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
+        """What MPNet adds to attention for positions [N, L] and [N, K]: [N, A, L, K]."""
+        if self.relative is None:
+            return None
+        buckets = self.relative.relative_position_bucket(
+            keys[:, None, :] - queries[:, :, None],
+            num_buckets=self.relative.config.relative_attention_num_buckets,
+        )
+        bias: Tensor = self.relative.relative_attention_bias(buckets)
+        return bias.permute(0, 3, 1, 2)
+
+    def run(
+        self, hidden: Tensor, wanted: Sequence[int], attend: Attend, rows: Tensor | None = None
+    ) -> list[Tensor]:
+        """Outputs of the wanted layers, each [M, E].
+
+        Args:
+            hidden: layer 0, [M, E].
+            wanted: layers, rising; what lies above the last of them is not computed.
+            attend: called for each layer with its number, counted from 0, and its queries, keys
+                and values, [M, A, d].
+            rows: of the last wanted layer these nodes only, [R]: `attend` then gets R queries,
+                and the output is [R, E].
+        """
+        outputs = [hidden] if 0 in wanted else []
+        for number, layer in enumerate(self.layers[: max(wanted, default=0)]):
+            query, key, value = layer.qkv(hidden).view(len(hidden), 3, self.heads, -1).unbind(1)
+            if rows is not None and number + 1 == max(wanted):
+                query, hidden = query[rows], hidden[rows]
+            hidden = layer.finish(attend(number, query, key, value).flatten(1), hidden)
+            if number + 1 in wanted:
+                outputs.append(hidden)
+        return outputs
+
+
+def _layer(module: Any, names: Sequence[str], is_gelu: bool) -> Layer:
+    parts = [_attribute(module, name) for name in names]
+    query, key, value, out, attention_norm, up, activation, down, norm = parts
+    qkv = Linear(
+        torch.cat([part.weight for part in (query, key, value)]),
+        torch.cat([part.bias for part in (query, key, value)]),
+    )
+    return Layer(
+        qkv,
+        Linear(out.weight, out.bias),
+        attention_norm,
+        Linear(up.weight, up.bias, activation, is_gelu),
+        Linear(down.weight, down.bias),
+        norm,
+    )
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def padded(nodes: Tensor) -> Tensor:
+    """Nodes [M, E] with zeros behind, so that few M occur: oneDNN prepares for each anew."""
+    count = len(nodes)
+    if nodes.device.type != "cpu":
+        return nodes
+    step = max(16, 2 ** (count - 1).bit_length() // 8)  # at most an eighth in vain
+    return F.pad(nodes, (0, 0, 0, -count % step))

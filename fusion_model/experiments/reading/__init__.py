@@ -1,0 +1,1 @@
+"""Reading times: data, regressions, and the experiment."""

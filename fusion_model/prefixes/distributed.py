@@ -1,0 +1,101 @@
+"""Several processes encode for one: each a share of every batch of items, on its own device.
+
+The main process plans and writes the store; the others only encode. Run with
+`accelerate launch -m fusion_model.cli train …` or `… embed …`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusion_model.encoders import Encoder
+from fusion_model.encoders.inputs import Progress
+from fusion_model.errors import EncoderError
+
+Encode = Callable[..., Tensor]
+
+
+@contextmanager
+def shared_encoding(encoder: Encoder, rank: int, world: int) -> Iterator[Encode | None]:
+    """The main process gets an `Encode` that all processes serve; the others None, when it ends.
+
+    Args:
+        encoder: this process's.
+        rank, world: this process's number, 0 is the main one, and how many there are.
+
+    Raises:
+        EncoderError: in the main process, what went wrong in any.
+    """
+    if world == 1:
+        yield encoder.encode
+        return
+    if rank:
+        while (items := _broadcast(None)) is not None:
+            _gather(_encoded(encoder, items, rank, world), rank, world)
+        dist.barrier()
+        yield None
+        return
+
+    def encode(items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
+        _broadcast(list(items))
+        parts = _gather(_encoded(encoder, items, rank, world, progress), rank, world)
+        for part in parts:
+            if isinstance(part, str):
+                raise EncoderError(part)
+        return torch.from_numpy(np.concatenate(parts))
+
+    try:
+        yield encode
+    finally:
+        _broadcast(None)
+        dist.barrier()  # whoever ends first would take the connection down
+
+
+def _encoded(
+    encoder: Encoder,
+    items: Sequence[bytes],
+    rank: int,
+    world: int,
+    progress: Progress | None = None,
+) -> np.ndarray | str:
+    """Vectors of this process's share, or what went wrong: the others must not wait for ever."""
+    start, end = share_of(items, rank, world)
+    try:
+        report = None if progress is None else _scaled(progress, len(items))
+        vectors: np.ndarray = encoder.encode(items[start:end], report).numpy()
+        return vectors
+    except (EncoderError, RuntimeError) as error:
+        return f"process {rank}: {error}"
+
+
+def share_of(items: Sequence[bytes], rank: int, world: int) -> tuple[int, int]:
+    """First and last + 1 of a process's items: neighbours, which may share work, and about as
+    many bytes for each process."""
+    ends = np.cumsum([0, *map(len, items)])
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(world + 1) / world)
+    return int(cuts[rank]), int(cuts[rank + 1])
+
+
+def _scaled(progress: Progress, total: int) -> Progress:
+    def report(done: int, of: int) -> None:
+        progress(total * done // max(of, 1), total)
+
+    return report
+
+
+def _broadcast(items: list[bytes] | None) -> list[bytes] | None:
+    box: list[Any] = [items]
+    dist.broadcast_object_list(box, src=0)
+    found: list[bytes] | None = box[0]
+    return found
+
+
+def _gather(part: Any, rank: int, world: int) -> list[Any]:
+    parts: list[Any] = [None] * world
+    dist.gather_object(part, parts if rank == 0 else None, dst=0)
+    return parts

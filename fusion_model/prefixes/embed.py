@@ -1,0 +1,60 @@
+"""Encode what a store lacks of a corpus."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusion_model.data.batches import KeyedRows
+from fusion_model.data.corpus import Corpus
+from fusion_model.encoders.inputs import Progress
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.store import digest
+
+POSITIONS_PER_CHUNK = 65_536  # encoded and committed at once
+
+
+def embed_corpus(
+    corpus: Corpus,
+    planner: PrefixPlanner,
+    store: KeyedRows,
+    progress: Progress | None = None,
+    encode: Callable[..., Any] | None = None,
+) -> np.ndarray:
+    """Encode what the store lacks, and return the store row of every position, [P] int64.
+
+    Duplicates across the corpus run once. Each chunk is committed as it is done, so an
+    interrupted job goes on where it stopped.
+
+    Args:
+        encode: in place of the encoder's own, see `fusion_model.prefixes.distributed`.
+    """
+    encode = encode or planner.encoder.encode
+    positions = corpus.positions
+    total = sum(positions)
+    rows = np.empty(total, dtype=np.int64)
+    done = first = 0
+    while first < len(corpus.sentences):
+        last, size = first, 0
+        while last < len(corpus.sentences) and (size == 0 or size < POSITIONS_PER_CHUNK):
+            size += positions[last]
+            last += 1
+        previous: list[Sequence[int]] = [
+            () if corpus.starts_document[i] else corpus.sentences[i - 1] for i in range(first, last)
+        ]
+        items = planner.items(corpus.sentences[first:last], previous)
+        keys = [digest(item) for item in items]
+        new = {k: item for k, item in zip(keys, items, strict=True) if store.row(k) < 0}
+        if new:
+            base = done
+
+            def report(encoded: int, of: int, base: int = base, size: int = size) -> None:
+                if progress:
+                    progress(base + size * encoded // of, total)
+
+            store.append(list(new), encode(list(new.values()), report))
+        rows[done : done + size] = [store.row(key) for key in keys]
+        done, first = done + size, last
+        if progress:
+            progress(done, total)
+    return rows

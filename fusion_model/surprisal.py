@@ -1,0 +1,184 @@
+"""Token scores into what is reported: words, sentence ends, perplexity.
+
+Surprisal is -log p(token | what precedes), in nats inside and in bits or nats where reported. A
+word's is the sum over its tokens; words are what whitespace separates. Nothing here needs PyTorch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document
+from fusion_model.errors import FusionLMError
+
+CONTEXTS = ("sentence", "article")
+
+
+def check_context(context: str) -> None:
+    """Raise `FusionLMError` for a context that is not one of `CONTEXTS`."""
+    if context not in CONTEXTS:
+        raise FusionLMError(f"unknown context {context!r}: choose one of {', '.join(CONTEXTS)}")
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text, EOS of every sentence included.
+
+    Attributes:
+        nats: total negative log-likelihood.
+        tokens, words, characters: sizes of the text; tokens include EOS.
+    """
+
+    nats: float
+    tokens: int
+    words: int
+    characters: int
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_token(self) -> float:
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def bits_per_character(self) -> float:
+        return self.nats / math.log(2) / self.characters
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token): the true one."""
+        return math.exp(self.nats_per_token)
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(nats per word): comparable across vocabularies."""
+        return math.exp(self.nats / self.words)
+
+    @property
+    def paper_perplexity(self) -> float:
+        """2 ** nats, which arXiv 2208.02402 reports as perplexity."""
+        return math.pow(2.0, self.nats_per_token)
+
+
+@dataclass(frozen=True)
+class WordScore:
+    """Surprisal of one word.
+
+    Attributes:
+        document, sentence, word: where it stands; sentences and words are counted from 1.
+        text: the word; `</s>` for the end of a sentence.
+        nats: surprisal.
+        tokens: tokens it consists of.
+    """
+
+    document: str
+    sentence: int
+    word: int
+    text: str
+    nats: float
+    tokens: int
+
+    @property
+    def bits(self) -> float:
+        return self.nats / math.log(2)
+
+
+@dataclass(frozen=True)
+class SentenceScores:
+    """Surprisals in nats of one sentence's tokens x1 … xn, EOS, [n + 1] float32.
+
+    `boundary` holds, where asked for, -log p(the next token starts a word or ends the
+    sentence) at the same positions. Both are tensors or arrays, as the model gave them.
+    """
+
+    tokens: Any
+    boundary: Any = None
+
+
+def boundary_ids(tokenizer: Any) -> list[int]:
+    """Tokens that begin with a space, and EOS, which ends a word too.
+
+    Raises:
+        FusionLMError: the vocabulary does not mark spaces (WordPiece): whether a word is over
+            cannot be told from the next token.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    ids = [i for i, piece in enumerate(pieces) if piece.startswith("Ġ")]
+    if not ids:
+        raise FusionLMError(
+            "the whitespace correction needs a vocabulary whose tokens begin with the space "
+            "(byte-level BPE); this model's does not"
+        )
+    return [*ids, int(tokenizer.eos_token_id)]
+
+
+def sum_words(
+    words: Sequence[str],
+    offsets: Sequence[tuple[int, int]],
+    scores: SentenceScores,
+) -> list[tuple[str, float, int]]:
+    """(word, nats, tokens) of each word of a sentence, and of `</s>` last.
+
+    With `scores.boundary`, a word's space counts with it and not with the next word: the
+    correction of Pimentel & Meister (2024) and Oh & Schuler (2024). The first word has no
+    space before it, so it gives none up; the total stays the same.
+
+    Args:
+        words: the sentence is these, joined by single spaces.
+        offsets: (start, end) of every token in that sentence, spaces included or not.
+    """
+    starts, position = [], 0
+    for word in words:
+        starts.append(position)
+        position += len(word) + 1
+    nats, counts = [0.0] * (len(words) + 1), [0] * (len(words) + 1)
+    first_token = [len(offsets)] * (len(words) + 1)
+    at = 0
+    for token, (_, end) in enumerate(offsets):
+        while at + 1 < len(words) and end > starts[at + 1]:
+            at += 1
+        nats[at] += float(scores.tokens[token])
+        counts[at] += 1
+        first_token[at] = min(first_token[at], token)
+    nats[-1], counts[-1] = float(scores.tokens[-1]), 1
+    total = math.fsum(scores.tokens.tolist())
+    if scores.boundary is not None:
+        for i in range(1, len(nats)):
+            space = float(scores.boundary[first_token[i]])
+            nats[i] -= space
+            nats[i - 1] += space
+    if not math.isclose(math.fsum(nats), total, rel_tol=1e-6, abs_tol=1e-4):
+        raise AssertionError(f"word sums {math.fsum(nats)} differ from token sums {total}")
+    return list(zip([*words, "</s>"], nats, counts, strict=True))
+
+
+def word_scores(
+    tokenizer: Any, documents: Sequence[Document], scores: Sequence[SentenceScores]
+) -> list[WordScore]:
+    """Every word and sentence end of the documents, from the scores of their sentences."""
+    results, remaining = [], iter(scores)
+    for document in documents:
+        for number, sentence in enumerate(document.sentences, start=1):
+            encoding = tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)
+            words = sum_words(sentence.split(), encoding["offset_mapping"], next(remaining))
+            results += [
+                WordScore(document.name, number, place, word, nats, tokens)
+                for place, (word, nats, tokens) in enumerate(words, start=1)
+            ]
+    return results
+
+
+def text_perplexity(
+    documents: Sequence[Document], corpus: Corpus, scores: Sequence[SentenceScores]
+) -> Perplexity:
+    """Perplexity of documents from the scores of their sentences."""
+    return Perplexity(
+        nats=math.fsum(nats for s in scores for nats in s.tokens.tolist()),
+        tokens=sum(len(s.tokens) for s in scores),
+        words=sum(len(s.split()) for d in documents for s in d.sentences),
+        characters=corpus.characters,
+    )

@@ -1,0 +1,1 @@
+"""Training: options, data, the run with its checkpoints, and the model card."""

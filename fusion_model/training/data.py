@@ -1,0 +1,234 @@
+"""From training options to data: tokenizer, encoder, and both corpora with their embeddings."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fusion_model import progress
+from fusion_model.data.batches import BatchSource
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import read_documents
+from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
+from fusion_model.encoders import Encoder, load_encoder
+from fusion_model.encoders.controls import BAGS, BagEncoder
+from fusion_model.encoders.pretrained import HFEncoder
+from fusion_model.errors import EncoderError
+from fusion_model.loading import load_model
+from fusion_model.prefixes.distributed import Encode, shared_encoding
+from fusion_model.prefixes.embed import embed_corpus
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.store import EmbeddingStore
+from fusion_model.prefixes.views import shuffle_rows
+from fusion_model.training.options import TrainingOptions
+
+
+@dataclass
+class Prepared:
+    """What training needs; `encoder` and `store` are None for `fusion="none"`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder | None
+    train: BatchSource
+    dev: BatchSource
+    store: EmbeddingStore | None
+
+    def close(self) -> None:
+        """Give up the store."""
+        if self.store is not None:
+            self.store.close()
+
+
+def prepare(
+    options: TrainingOptions, out: Path, store_path: Path, accelerator: Accelerator
+) -> Prepared:
+    """Read, tokenise and encode; the main process writes, the others read what it wrote."""
+    documents = [
+        read_documents(files, options.split, options.detokenize)
+        for files in (options.train_file, options.dev_file)
+    ]
+    sentences = [s for d in documents[0] for s in d.sentences]
+    encoder = None
+    if options.fusion != "none" or options.vocabulary == "encoder":
+        encoder = _encoder(options, out, sentences, accelerator)
+    with accelerator.main_process_first():
+        tokenizer = _tokenizer(options, out, sentences, encoder)
+    corpora = [Corpus.from_documents(d, tokenizer, options.max_tokens) for d in documents]
+    if options.fusion == "none":
+        train, dev = (BatchSource(c, None, None, tokenizer.pad_token_id) for c in corpora)
+        return Prepared(tokenizer, None, train, dev, None)
+    assert encoder is not None
+    store, rows = _embed(options, corpora, tokenizer, encoder, store_path, out, accelerator)
+    train, dev = (
+        BatchSource(c, r, store, tokenizer.pad_token_id) for c, r in zip(corpora, rows, strict=True)
+    )
+    return Prepared(tokenizer, encoder, train, dev, store)
+
+
+def _encoder(
+    options: TrainingOptions, out: Path, sentences: list[str], accelerator: Accelerator
+) -> Encoder:
+    if options.encoder in BAGS:
+        bag = BagEncoder.fit(options.encoder, sentences, policy=options.policy)
+        if accelerator.is_main_process:
+            bag.save(out)
+        return bag
+    return load_encoder(
+        options.encoder,
+        options.pooling,
+        dtype=options.encoder_dtype,
+        device=accelerator.device,
+        policy=options.policy,
+    )
+
+
+def _tokenizer(
+    options: TrainingOptions, out: Path, sentences: list[str], encoder: Encoder | None
+) -> PreTrainedTokenizerBase:
+    if (out / "tokenizer.json").exists():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(out)
+    else:
+        tokenizer = make_tokenizer(options.vocabulary, options.vocab_size, sentences, encoder)
+        tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+def make_tokenizer(
+    vocabulary: str, vocab_size: int, sentences: list[str], encoder: Encoder | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that training on these sentences uses.
+
+    Args:
+        vocabulary: `bpe`, or `encoder`: cut from the encoder's.
+    """
+    if vocabulary == "bpe":
+        return train_bpe(sentences, vocab_size)
+    if not isinstance(encoder, HFEncoder):
+        raise EncoderError("--vocabulary encoder needs a Hugging Face encoder")
+    return cut_vocabulary(encoder.tokenizer, sentences, vocab_size)
+
+
+def _embed(
+    options: TrainingOptions,
+    corpora: list[Corpus],
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    path: Path,
+    out: Path,
+    accelerator: Accelerator,
+) -> tuple[EmbeddingStore, list[np.ndarray]]:
+    planner = PrefixPlanner(
+        encoder, tokenizer, options.view, shares_vocabulary=options.vocabulary == "encoder"
+    )
+
+    def embed(writable: bool, encode: Encode | None) -> tuple[EmbeddingStore, list[np.ndarray]]:
+        store = EmbeddingStore(
+            path,
+            encoder.fingerprint,
+            options.view,
+            encoder.dim,
+            policy=options.policy,
+            writable=writable,
+        )
+        rows, before, began = [], len(store), time.monotonic()
+        try:
+            for name, corpus in zip(("train", "dev"), corpora, strict=True):
+                positions = sum(corpus.positions)
+                with progress.track(f"prefix embeddings, {name}", positions) as update:
+                    found = embed_corpus(corpus, planner, store, update, encode)
+                rows.append(shuffle_rows(found, corpus.positions, options.shuffle, options.seed))
+        finally:
+            store.close()  # the lock; reading goes on
+            if len(store) > before:
+                _note_encoding(out, len(store) - before, time.monotonic() - began)
+        return store, rows
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with shared_encoding(encoder, rank, world) as encode:
+        if rank == 0:
+            result = embed(writable=True, encode=encode)
+    accelerator.wait_for_everyone()
+    if rank:
+        result = embed(writable=False, encode=None)
+    return result
+
+
+def _note_encoding(out: Path, vectors: int, seconds: float) -> None:
+    """What encoding cost this run, a line each time that it encoded anything."""
+    with open(out / "encoding.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"vectors": vectors, "seconds": round(seconds, 3)}) + "\n")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Size of a filled store, and of the text it was filled from."""
+
+    vectors: int
+    positions: int
+
+
+def embed_text(
+    text: Sequence[str],
+    encoder_name: str,
+    out: Path,
+    *,
+    model: str | None = None,
+    pooling: str = "static+mean",
+    view: str = "prefix",
+    policy: str = "every",
+    split: str = "sentences",
+    detokenize: bool = False,
+    max_tokens: int = 128,
+    vocabulary: str = "bpe",
+    vocab_size: int = 8192,
+    encoder_dtype: str = "float32",
+    store_dtype: str | None = None,
+    device: str | torch.device = "cpu",
+    encoder_batch: int | None = None,
+) -> Embedded | None:
+    """Fill a store with what training on `text` needs, or what `model` needs to score it.
+
+    Under `accelerate launch` all processes encode; only the main one returns a result.
+
+    Args:
+        model: a trained model, whose tokens then end the prefixes; by default the tokens are
+            those that `train` would find in `text` with the same options.
+        encoder_batch: most encoder tokens at once (default: what free memory allows).
+        store_dtype: `float16` (default) or `float32`; an existing store keeps its own.
+    """
+    state = PartialState(cpu=torch.device(device).type == "cpu")
+    rank, world = state.process_index, state.num_processes
+    documents = read_documents(text, split, detokenize)
+    encoder = load_encoder(
+        encoder_name,
+        pooling,
+        dtype=encoder_dtype,
+        device=device if world == 1 else state.device,
+        policy=policy,
+        tokens_per_batch=encoder_batch,
+    )
+    limit: int | None = max_tokens
+    if model is None:
+        sentences = [s for d in documents for s in d.sentences]
+        tokenizer = make_tokenizer(vocabulary, vocab_size, sentences, encoder)
+        shares = vocabulary == "encoder"
+    else:
+        trained, tokenizer = load_model(model)
+        shares, limit = trained.config.shares_vocabulary, None
+    corpus = Corpus.from_documents(documents, tokenizer, limit)
+    planner = PrefixPlanner(encoder, tokenizer, view, shares)
+    with shared_encoding(encoder, rank, world) as encode:
+        if rank:
+            return None
+        with EmbeddingStore(
+            out, encoder.fingerprint, view, encoder.dim, policy=policy, dtype=store_dtype
+        ) as store:
+            with progress.track("prefix embeddings", sum(corpus.positions)) as update:
+                embed_corpus(corpus, planner, store, update, encode)
+            return Embedded(len(store), sum(corpus.positions))

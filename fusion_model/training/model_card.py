@@ -1,0 +1,90 @@
+"""What a finished run leaves for people: a plot of its metrics and a model card."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_model.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from fusion_model.training.data import Prepared
+
+
+def plot_metrics(metrics: Path, out: Path) -> None:
+    """Perplexity by epoch, training and dev, from `metrics.jsonl` to a PNG."""
+    import math
+
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    x = [e["epoch"] for e in epochs]
+    axes.plot(x, [math.exp(e["train_loss"]) for e in epochs], "o-", label="training")
+    axes.plot(x, [e["dev_perplexity"] for e in epochs], "s-", label="dev")
+    best = min(epochs, key=lambda e: e["dev_loss"])
+    axes.annotate(
+        f"{best['dev_perplexity']:.1f}",
+        (best["epoch"], best["dev_perplexity"]),
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="center",
+    )
+    axes.set(xlabel="epoch", ylabel="perplexity (per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_yscale("log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter("{x:.0f}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(out, dpi=150)
+
+
+def write_model_card(
+    out: Path, options: TrainingOptions, prepared: "Prepared", best: dict[str, Any]
+) -> None:
+    """`README.md` beside the weights: what the model is, its data, and its figures."""
+    train, dev = prepared.train, prepared.dev
+    fused = options.fusion != "none"
+    encoder = f"{options.encoder}, pooling `{options.pooling}`, view `{options.view}`"
+    rows = {
+        "fusion": f"`{options.fusion}`",
+        "prefix embeddings": encoder if fused else "none",
+        "LSTM": f"{options.num_layers} × {options.hidden_size}, embedding {options.embedding_size}",
+        "vocabulary": f"{len(prepared.tokenizer)} ({options.vocabulary})",
+        "training text": f"{len(train.lengths):,} sentences, {(train.lengths - 1).sum():,} tokens",
+        "dev text": f"{len(dev.lengths):,} sentences, {(dev.lengths - 1).sum():,} tokens",
+        "best epoch": str(best["epoch"]),
+        "**dev perplexity** (per token, EOS included)": f"**{best['dev_perplexity']:.2f}**",
+        "the paper's `2**nats`": f"{2 ** best['dev_loss']:.2f}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    settings = json.dumps(json.loads((out / "training.json").read_text()), indent=1)
+    (out / "README.md").write_text(
+        f"""---
+library_name: fusion-lm
+pipeline_tag: text-generation
+---
+# A fusion language model
+
+An LSTM language model (arXiv 2208.02402), trained with `fusion-lm train`.
+
+| | |
+|---|---|
+{table}
+
+```python
+import fusion_model
+
+lm = fusion_model.load("PATH")
+lm.score("The cat sat on the mat.")
+```
+
+Settings:
+
+```json
+{settings}
+```
+"""
+    )

@@ -1,0 +1,110 @@
+"""Everything that defines a training run, in one place: what resumes must match."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusion_model.config import FUSIONS
+from fusion_model.data.text import SPLITS
+from fusion_model.devices import DTYPES
+from fusion_model.encoders.controls import BAGS
+from fusion_model.encoders.policies import POLICIES, parse_policy
+from fusion_model.errors import FusionLMError
+from fusion_model.kernels import BACKENDS
+from fusion_model.prefixes.views import SHUFFLES, VIEWS, parse_view
+
+SCHEDULES = ("constant", "rising", "falling")
+PRECISIONS = ("float32", "bfloat16")
+
+
+def _option(help_text: str, default: Any = dataclasses.MISSING) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Settings of `fusion_model.training.run.train`; the command line has the same names.
+
+    Raises:
+        FusionLMError: a value that makes no sense, by name.
+    """
+
+    train_file: tuple[str, ...] = _option(
+        "text file, folder of .txt files, or hf:NAME[/CONFIG][:SPLIT]; repeatable"
+    )
+    dev_file: tuple[str, ...] = _option("the same, for early stopping; repeatable")
+    fusion: str = _option(f"where the prefix embedding enters: {', '.join(FUSIONS)}", "concat")
+    encoder: str = _option("minilm, a Hugging Face name or path, tfidf, counts or zeros", "minilm")
+    pooling: str = _option("cls, mean, pooler, last, sep, mask, static; joined by +", "static+mean")
+    view: str = _option(f"what the encoder sees: {', '.join(VIEWS)}", "prefix")
+    policy: str = _option(f"how often the encoder runs: {', '.join(POLICIES)}", "every")
+    shuffle: str = _option(f"control, embeddings shuffled: {', '.join(SHUFFLES)}", "none")
+    split: str = _option(f"how text becomes sentences: {', '.join(SPLITS)}", "sentences")
+    detokenize: bool = _option("undo WikiText's spacing first", False)
+    max_tokens: int = _option("cut longer sentences into pieces of this many tokens", 128)
+    vocabulary: str = _option(
+        "bpe, or encoder: the encoder's own, cut to its most frequent pieces", "bpe"
+    )
+    vocab_size: int = _option("tokens in the vocabulary", 8192)
+    embedding_size: int = _option("width of token embeddings and of the projection", 512)
+    hidden_size: int = _option("width of the LSTM", 768)
+    num_layers: int = _option("LSTM layers", 1)
+    tie_weights: bool = _option("share the embedding and the output matrix", False)
+    dropout: float = _option("on token embeddings, between layers and on the LSTM output", 0.2)
+    prefix_dropout: float = _option("on the prefix embeddings", 0.5)
+    prefix_dropout_schedule: str = _option(
+        f"over the epochs: {', '.join(SCHEDULES)} (0 to 1, or 1 to 0)", "constant"
+    )
+    epochs: int = _option("most epochs; the learning rate falls over all of them", 10)
+    patience: int = _option("stop after this many epochs without gain on dev; 0: never", 3)
+    tokens_per_batch: int = _option("most tokens in a batch, padding included", 2048)
+    learning_rate: float = _option("Adam's, after warm-up", 1e-3)
+    warmup: float = _option("share of the run in which the learning rate rises", 0.02)
+    max_grad_norm: float = _option("gradients are clipped to this norm", 1.0)
+    precision: str = _option(f"of the LSTM: {', '.join(PRECISIONS)}", "float32")
+    encoder_dtype: str = _option(
+        f"of the encoder: {', '.join(DTYPES)} (auto: bfloat16 where it is fast)", "float32"
+    )
+    backend: str = _option(f"of the recurrence: {', '.join(BACKENDS)}", "auto")
+    seed: int = _option("of weights, order and dropout", 0)
+
+    def __post_init__(self) -> None:
+        if not self.train_file or not self.dev_file:
+            raise FusionLMError("name at least one --train-file and one --dev-file")
+        choices = {
+            "fusion": FUSIONS,
+            "shuffle": SHUFFLES,
+            "split": SPLITS,
+            "vocabulary": ("bpe", "encoder"),
+            "prefix_dropout_schedule": SCHEDULES,
+            "precision": PRECISIONS,
+            "encoder_dtype": DTYPES,
+            "backend": BACKENDS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise FusionLMError(
+                    f"unknown {name.replace('_', ' ')} {getattr(self, name)!r}: choose one of "
+                    f"{', '.join(allowed)}"
+                )
+        for option in dataclasses.fields(self):
+            name, value = option.name, getattr(self, option.name)
+            number = option.type in (int, "int") and name not in ("seed", "patience")
+            if number and value < 1:
+                raise FusionLMError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
+        for name in ("dropout", "prefix_dropout", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise FusionLMError(f"{name.replace('_', ' ')} must be from 0 to 1")
+        if self.learning_rate <= 0:
+            raise FusionLMError("learning rate must be above 0")
+        parse_view(self.view)
+        parse_policy(self.policy)
+        if self.vocabulary == "encoder" and self.encoder in (*BAGS, "zeros"):
+            raise FusionLMError(f"the encoder {self.encoder!r} has no vocabulary: use bpe")
+
+    def prefix_dropout_at(self, epoch: int) -> float:
+        """Probability in an epoch, counted from 0: constant, rising 0 to 1, or falling 1 to 0."""
+        if self.prefix_dropout_schedule == "constant":
+            return self.prefix_dropout
+        share = epoch / max(self.epochs - 1, 1)
+        return share if self.prefix_dropout_schedule == "rising" else 1 - share

@@ -1,0 +1,370 @@
+"""Stage 7: training. Text files in, a model folder out, resumable at any step.
+
+All randomness is a function of (seed, epoch, step), so a resumed run repeats the uninterrupted
+one. Every process of `accelerate launch` takes its share of each batch; since all know the
+whole batch, the loss is the single-process one.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fusion_model import progress
+from fusion_model.config import FusionLMConfig
+from fusion_model.data.batches import Batch, BatchSource
+from fusion_model.errors import CheckpointError
+from fusion_model.files import replace_files, write_text
+from fusion_model.model import FusionLMForCausalLM
+from fusion_model.training.checkpoint import load_checkpoint, save_checkpoint
+from fusion_model.training.data import Prepared, prepare
+from fusion_model.training.model_card import plot_metrics, write_model_card
+from fusion_model.training.options import TrainingOptions
+
+SECONDS_PER_CHECKPOINT = 120
+
+
+class _SummedLoss(nn.Module):
+    """Negative log-likelihood of a batch in nats, summed: what accelerate wraps."""
+
+    def __init__(self, model: FusionLMForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return -self.model.token_log_probs(
+            batch.input_ids, batch.prefix_embeds, batch.lengths
+        ).sum()
+
+
+class _StopRequest:
+    """Ctrl-C or SIGTERM: the step in hand is finished and saved before the run ends."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._earlier[number] = signal.signal(number, self._request)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_: object) -> None:
+        if self.requested:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def check(self) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is; saved with each checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_dev: float = math.inf
+    bad_epochs: int = 0
+    finished: bool = False
+
+
+def train(
+    options: TrainingOptions,
+    out: Path,
+    store: Path | None = None,
+    build: Callable[[FusionLMConfig], FusionLMForCausalLM] = FusionLMForCausalLM,
+) -> dict[str, Any]:
+    """Train and write the best model on dev to `out`; returns its metrics.
+
+    Run again with the same options, it goes on where it was stopped.
+
+    Args:
+        options: the run.
+        out: folder for model, tokenizer, `metrics.jsonl`, `training.png` and the model card.
+        store: folder for the prefix embeddings (default: `out/prefixes`); may be shared.
+        build: makes the model; a subclass may train it otherwise.
+
+    Raises:
+        FusionLMError: bad input; `out` holds another run; a damaged checkpoint or store.
+    """
+    # Precision is set below, by autocast: accelerate would fix it for the whole process.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    _claim_folder(options, out, accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    prepared = prepare(options, out, store or out / "prefixes", accelerator)
+    run = TrainingRun(options, out, prepared, accelerator, build)
+    try:
+        return run.fit()
+    finally:
+        prepared.close()
+        accelerator.end_training()
+
+
+def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
+    """A folder belongs to one run: its options are kept in `training.json`."""
+    path = out / "training.json"
+    wanted = json.loads(json.dumps(dataclasses.asdict(options)))
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}  # newer than the run
+    if path.exists():
+        try:
+            found = defaults | json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): choose another --out") from None
+        changed = sorted(k for k in wanted if found.get(k) != wanted[k])
+        if changed and list(out.glob("checkpoint-*")):
+            raise CheckpointError(
+                f"{out} holds a run with other settings ({', '.join(changed)}): choose another "
+                "--out, or repeat the command that began it"
+            )
+        if changed and main:  # begun and never trained, such as with a mistyped file name
+            (out / "tokenizer.json").unlink(missing_ok=True)
+            write_text(path, json.dumps(wanted, indent=1) + "\n")
+    elif out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} holds other files: choose an empty or new folder for --out")
+    elif main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(wanted, indent=1) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {out}: {error.strerror}") from error
+
+
+class TrainingRun:
+    """A run in progress: model, optimiser, and where it is."""
+
+    def __init__(
+        self,
+        options: TrainingOptions,
+        out: Path,
+        prepared: Prepared,
+        accelerator: Accelerator,
+        build: Callable[[FusionLMConfig], FusionLMForCausalLM] = FusionLMForCausalLM,
+    ) -> None:
+        self.options, self.out, self.accelerator = options, out, accelerator
+        self.prepared, self.data, self.dev = prepared, prepared.train, prepared.dev
+        torch.manual_seed(options.seed)
+        self.model = build(model_config(options, prepared))
+        self.model.to(accelerator.device)
+        self.model.set_backend(options.backend)
+        self.optimizer: Any = torch.optim.Adam(
+            self.model.parameters(), lr=options.learning_rate, fused=True
+        )
+        self.stop = _StopRequest()
+        self.state = Progress()
+        saved = load_checkpoint(out, self.model, self.optimizer)
+        if saved is not None:
+            saved.pop("sha256")
+            self.state = Progress(**saved)
+        self.loss: Any
+        self.loss, self.optimizer = accelerator.prepare(_SummedLoss(self.model), self.optimizer)
+        self.steps_per_epoch = len(self.plan(0))
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end; metrics of the best epoch."""
+        total = self.steps_per_epoch * self.options.epochs
+        with self.stop, progress.track("training", total, start=self.state.step) as update:
+            while not self.state.finished:
+                self._run_epoch(update, total)
+                self._end_epoch()
+                self.stop.check()
+        best = _read_metrics(self.out)
+        if self.accelerator.is_main_process:
+            plot_metrics(self.out / "metrics.jsonl", self.out / "training.png")
+            write_model_card(self.out, self.options, self.prepared, best)
+        return best
+
+    def plan(self, epoch: int) -> list[Any]:
+        """Sentence indices of each batch of an epoch."""
+        seed = self.options.seed * 10_007 + epoch
+        return self.data.plan(
+            self.options.tokens_per_batch, seed, least=self.accelerator.num_processes
+        )
+
+    def _run_epoch(self, update: progress.Update, total: int) -> None:
+        state, options = self.state, self.options
+        self.model.config.prefix_dropout = options.prefix_dropout_at(state.epoch)
+        self.model.train()
+        plan = self.plan(state.epoch)
+        saved_at = started = time.monotonic()
+        for indices in plan[state.batch :]:
+            loss, tokens = self.step(indices, total)
+            state.loss_sum += loss
+            state.tokens += tokens
+            state.batch += 1
+            state.step += 1
+            now = time.monotonic()
+            update(min(state.step, total), f"epoch {state.epoch + 1}, loss {loss / tokens:.3f}")
+            due = self.stop.requested or now - saved_at > SECONDS_PER_CHECKPOINT
+            if due and state.batch < len(plan):
+                state.seconds, started = state.seconds + now - started, now
+                self._save()
+                saved_at = now
+                self.stop.check()
+        state.seconds += time.monotonic() - started
+
+    def step(self, indices: Any, total: int) -> tuple[float, int]:
+        """One optimiser step on these sentences; their summed loss in nats, and their tokens."""
+        accelerator, options = self.accelerator, self.options
+        world, rank = accelerator.num_processes, accelerator.process_index
+        torch.manual_seed((options.seed << 40) + self.state.step * world + rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * _lr_scale(self.state.step, total, options.warmup)
+        tokens = int((self.data.lengths[indices] - 1).sum())
+        share = indices[rank::world]
+        idle = len(share) == 0  # fewer sentences than processes: take part with weight 0
+        batch = self.data.batch(indices[:1] if idle else share).to(accelerator.device)
+        with autocast(options.precision, accelerator.device):
+            loss = self.loss(batch)
+        # DDP averages gradients over processes: times world, over the whole batch's tokens.
+        accelerator.backward(loss * (0.0 if idle else world / tokens))
+        accelerator.clip_grad_norm_(self.loss.parameters(), options.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(accelerator.reduce(loss.detach() * (not idle), "sum")), tokens
+
+    def _end_epoch(self) -> None:
+        state, options = self.state, self.options
+        dev = evaluate_loss(self.model, self.dev, self.accelerator, options.precision)
+        metrics = {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "train_loss": state.loss_sum / state.tokens,
+            "dev_loss": dev,
+            "dev_perplexity": math.exp(min(dev, 700)),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "prefix_dropout": self.model.config.prefix_dropout,
+            "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+            "seconds": state.seconds,
+            "processes": self.accelerator.num_processes,
+        }
+        better = dev < state.best_dev
+        state.bad_epochs = 0 if better else state.bad_epochs + 1
+        state.best_dev = min(dev, state.best_dev)
+        state.epoch, state.batch = state.epoch + 1, 0
+        state.loss_sum, state.tokens, state.seconds = 0.0, 0, 0.0
+        stopped = options.patience > 0 and state.bad_epochs >= options.patience
+        state.finished = stopped or state.epoch >= options.epochs
+        if self.accelerator.is_main_process:
+            progress.note(
+                f"epoch {metrics['epoch']:>3}  train loss {metrics['train_loss']:.4f}  dev loss "
+                f"{dev:.4f}  dev perplexity {metrics['dev_perplexity']:.2f}"
+                f"{'  (best)' if better else ''}"
+            )
+            _write_metrics(self.out, metrics)
+            if better:
+                self._save_model()
+        self._save()
+
+    def _save_model(self) -> None:
+        self.model.config.prefix_dropout = self.options.prefix_dropout
+        try:
+            with replace_files(self.out) as folder:
+                self.model.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot write the model to {self.out}: {error}; run the same command to go on"
+            ) from error
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.out, self.model, self.optimizer.optimizer, dataclasses.asdict(self.state)
+            )
+        self.accelerator.wait_for_everyone()
+
+
+def model_config(options: TrainingOptions, prepared: Prepared) -> FusionLMConfig:
+    """The model that these options describe, once tokenizer and encoder are known."""
+    tokenizer, encoder = prepared.tokenizer, prepared.encoder
+    fields: dict[str, Any] = {}
+    if encoder is not None:
+        fields = {
+            "prefix_size": encoder.dim,
+            "encoder": encoder.name,
+            "encoder_sha256": encoder.content_sha256,
+            "pooling": encoder.pooling,
+            "view": options.view,
+            "policy": options.policy,
+            "shuffle": options.shuffle,
+        }
+    return FusionLMConfig(
+        vocab_size=len(tokenizer),
+        embedding_size=options.embedding_size,
+        hidden_size=options.hidden_size,
+        num_layers=options.num_layers,
+        fusion=options.fusion,
+        tie_weights=options.tie_weights,
+        dropout=options.dropout,
+        prefix_dropout=options.prefix_dropout,
+        shares_vocabulary=options.vocabulary == "encoder",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **fields,
+    )
+
+
+@torch.inference_mode()
+def evaluate_loss(
+    model: FusionLMForCausalLM, data: BatchSource, accelerator: Accelerator, precision: str
+) -> float:
+    """Mean negative log-likelihood in nats a token, over all processes."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for i, indices in enumerate(data.plan(8192)):
+        if i % accelerator.num_processes != accelerator.process_index:
+            continue
+        batch = data.batch(indices).to(accelerator.device)
+        with autocast(precision, accelerator.device):
+            log_probs = model.token_log_probs(batch.input_ids, batch.prefix_embeds, batch.lengths)
+        total += torch.tensor([-log_probs.double().sum(), len(log_probs)])
+    loss, tokens = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
+    return float(loss / tokens)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Mixed precision for `bfloat16`, nothing for `float32`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _lr_scale(step: int, total: int, warmup: float) -> float:
+    """Linear warm-up over a share of the run, then a cosine down to a tenth."""
+    ramp = max(1, round(total * warmup))
+    if step < ramp:
+        return (step + 1) / ramp
+    share = min((step - ramp) / max(1, total - ramp), 1.0)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * share))
+
+
+def _write_metrics(out: Path, metrics: dict[str, Any]) -> None:
+    """Append an epoch, once: a run killed between here and its checkpoint repeats the epoch."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["epoch"] < metrics["epoch"]]
+    write_text(path, "\n".join([*kept, json.dumps(metrics)]) + "\n")
+
+
+def _read_metrics(out: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    best: dict[str, Any] = min(lines, key=lambda m: m["dev_loss"])
+    return best
