@@ -45,7 +45,7 @@ def graphs(model: FusionLMForCausalLM, tmp_path_factory: pytest.TempPathFactory)
     for name, build in (("sequence", sequence_graph), ("step", step_graph)):
         graph = build(model, OPSET)
         onnx.save(graph, folder / f"{name}-fp32.onnx")
-        quantize(graph, folder / f"{name}-int8.onnx")
+        onnx.save(quantize(graph), folder / f"{name}-int8.onnx")
     return folder
 
 

@@ -141,10 +141,7 @@ def _write_graphs(
         graph = build(model, opset, dtype)
         if graph.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
             raise ExportError("the model is over 2 GB, which one ONNX file cannot hold")
-        if precision == "int8":
-            quantize(graph, folder / name)
-        else:
-            onnx.save(graph, folder / name)
+        onnx.save(quantize(graph) if precision == "int8" else graph, folder / name)
         nodes[name] = check_graph(folder / name, precision, model.config.num_layers)
     facts = {name: getattr(model.config, name) for name in FACTS}
     sequences = Sequences(open_session(folder / SEQUENCE, "cpu", 1), facts)
