@@ -54,7 +54,7 @@ def show_export(model: str) -> None:
             manifest = export_model(lm, out, precision=precision)
             exported = OnnxFusionLM(out, device="cpu", threads=1)
             bits = -float(exported.token_log_probs(batch.input_ids.numpy(), e).sum()) / LN2
-            size = (out / "model.onnx").stat().st_size / 1e6
+            size = sum((out / n).stat().st_size for n in ("model.onnx", "weights.bin")) / 1e6
             steps = exported.steps(vector)
             steps.start([[lm.tokenizer.bos_token_id]])
             p50 = median_ms(lambda steps=steps: steps.advance([5], [0]))  # type: ignore[misc]

@@ -13,6 +13,7 @@ import transformers
 from fusion_model.export.graphs.encoder import export_encoder
 from fusion_model.export.graphs.language import sequence_graph, step_graph
 from fusion_model.export.graphs.quantize import quantize
+from fusion_model.export.graphs.weights import save_graphs
 from fusion_model.export.manifest import (
     ENCODER,
     ENCODER_TOKENIZER,
@@ -22,6 +23,7 @@ from fusion_model.export.manifest import (
     PRECISIONS,
     SEQUENCE,
     STEP,
+    WEIGHTS,
     write_manifest,
 )
 from fusion_model.export.runtime.encoder import OnnxEncoder
@@ -136,13 +138,13 @@ def _write_graphs(
     model: FusionLMForCausalLM, folder: Path, precision: str, opset: int
 ) -> dict[str, Any]:
     dtype = np.float16 if precision == "fp16" else np.float32
-    nodes = {}
+    graphs = {}
     for name, build in ((SEQUENCE, sequence_graph), (STEP, step_graph)):
         graph = build(model, opset, dtype)
-        if graph.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-            raise ExportError("the model is over 2 GB, which one ONNX file cannot hold")
-        onnx.save(quantize(graph) if precision == "int8" else graph, folder / name)
-        nodes[name] = check_graph(folder / name, precision, model.config.num_layers)
+        graphs[folder / name] = quantize(graph) if precision == "int8" else graph
+    save_graphs(graphs, folder / WEIGHTS)
+    layers = model.config.num_layers
+    nodes = {path.name: check_graph(path, precision, layers) for path in graphs}
     facts = {name: getattr(model.config, name) for name in FACTS}
     sequences = Sequences(open_session(folder / SEQUENCE, "cpu", 1), facts)
     steps = Steps(open_session(folder / STEP, "cpu", 1), facts, "cpu", None)

@@ -13,6 +13,7 @@ from fusion_model.errors import ExportError
 MANIFEST = "manifest.json"
 FORMAT = 1
 SEQUENCE, STEP, ENCODER = "model.onnx", "step.onnx", "encoder.onnx"
+WEIGHTS = "weights.bin"  # of both graphs
 TOKENIZER, ENCODER_TOKENIZER = "tokenizer.json", "encoder_tokenizer.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 # Below 20 there is no Gelu operator; from 22 on, CUDA kernels may not be matched to LSTM.

@@ -46,7 +46,7 @@ def check_graph(path: Path, precision: str, layers: int) -> dict[str, int]:
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name} is not sound ONNX: {error}") from error

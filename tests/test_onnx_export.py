@@ -41,7 +41,7 @@ def test_the_command_writes_a_whole_folder_and_says_what_it_verified(
     code, stdout, stderr = run("export", model_folder, out, "--encoder", "--precision", "int8")
     assert (code, stderr) == (0, "")
     names = {"model.onnx", "step.onnx", "config.json", "generation_config.json", "tokenizer.json"}
-    names |= {"tokenizer_config.json", "counts.json", "manifest.json"}
+    names |= {"tokenizer_config.json", "counts.json", "manifest.json", "weights.bin"}
     assert {p.name for p in out.iterdir()} == names
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     manifest = json.loads((out / "manifest.json").read_text())

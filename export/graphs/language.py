@@ -117,9 +117,12 @@ class _Parts:
     def inputs(self, ids: str, e: str) -> str:
         """What the LSTM reads, [T, B, D] ([T, B, D + E] for `input` fusion); e [T, B, E]."""
         g = self.graph
-        table = g.weight("embed_tokens.weight", self._weights["embed_tokens.weight"])
-        x = g.op("Gather", table, g.op("Transpose", ids, perm=[1, 0]), axis=0)
+        x = g.op("Gather", self._table(), g.op("Transpose", ids, perm=[1, 0]), axis=0)
         return g.op("Concat", x, e, axis=2) if self.config.fusion == "input" else x
+
+    def _table(self) -> str:
+        """Embeddings of the tokens, [V, D]."""
+        return self.graph.weight("embed_tokens.weight", self._weights["embed_tokens.weight"])
 
     def _layer(self, k: int) -> list[str]:
         """W [1, 4H, in], R [1, 4H, H] and B [1, 8H] of a layer, as the LSTM operator wants."""
@@ -227,4 +230,10 @@ class _Parts:
     def logits(self, hidden: str) -> str:
         """Scores in float32, [N, V], from hidden [N, H] or [N, H + E]."""
         features = self._linear(hidden, "projection")
-        return self.graph.cast(self._linear(features, "lm_head"), np.dtype(np.float32))
+        if self.config.tie_weights:  # one matrix, kept once
+            table = self.graph.op("Transpose", self._table(), perm=[1, 0])
+            bias = self.graph.weight("lm_head.bias", self._weights["lm_head.bias"])
+            scores = self.graph.op("Add", self.graph.op("MatMul", features, table), bias)
+        else:
+            scores = self._linear(features, "lm_head")
+        return self.graph.cast(scores, np.dtype(np.float32))

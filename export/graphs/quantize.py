@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from fusion_model.export.graphs.weights import SMALL
 from onnx import TensorProto, helper, numpy_helper
 
 LARGEST = 63  # of a weight: 7 bits
@@ -50,15 +51,11 @@ class _Nodes:
 
 class _Quantized:
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._source = onnx.shape_inference.infer_shapes(model)
-        graph = self._source.graph
+        self._source = model
+        graph = model.graph
         self._weights = {w.name: w for w in graph.initializer}
         self._made_by = {out: node for node in graph.node for out in node.output}
-        self._width = {}  # of the last axis, where it is known
-        for value in (*graph.input, *graph.value_info):
-            dims = value.type.tensor_type.shape.dim
-            if dims and dims[-1].HasField("dim_value"):
-                self._width[value.name] = int(dims[-1].dim_value)
+        self._widths = _widths(model)
         self._constants: dict[str, onnx.TensorProto] = {}
 
     def model(self) -> onnx.ModelProto:
@@ -67,7 +64,7 @@ class _Quantized:
         nodes: list[onnx.NodeProto] = []
         for number, node in enumerate(graph.node):
             new = _Nodes(f"int8_{number}")
-            if node.op_type == "MatMul" and node.input[1] in self._weights:
+            if node.op_type == "MatMul" and self._matrix(node.input[1]) is not None:
                 self._product(new, *node.input, out=node.output[0])
             elif node.op_type == "LSTM":
                 self._lstm(new, node)
@@ -84,6 +81,17 @@ class _Quantized:
             ir_version=self._source.ir_version,
             producer_name=self._source.producer_name,
         )
+
+    def _matrix(self, name: str) -> np.ndarray | None:
+        """A constant [K, N], or a transposed one; None for what is computed."""
+        made_by = self._made_by.get(name)
+        if made_by is not None and made_by.op_type == "Transpose":
+            whole = self._matrix(made_by.input[0])
+            return None if whole is None else whole.T
+        if name not in self._weights:
+            return None
+        found: np.ndarray = numpy_helper.to_array(self._weights[name])
+        return found
 
     def _constant(self, name: str, array: np.ndarray) -> str:
         self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
@@ -118,16 +126,17 @@ class _Quantized:
 
     def _product(self, new: _Nodes, x: str, name: str, out: str = "") -> str:
         """x times a weight of the graph; for joined x a sum, so that each part has its scale."""
-        weight = numpy_helper.to_array(self._weights[name])
+        weight = self._matrix(name)
+        assert weight is not None
         joined = self._made_by.get(x)
         parts = [x]
         if joined is not None and joined.op_type == "Concat":
-            widths = [self._width.get(part) for part in joined.input]
+            widths = [self._widths.get(part) for part in joined.input]
             if None not in widths and sum(filter(None, widths)) == len(weight):
                 parts = list(joined.input)
         start, total = 0, ""
         for number, part in enumerate(parts):
-            end = start + (len(weight) if len(parts) == 1 else self._width[part])
+            end = start + (len(weight) if len(parts) == 1 else self._widths[part])
             last = number == len(parts) - 1
             own = self._weight(f"{name}.{number}", weight[start:end])
             found = self._rows(new, part, own, out if last and not total else "")
@@ -195,6 +204,26 @@ class _Quantized:
             values([*inputs, gates]),
             values(outputs),
         )
+
+
+def _widths(model: onnx.ModelProto) -> dict[str, int]:
+    """The last axis of each value, where it is known.
+
+    Shape inference serialises what it is given: of large weights it gets shape and type only.
+    """
+    graph = model.graph
+    large = [w for w in graph.initializer if len(w.raw_data) >= SMALL]
+    inputs = [helper.make_tensor_value_info(w.name, w.data_type, w.dims) for w in large]
+    small = [w for w in graph.initializer if len(w.raw_data) < SMALL]
+    bare = helper.make_graph(graph.node, graph.name, [*graph.input, *inputs], graph.output, small)
+    bare_model = helper.make_model(bare, opset_imports=model.opset_import)
+    inferred = onnx.shape_inference.infer_shapes(bare_model).graph
+    found = {}
+    for value in (*inferred.input, *inferred.value_info):
+        dims = value.type.tensor_type.shape.dim
+        if dims and dims[-1].HasField("dim_value"):
+            found[value.name] = int(dims[-1].dim_value)
+    return found
 
 
 def _read(nodes: Sequence[onnx.NodeProto]) -> set[str]:
