@@ -57,6 +57,10 @@ class Graph:
         self._weights[name] = numpy_helper.from_array(np.array(value, dtype=np.int64), name)
         return name
 
+    def floating(self, value: float) -> str:
+        """A constant number, [] in the graph's dtype."""
+        return self.weight(f"float_{value}", np.array(value))
+
     def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         """Add a node with one output, and name that output."""
         return self.op_several(kind, *inputs, outs=[out or self.fresh(kind)], **attributes)[0]
