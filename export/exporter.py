@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from fusion_model.encoders.controls import BAGS
 from fusion_model.encoders.incremental.encoder import IncrementalEncoder
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import ExportError
+from fusion_model.files import replacing
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load, load_model
 from fusion_model.model import FusionLMForCausalLM
@@ -83,10 +83,8 @@ def export_model(
     _check_request(out, precision, opset)
     runtime()
     network, tokenizer, source = _load(model, encoder, encoder_path)
-    work = out.with_name(out.name + ".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with replacing(out) as work:
+        work.mkdir(parents=True)
         network.config.save_pretrained(work)
         network.generation_config.save_pretrained(work)
         tokenizer.save_pretrained(work)
@@ -103,10 +101,6 @@ def export_model(
             "verified": verified,
         }
         write_manifest(work, contents)
-        shutil.rmtree(out, ignore_errors=True)
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return contents
 
 

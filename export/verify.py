@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import torch
 from fusion_model.export.runtime.encoder import OnnxEncoder
+from fusion_model.export.runtime.generation import log_softmax
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.steps import Steps
 
@@ -181,15 +182,12 @@ def step_log_probs(steps: Steps, ids: np.ndarray, e: np.ndarray | None) -> np.nd
         end = len(rows[0])
         return np.ascontiguousarray(e[:, end - last : end])
 
-    steps.set_prefix_embeds(None if e is None else embeds)
+    steps.prefix_embeds = None if e is None else embeds
     rows = ids[:, :1].tolist()
     logits = [steps.start(rows)]
     for t in range(1, ids.shape[1]):
         logits.append(steps.advance(ids[:, t].tolist(), range(len(ids))))
-    scores = np.stack(logits, axis=1).astype(np.float64)
-    scores -= scores.max(axis=-1, keepdims=True)
-    total: np.ndarray = np.log(np.exp(scores).sum(axis=-1, keepdims=True))
-    return scores - total
+    return log_softmax(np.stack(logits, axis=1))
 
 
 def check_encoder(encoder: HFEncoder, exported: OnnxEncoder, texts: Sequence[str]) -> float:

@@ -9,17 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document
 from fusion_model.errors import FusionLMError
 
 CONTEXTS = ("sentence", "article")
-
-
-def check_context(context: str) -> None:
-    """Raise `FusionLMError` for a context that is not one of `CONTEXTS`."""
-    if context not in CONTEXTS:
-        raise FusionLMError(f"unknown context {context!r}: choose one of {', '.join(CONTEXTS)}")
 
 
 @dataclass(frozen=True)
@@ -92,11 +88,11 @@ class SentenceScores:
     """Surprisals in nats of one sentence's tokens x1 … xn, EOS, [n + 1] float32.
 
     `boundary` holds, where asked for, -log p(the next token starts a word or ends the
-    sentence) at the same positions. Both are tensors or arrays, as the model gave them.
+    sentence) at the same positions.
     """
 
-    tokens: Any
-    boundary: Any = None
+    tokens: np.ndarray
+    boundary: np.ndarray | None = None
 
 
 def boundary_ids(tokenizer: Any) -> list[int]:
