@@ -115,7 +115,8 @@ def test_evaluation_published(benchmark: Any, run: TrainingRun, published: Publi
 
 @pytest.mark.benchmark(group="evaluation")
 def test_evaluation_fusion_lm(benchmark: Any, run: TrainingRun) -> None:
-    lm = FusionLM(run.model.to(torch.bfloat16), run.prepared.tokenizer, None)
+    lm = FusionLM(run.model, run.prepared.tokenizer, None)
+    lm.model.to(dtype=torch.bfloat16)
     try:
         benchmark.pedantic(score_sentences, (lm, run.data), rounds=ROUNDS, warmup_rounds=1)
     finally:

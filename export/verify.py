@@ -16,7 +16,6 @@ from fusion_model.export.runtime.generation import log_softmax
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.steps import Steps
 
-from fusion_model.config import EARLY
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import ExportError
 from fusion_model.model import FusionLMForCausalLM
@@ -149,13 +148,9 @@ def sample(
         size = (batch, length - 1, model.config.prefix_size)
         e = 0.1 * torch.randn(size, generator=generator)
     ids = torch.randint(model.config.vocab_size, (batch, 1), generator=generator)
-    state, per_prefix = None, model.config.fusion in EARLY
-    for t in range(length - 1):
-        own = None if e is None else e[:, : t + 1] if per_prefix else e[:, t : t + 1]
-        read = ids if per_prefix else ids[:, -1:]
-        features, new = model.features(read, prefix_embeds=own, state=state)
-        state = None if per_prefix else new
-        p = model.lm_head(features[:, -1]).softmax(dim=-1)
+    for t in range(1, length):
+        own = None if e is None else e[:, :t]
+        p = model(ids, prefix_embeds=own, logits_to_keep=1).logits[:, -1].softmax(dim=-1)
         ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
     return ids.numpy(), None if e is None else e.numpy()
 

@@ -14,7 +14,7 @@ from fusion_model.model import FusionLMForCausalLM
 from fusion_model.prefixes.planner import PrefixPlanner, check_causal
 from fusion_model.prefixes.stream import PrefixStream
 from fusion_model.prefixes.views import CAUSAL_VIEWS
-from fusion_model.scoring import LogProbs, TextModel
+from fusion_model.scoring import Array, LogProbs, TextModel
 
 
 class PrefixCache(PrefixStream):
@@ -50,12 +50,7 @@ class FusionLM(TextModel):
 
     @torch.inference_mode()
     def log_probs(
-        self,
-        ids: np.ndarray,
-        targets: np.ndarray,
-        e: np.ndarray | None,
-        boundary: np.ndarray | None = None,
-        state: Any = None,
+        self, ids: Array, targets: Array, e: Array | None, boundary: Array | None, state: Any
     ) -> LogProbs:
         """See `TextModel`. Without a boundary, the scores of the vocabulary are never kept."""
         model = self.model

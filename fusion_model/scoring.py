@@ -5,6 +5,7 @@ each says how log-probabilities come about, and all that is made of them stands 
 `fusion_model.surprisal` sums tokens to words.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,10 +29,10 @@ from fusion_model.surprisal import (
     SentenceScores,
     WordScore,
     boundary_ids,
-    text_perplexity,
     word_scores,
 )
 
+Array = np.ndarray
 LogProbs = tuple[np.ndarray, np.ndarray | None, Any]
 """Of the targets [N], of a boundary token [N] (None where not asked for), and the state after."""
 
@@ -53,12 +54,7 @@ class TextModel(ABC):
 
     @abstractmethod
     def log_probs(
-        self,
-        ids: np.ndarray,
-        targets: np.ndarray,
-        e: np.ndarray | None,
-        boundary: np.ndarray | None = None,
-        state: Any = None,
+        self, ids: Array, targets: Array, e: Array | None, boundary: Array | None, state: Any
     ) -> LogProbs:
         """log p of the tokens that follow, in nats, float32, row after row.
 
@@ -67,7 +63,7 @@ class TextModel(ABC):
             targets: the token after each, [B, T] int64; -1 where none is asked for.
             e: [B, T, E] float32, embeddings of the prefixes that end at each; None if unfused.
             boundary: [K] int64: how likely is one of these, whichever, in the target's place?
-            state: from an earlier call, whose tokens these follow.
+            state: from an earlier call, whose tokens these follow; or None.
         """
 
     def encode_corpus(self, corpus: Corpus, store: Vectors | None = None) -> Batches:
@@ -94,7 +90,12 @@ class TextModel(ABC):
         """How well the model predicts these documents, sentence by sentence."""
         corpus = Corpus.from_documents(documents, self.tokenizer)
         scores = score_sentences(self, self.encode_corpus(corpus, store))
-        return text_perplexity(documents, corpus, scores)
+        return Perplexity(
+            nats=math.fsum(nats for s in scores for nats in s.tokens.tolist()),
+            tokens=sum(len(s.tokens) for s in scores),
+            words=sum(len(s.split()) for d in documents for s in d.sentences),
+            characters=corpus.characters,
+        )
 
     def score(
         self,
@@ -159,7 +160,7 @@ def score_sentences(
     size = model.tokens_per_batch if boundary is None else min(2048, model.tokens_per_batch)
     for indices in batches.plan(size):
         ids, e, lengths = batches.batch(indices)
-        found = model.log_probs(ids[:, :-1], next_tokens(ids, lengths), e, boundary)
+        found = model.log_probs(ids[:, :-1], next_tokens(ids, lengths), e, boundary, None)
         results.update(zip(indices.tolist(), _by_sentence(found, lengths), strict=True))
     return [results[i] for i in range(len(batches.lengths))]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document
 from fusion_model.errors import FusionLMError
 
@@ -166,15 +165,3 @@ def word_scores(
                 for place, (word, nats, tokens) in enumerate(words, start=1)
             ]
     return results
-
-
-def text_perplexity(
-    documents: Sequence[Document], corpus: Corpus, scores: Sequence[SentenceScores]
-) -> Perplexity:
-    """Perplexity of documents from the scores of their sentences."""
-    return Perplexity(
-        nats=math.fsum(nats for s in scores for nats in s.tokens.tolist()),
-        tokens=sum(len(s.tokens) for s in scores),
-        words=sum(len(s.split()) for d in documents for s in d.sentences),
-        characters=corpus.characters,
-    )

@@ -9,10 +9,10 @@ products in 16 bits, which overflow silently; with unsigned weights, they do not
 VNNI or AMX take three times as long over a batch.
 """
 
-import logging
 from pathlib import Path
 
 import onnx
+from fusion_model.export.graphs.builder import quiet
 from fusion_model.export.runtime.session import runtime
 
 QUANTISED = ("MatMul", "LSTM")
@@ -23,10 +23,7 @@ def quantize(model: onnx.ModelProto, path: Path) -> None:
     runtime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it recommends, on the root logger, what these graphs don't need
-    try:
+    with quiet(None):  # it recommends, on the root logger, what these graphs do not need
         quantize_dynamic(
             model,
             path,
@@ -35,5 +32,3 @@ def quantize(model: onnx.ModelProto, path: Path) -> None:
             reduce_range=True,
             weight_type=QuantType.QInt8,
         )
-    finally:
-        root.setLevel(level)

@@ -23,7 +23,7 @@ from fusion_model.export.runtime.tokenizer import TextTokenizer
 from fusion_model.errors import ExportError
 from fusion_model.prefixes.planner import PrefixPlanner, check_causal
 from fusion_model.prefixes.stream import PrefixStream
-from fusion_model.scoring import LogProbs, TextModel, next_tokens
+from fusion_model.scoring import Array, LogProbs, TextModel, next_tokens
 
 
 class OnnxFusionLM(TextModel):
@@ -92,12 +92,7 @@ class OnnxFusionLM(TextModel):
         return PrefixStream(self.planner)
 
     def log_probs(
-        self,
-        ids: np.ndarray,
-        targets: np.ndarray,
-        e: np.ndarray | None,
-        boundary: np.ndarray | None = None,
-        state: Any = None,
+        self, ids: Array, targets: Array, e: Array | None, boundary: Array | None, state: Any
     ) -> LogProbs:
         """See `TextModel`.
 
@@ -137,7 +132,7 @@ class OnnxFusionLM(TextModel):
         self._sequences.check(ids[..., :-1], e)
         ids = ids.astype(np.int64, copy=False)
         ends = np.full(len(ids), ids.shape[1]) if lengths is None else np.asarray(lengths)
-        return self.log_probs(ids[:, :-1], next_tokens(ids, ends), e)[0]
+        return self.log_probs(ids[:, :-1], next_tokens(ids, ends), e, None, None)[0]
 
     def generate(
         self,

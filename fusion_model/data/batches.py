@@ -62,14 +62,15 @@ class Batches:
         """The sentences of these indices, in this order."""
         lengths = self.lengths[indices]
         ids = np.full((len(indices), lengths.max()), self._pad, dtype=np.int64)
-        where = np.zeros((len(indices), lengths.max() - 1), dtype=np.int64)
         for row, index in enumerate(indices):
             ids[row, : lengths[row]] = self.corpus.sentences[index]
-            if self._rows is not None:
-                own = self._rows[self._offsets[index] : self._offsets[index + 1]]
-                where[row, : len(own)] = own
-        fused = self._rows is not None and self._store is not None
-        return Batch(ids, self._store.gather(where) if fused else None, lengths)
+        if self._rows is None or self._store is None:
+            return Batch(ids, None, lengths)
+        where = np.zeros((len(indices), lengths.max() - 1), dtype=np.int64)
+        for row, index in enumerate(indices):
+            own = self._rows[self._offsets[index] : self._offsets[index + 1]]
+            where[row, : len(own)] = own
+        return Batch(ids, self._store.gather(where), lengths)
 
     def plan(
         self, tokens_per_batch: int, seed: int | None = None, least: int = 1
