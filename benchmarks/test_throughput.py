@@ -16,6 +16,7 @@ from fusion_model.benchmarks.suite.published_loop import (
 )
 from fusion_model.benchmarks.suite.zipf import zipf_sentences
 
+from fusion_model.language_model import FusionLM
 from fusion_model.scoring import score_sentences
 from fusion_model.training.data import prepare
 from fusion_model.training.options import TrainingOptions
@@ -61,7 +62,11 @@ def sentences_of(run: TrainingRun, count: int) -> list[tuple[torch.Tensor, torch
     generator = torch.Generator().manual_seed(1)
     picked = torch.randperm(len(run.data.lengths), generator=generator)[:count].tolist()
     batches = [run.data.batch([i]) for i in picked]
-    return [(b.input_ids[0], b.prefix_embeds[0]) for b in batches if b.prefix_embeds is not None]
+    return [
+        (torch.from_numpy(b.input_ids[0]), torch.from_numpy(b.prefix_embeds[0]))
+        for b in batches
+        if b.prefix_embeds is not None
+    ]
 
 
 def report(benchmark: Any, tokens: int) -> None:
@@ -110,9 +115,10 @@ def test_evaluation_published(benchmark: Any, run: TrainingRun, published: Publi
 
 @pytest.mark.benchmark(group="evaluation")
 def test_evaluation_fusion_lm(benchmark: Any, run: TrainingRun) -> None:
-    model = run.model.eval().to(torch.bfloat16)
+    lm = FusionLM(run.model, run.prepared.tokenizer, None)
+    lm.model.to(dtype=torch.bfloat16)
     try:
-        benchmark.pedantic(score_sentences, (model, run.data), rounds=ROUNDS, warmup_rounds=1)
+        benchmark.pedantic(score_sentences, (lm, run.data), rounds=ROUNDS, warmup_rounds=1)
     finally:
-        model.float()
+        run.model.float()
     report(benchmark, int((run.data.lengths - 1).sum()))

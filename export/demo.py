@@ -17,6 +17,7 @@ from rich.table import Table
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document
 from fusion_model.loading import load
+from fusion_model.scoring import score_sentences
 
 SENTENCE = "The old gentleman with the white beard sat down in his chair, and said nothing."
 TOKENS, WARMUP = 60, 5
@@ -38,9 +39,7 @@ def show_export(model: str) -> None:
         table.add_column(name, justify="right")
     vector = np.full(lm.model.config.prefix_size, 0.1, dtype=np.float32)
     source = lm.encode_corpus(Corpus.from_documents([Document("demo", [SENTENCE])], lm.tokenizer))
-    batch = source.batch([0])
-    e = None if batch.prefix_embeds is None else batch.prefix_embeds.numpy()
-    bits = -float(lm.model.token_log_probs(batch.input_ids, batch.prefix_embeds).sum()) / LN2
+    bits = score_sentences(lm, source)[0].tokens.sum() / LN2
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     checks: list[str] = []
@@ -53,7 +52,7 @@ def show_export(model: str) -> None:
             out = Path(folder) / precision
             manifest = export_model(lm, out, precision=precision)
             exported = OnnxFusionLM(out, device="cpu", threads=1)
-            bits = -float(exported.token_log_probs(batch.input_ids.numpy(), e).sum()) / LN2
+            bits = score_sentences(exported, source)[0].tokens.sum() / LN2
             size = sum((out / n).stat().st_size for n in ("model.onnx", "weights.bin")) / 1e6
             steps = exported.steps(vector)
             steps.start([[lm.tokenizer.bos_token_id]])

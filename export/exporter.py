@@ -1,13 +1,12 @@
 """`fusion-lm export`: a model as a folder that ONNX Runtime runs, verified before it is kept."""
 
-import importlib.metadata
 import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import tokenizers
 import torch
 import transformers
 from fusion_model.export.graphs.encoder import export_encoder
@@ -39,6 +38,7 @@ from fusion_model.encoders.controls import BAGS
 from fusion_model.encoders.incremental.encoder import IncrementalEncoder
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import ExportError
+from fusion_model.files import replacing
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load, load_model
 from fusion_model.model import FusionLMForCausalLM
@@ -55,6 +55,7 @@ FACTS = (
     *("fusion", "vocab_size", "embedding_size", "hidden_size", "num_layers", "prefix_size"),
     *("encoder", "encoder_sha256", "pooling", "view", "policy", "shuffle", "shares_vocabulary"),
 )
+ENCODER_FACTS = ("name", "pooling", "dim", "window", "policy", "content_sha256")
 
 
 def export_model(
@@ -85,17 +86,16 @@ def export_model(
     _check_request(out, precision, opset)
     runtime()
     network, tokenizer, source = _load(model, encoder, encoder_path)
-    work = out.with_name(out.name + ".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with replacing(out) as work:
+        work.mkdir(parents=True)
         network.config.save_pretrained(work)
         network.generation_config.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        verified = _write_graphs(network, work, precision, opset)
+        facts = {name: getattr(network.config, name) for name in FACTS}
+        verified = _write_graphs(network, facts, work, precision, opset)
         described = _write_encoder(source, work, opset) if encoder else None
         contents = {
-            "model": {name: getattr(network.config, name) for name in FACTS},
+            "model": facts,
             "tokenizer": describe_tokenizer(tokenizer),
             "encoder": described,
             "precision": precision,
@@ -105,10 +105,6 @@ def export_model(
             "verified": verified,
         }
         write_manifest(work, contents)
-        shutil.rmtree(out, ignore_errors=True)
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return contents
 
 
@@ -135,7 +131,7 @@ def _check_request(out: Path, precision: str, opset: int) -> None:
 
 
 def _write_graphs(
-    model: FusionLMForCausalLM, folder: Path, precision: str, opset: int
+    model: FusionLMForCausalLM, facts: dict[str, Any], folder: Path, precision: str, opset: int
 ) -> dict[str, Any]:
     dtype = np.float16 if precision == "fp16" else np.float32
     graphs = {}
@@ -145,7 +141,6 @@ def _write_graphs(
     save_graphs(graphs, folder / WEIGHTS)
     layers = model.config.num_layers
     nodes = {path.name: check_graph(path, precision, layers) for path in graphs}
-    facts = {name: getattr(model.config, name) for name in FACTS}
     sequences = Sequences(open_session(folder / SEQUENCE, "cpu", 1), facts)
     steps = Steps(open_session(folder / STEP, "cpu", 1), facts, "cpu", None)
     parity = check_parity(model, sequences, steps, precision)
@@ -172,12 +167,7 @@ def _write_encoder(encoder: Any, folder: Path, opset: int) -> dict[str, Any] | N
     tokenizer.backend_tokenizer.save(str(folder / ENCODER_TOKENIZER))
     described = {
         "kind": "onnx",
-        "name": encoder.name,
-        "pooling": encoder.pooling,
-        "dim": encoder.dim,
-        "window": encoder.window,
-        "policy": encoder.policy,
-        "content_sha256": encoder.content_sha256,
+        **{name: getattr(encoder, name) for name in ENCODER_FACTS},
         "precision": "fp32",
         "tokenizer": describe_tokenizer(tokenizer),
     }
@@ -186,15 +176,9 @@ def _write_encoder(encoder: Any, folder: Path, opset: int) -> dict[str, Any] | N
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "fusion-lm": fusion_model.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": importlib.metadata.version("tokenizers"),
-        "onnx": onnx.__version__,
-        "onnxruntime": runtime().__version__,
-    }
+    modules = (torch, transformers, tokenizers, onnx, runtime())
+    found = {"fusion-lm": fusion_model.__version__, "python": platform.python_version()}
+    return found | {module.__name__: str(module.__version__) for module in modules}
 
 
 def report(manifest: dict[str, Any]) -> list[str]:

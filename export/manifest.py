@@ -3,12 +3,12 @@
 Nothing here needs PyTorch.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from fusion_model.errors import ExportError
+from fusion_model.files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -21,16 +21,10 @@ OPSETS = (20, 21)
 OLDEST_RUNTIME = "1.22"
 
 
-def file_sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
     """Write `contents` and the hash of every file that lies in the folder."""
     files = {
-        path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }
@@ -67,7 +61,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, recorded in manifest["files"].items():
         if not (folder / name).is_file():
             raise ExportError(f"{folder / name} is missing: {again}")
-        if file_sha256(folder / name) != recorded["sha256"]:
+        if sha256(folder / name) != recorded["sha256"]:
             raise ExportError(
                 f"{folder / name} is not the file that was exported (its sha256 differs from "
                 f"{MANIFEST}'s): {again}"

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import torch
 from fusion_model.export.runtime.encoder import OnnxEncoder
+from fusion_model.export.runtime.generation import log_softmax
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.steps import Steps
 
-from fusion_model.config import EARLY
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import ExportError
 from fusion_model.model import FusionLMForCausalLM
@@ -148,13 +148,9 @@ def sample(
         size = (batch, length - 1, model.config.prefix_size)
         e = 0.1 * torch.randn(size, generator=generator)
     ids = torch.randint(model.config.vocab_size, (batch, 1), generator=generator)
-    state, per_prefix = None, model.config.fusion in EARLY
-    for t in range(length - 1):
-        own = None if e is None else e[:, : t + 1] if per_prefix else e[:, t : t + 1]
-        read = ids if per_prefix else ids[:, -1:]
-        features, new = model.features(read, prefix_embeds=own, state=state)
-        state = None if per_prefix else new
-        p = model.lm_head(features[:, -1]).softmax(dim=-1)
+    for t in range(1, length):
+        own = None if e is None else e[:, :t]
+        p = model(ids, prefix_embeds=own, logits_to_keep=1).logits[:, -1].softmax(dim=-1)
         ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
     return ids.numpy(), None if e is None else e.numpy()
 
@@ -181,15 +177,12 @@ def step_log_probs(steps: Steps, ids: np.ndarray, e: np.ndarray | None) -> np.nd
         end = len(rows[0])
         return np.ascontiguousarray(e[:, end - last : end])
 
-    steps.set_prefix_embeds(None if e is None else embeds)
+    steps.prefix_embeds = None if e is None else embeds
     rows = ids[:, :1].tolist()
     logits = [steps.start(rows)]
     for t in range(1, ids.shape[1]):
         logits.append(steps.advance(ids[:, t].tolist(), range(len(ids))))
-    scores = np.stack(logits, axis=1).astype(np.float64)
-    scores -= scores.max(axis=-1, keepdims=True)
-    total: np.ndarray = np.log(np.exp(scores).sum(axis=-1, keepdims=True))
-    return scores - total
+    return log_softmax(np.stack(logits, axis=1))
 
 
 def check_encoder(encoder: HFEncoder, exported: OnnxEncoder, texts: Sequence[str]) -> float:

@@ -23,3 +23,8 @@ class CheckpointError(FusionLMError):
 
 class ExportError(FusionLMError):
     """A model that cannot be exported, or an export that cannot be run."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library says went wrong, without the rest of it."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

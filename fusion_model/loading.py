@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from fusion_model.config import FusionLMConfig
 from fusion_model.devices import resolve_dtype
 from fusion_model.encoders import load_encoder
-from fusion_model.errors import CheckpointError, EncoderError, FusionLMError
+from fusion_model.errors import CheckpointError, EncoderError, FusionLMError, first_line
 from fusion_model.language_model import FusionLM
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.prefixes.planner import PrefixPlanner
@@ -101,9 +101,9 @@ def load_model(name: str) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]
     except CheckpointError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         where = "a damaged file" if path.is_dir() else "no such folder, and no hub model reached"
-        raise CheckpointError(f"cannot load the model {source}: {where} ({reason})") from error
+        why = f"{where} ({first_line(error)})"
+        raise CheckpointError(f"cannot load the model {source}: {why}") from error
     model: FusionLMForCausalLM = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:

@@ -1,92 +1,191 @@
-"""Stage 8: surprisal of the tokens of text; `fusion_model.surprisal` sums them to words."""
+"""Stage 8: surprisal of the tokens of text, whatever runs the model; needs no PyTorch.
 
+`TextModel` is what `fusion_model.FusionLM` and `fusion_model.export.OnnxFusionLM` have in common:
+each says how log-probabilities come about, and all that is made of them stands here.
+`fusion_model.surprisal` sums tokens to words.
+"""
+
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
-from fusion_model.data.batches import Batch, BatchSource
-from fusion_model.model import FusionLMForCausalLM
+from fusion_model import progress
+from fusion_model.data.batches import Batches, Vectors
+from fusion_model.data.corpus import Corpus
+from fusion_model.data.text import Document, split_sentences
+from fusion_model.errors import FusionLMError
+from fusion_model.prefixes.embed import embed_corpus
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.store import EmbeddingStore, MemoryStore
+from fusion_model.prefixes.views import shuffle_rows
 from fusion_model.surprisal import (
+    CONTEXTS,
+    Perplexity,
     SentenceScores,
+    WordScore,
     boundary_ids,
+    word_scores,
 )
 
-
-@torch.inference_mode()
-def token_surprisals(model: FusionLMForCausalLM, batch: Batch) -> list[Tensor]:
-    """Surprisals in nats of each sentence of a batch, each on its own."""
-    log_probs = model.token_log_probs(batch.input_ids, batch.prefix_embeds, batch.lengths)
-    return list((-log_probs).cpu().split((batch.lengths - 1).tolist()))
+Array = np.ndarray
+LogProbs = tuple[np.ndarray, np.ndarray | None, Any]
+"""Of the targets [N], of a boundary token [N] (None where not asked for), and the state after."""
 
 
-@torch.inference_mode()
+class TextModel(ABC):
+    """A language model with its tokenizer and encoder.
+
+    Attributes:
+        tokenizer: adds neither BOS nor EOS by itself.
+        planner: prefixes to encoder; None for an unfused model.
+        shuffle: one of `fusion_model.prefixes.views.SHUFFLES`, as in training.
+        tokens_per_batch: most padded tokens that are scored at once.
+    """
+
+    tokenizer: Any
+    planner: PrefixPlanner | None
+    shuffle: str
+    tokens_per_batch: int
+
+    @abstractmethod
+    def log_probs(
+        self, ids: Array, targets: Array, e: Array | None, boundary: Array | None, state: Any
+    ) -> LogProbs:
+        """log p of the tokens that follow, in nats, float32, row after row.
+
+        Args:
+            ids: [B, T] int64, padded on the right.
+            targets: the token after each, [B, T] int64; -1 where none is asked for.
+            e: [B, T, E] float32, embeddings of the prefixes that end at each; None if unfused.
+            boundary: [K] int64: how likely is one of these, whichever, in the target's place?
+            state: from an earlier call, whose tokens these follow; or None.
+        """
+
+    def encode_corpus(self, corpus: Corpus, store: Vectors | None = None) -> Batches:
+        """The corpus with the embeddings of its positions, in memory or in `store`."""
+        pad = self.tokenizer.pad_token_id or 0
+        if self.planner is None:
+            return Batches(corpus, None, None, pad)
+        if store is None:
+            store = MemoryStore(self.planner.encoder.dim)
+        with progress.track("prefix embeddings", sum(corpus.positions)) as update:
+            rows = embed_corpus(corpus, self.planner, store, update)
+        return Batches(corpus, shuffle_rows(rows, corpus.positions, self.shuffle), store, pad)
+
+    def open_store(self, path: Path | str | None) -> AbstractContextManager[Vectors | None]:
+        """The store of this model's embeddings at `path`; nothing for an unfused model."""
+        if path is None or self.planner is None:
+            return nullcontext()
+        encoder = self.planner.encoder
+        return EmbeddingStore(
+            path, encoder.fingerprint, self.planner.view, encoder.dim, policy=encoder.policy
+        )
+
+    def perplexity(self, documents: Sequence[Document], store: Vectors | None = None) -> Perplexity:
+        """How well the model predicts these documents, sentence by sentence."""
+        corpus = Corpus.from_documents(documents, self.tokenizer)
+        scores = score_sentences(self, self.encode_corpus(corpus, store))
+        return Perplexity(
+            nats=math.fsum(nats for s in scores for nats in s.tokens.tolist()),
+            tokens=sum(len(s.tokens) for s in scores),
+            words=sum(len(s.split()) for d in documents for s in d.sentences),
+            characters=corpus.characters,
+        )
+
+    def score(
+        self,
+        text: str | Sequence[Document],
+        *,
+        context: str = "sentence",
+        whitespace_correction: bool = False,
+        store: Vectors | None = None,
+    ) -> list[WordScore]:
+        """Surprisal of every word, the first too, and of every sentence end.
+
+        Args:
+            text: plain text, split into sentences here, or documents.
+            context: `sentence`, as the model is trained, or `article`: the LSTM's state goes
+                on through each document.
+            whitespace_correction: see `fusion_model.surprisal.sum_words`.
+
+        Raises:
+            FusionLMError: unknown context; a correction that the vocabulary does not allow; a
+                sentence longer than the encoder's window; a model exported without its encoder.
+        """
+        if context not in CONTEXTS:
+            raise FusionLMError(f"unknown context {context!r}: choose one of {', '.join(CONTEXTS)}")
+        documents = [Document("text", split_sentences(text))] if isinstance(text, str) else text
+        boundary = np.array(boundary_ids(self.tokenizer)) if whitespace_correction else None
+        corpus = Corpus.from_documents(documents, self.tokenizer)
+        batches = self.encode_corpus(corpus, store)
+        if context == "sentence":
+            scores = score_sentences(self, batches, boundary)
+        else:
+            scores = list(score_articles(self, batches, boundary))
+        return word_scores(self.tokenizer, documents, scores)
+
+    def prompt_row(self, prompt: str) -> list[int]:
+        """BOS and the prompt's tokens."""
+        ids = self.tokenizer(" ".join(prompt.split()), add_special_tokens=False)["input_ids"]
+        return [self.tokenizer.bos_token_id or 0, *ids]
+
+
+def next_tokens(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Targets of sentences that are scored alone: what follows in them, -1 at padding.
+
+    Args:
+        ids: [B, T + 1].
+        lengths: real tokens of each, [B].
+    """
+    real = np.arange(1, ids.shape[1]) < lengths[:, None]
+    return np.where(real, ids[:, 1:], -1)
+
+
 def score_sentences(
-    model: FusionLMForCausalLM, source: BatchSource, boundary_ids: Tensor | None = None
+    model: TextModel, batches: Batches, boundary: np.ndarray | None = None
 ) -> list[SentenceScores]:
     """Every sentence on its own, in the corpus' order.
 
     Args:
-        source: the sentences with their embeddings.
-        boundary_ids: tokens that start a word, and EOS; see `word_boundary_ids`.
+        batches: the sentences with their embeddings.
+        boundary: tokens that start a word, and EOS, [K]; see `fusion_model.surprisal`.
     """
     results: dict[int, SentenceScores] = {}
-    for indices in source.plan(8192 if boundary_ids is None else 2048):
-        batch = source.batch(indices).to(model.device)
-        if boundary_ids is None:
-            surprisals = token_surprisals(model, batch)
-            results.update(zip(indices.tolist(), map(SentenceScores, surprisals), strict=True))
-            continue
-        features, _ = model.features(
-            batch.input_ids[:, :-1], None, batch.prefix_embeds, use_cache=False
-        )
-        for row, index in enumerate(indices.tolist()):
-            end = int(batch.lengths[row])
-            targets = batch.input_ids[row, 1:end]
-            results[index] = _sentence_scores(
-                model, features[row, : end - 1], targets, boundary_ids
-            )
-    return [results[i] for i in range(len(source.lengths))]
+    # Of a boundary all scores of the vocabulary are kept at once.
+    size = model.tokens_per_batch if boundary is None else min(2048, model.tokens_per_batch)
+    for indices in batches.plan(size):
+        ids, e, lengths = batches.batch(indices)
+        found = model.log_probs(ids[:, :-1], next_tokens(ids, lengths), e, boundary, None)
+        results.update(zip(indices.tolist(), _by_sentence(found, lengths), strict=True))
+    return [results[i] for i in range(len(batches.lengths))]
 
 
-@torch.inference_mode()
 def score_articles(
-    model: FusionLMForCausalLM,
-    source: BatchSource,
-    starts: Sequence[bool],
-    boundary_ids: Tensor | None = None,
+    model: TextModel, batches: Batches, boundary: np.ndarray | None = None
 ) -> Iterator[SentenceScores]:
-    """As `score_sentences`, but the LSTM's state goes on from one sentence to the next.
+    """As `score_sentences`, but the LSTM's state goes on through each document.
 
     The prefix embedding stays that of the sentence: an article outgrows an encoder's window.
-
-    Args:
-        starts: true where an article begins and the state is reset.
     """
     state = None
-    for index, first in enumerate(starts):
-        batch = source.batch([index]).to(model.device)
-        e = batch.prefix_embeds
+    for index, first in enumerate(batches.corpus.starts_document):
+        ids, e, lengths = batches.batch([index])
         if e is not None:  # EOS is read too, on the way to the next sentence
-            e = torch.cat([e, e[:, -1:]], dim=1)
-        features, state = model.features(
-            batch.input_ids, prefix_embeds=e, state=None if first else state
-        )
-        yield _sentence_scores(model, features[0, :-1], batch.input_ids[0, 1:], boundary_ids)
+            e = np.concatenate([e, e[:, -1:]], axis=1)
+        targets = np.append(ids[:, 1:], [[-1]], axis=1)
+        found = model.log_probs(ids, targets, e, boundary, None if first else state)
+        state = found[2]
+        yield from _by_sentence(found, lengths)
 
 
-def _sentence_scores(
-    model: FusionLMForCausalLM, features: Tensor, targets: Tensor, boundary_ids: Tensor | None
-) -> SentenceScores:
-    """Scores of one sentence from features [n + 1, D] and targets [n + 1]."""
-    log_probs = torch.log_softmax(model.lm_head(features).float(), dim=-1)
-    tokens = -log_probs.gather(1, targets[:, None])[:, 0].cpu()
-    if boundary_ids is None:
-        return SentenceScores(tokens)
-    return SentenceScores(tokens, -log_probs[:, boundary_ids].logsumexp(dim=-1).cpu())
-
-
-def word_boundary_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """`fusion_model.surprisal.boundary_ids` as a tensor, [K] int64."""
-    return torch.tensor(boundary_ids(tokenizer))
+def _by_sentence(found: LogProbs, lengths: np.ndarray) -> list[SentenceScores]:
+    tokens, boundary, _ = found
+    ends = np.cumsum(lengths - 1)[:-1]
+    if boundary is None:
+        return list(map(SentenceScores, np.split(-tokens, ends)))
+    return list(map(SentenceScores, np.split(-tokens, ends), np.split(-boundary, ends)))

@@ -9,17 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusion_model.data.corpus import Corpus
+import numpy as np
+
 from fusion_model.data.text import Document
 from fusion_model.errors import FusionLMError
 
 CONTEXTS = ("sentence", "article")
-
-
-def check_context(context: str) -> None:
-    """Raise `FusionLMError` for a context that is not one of `CONTEXTS`."""
-    if context not in CONTEXTS:
-        raise FusionLMError(f"unknown context {context!r}: choose one of {', '.join(CONTEXTS)}")
 
 
 @dataclass(frozen=True)
@@ -92,11 +87,11 @@ class SentenceScores:
     """Surprisals in nats of one sentence's tokens x1 … xn, EOS, [n + 1] float32.
 
     `boundary` holds, where asked for, -log p(the next token starts a word or ends the
-    sentence) at the same positions. Both are tensors or arrays, as the model gave them.
+    sentence) at the same positions.
     """
 
-    tokens: Any
-    boundary: Any = None
+    tokens: np.ndarray
+    boundary: np.ndarray | None = None
 
 
 def boundary_ids(tokenizer: Any) -> list[int]:
@@ -170,15 +165,3 @@ def word_scores(
                 for place, (word, nats, tokens) in enumerate(words, start=1)
             ]
     return results
-
-
-def text_perplexity(
-    documents: Sequence[Document], corpus: Corpus, scores: Sequence[SentenceScores]
-) -> Perplexity:
-    """Perplexity of documents from the scores of their sentences."""
-    return Perplexity(
-        nats=math.fsum(nats for s in scores for nats in s.tokens.tolist()),
-        tokens=sum(len(s.tokens) for s in scores),
-        words=sum(len(s.split()) for d in documents for s in d.sentences),
-        characters=corpus.characters,
-    )

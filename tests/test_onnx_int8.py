@@ -15,10 +15,11 @@ from onnx_cases import one_thread as one_thread
 
 from fusion_model import FUSIONS, FusionLM
 from fusion_model.config import EARLY
-from fusion_model.data.batches import BatchSource
+from fusion_model.data.batches import Batches
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document, read_text, split_sentences
 from fusion_model.data.tokenizer import train_bpe
+from fusion_model.language_model import to_tensors
 
 SHIPPED = Path(__file__).parents[1] / "fusion_model" / "samples" / "thursday.txt"
 
@@ -29,14 +30,12 @@ def trained(sentences: list[str], steps: int = 150) -> FusionLM:
     model = small_model(
         fusion="none", vocab_size=len(tokenizer), embedding_size=48, hidden_size=64, num_layers=2
     ).train()
-    source = BatchSource(
-        Corpus.from_documents([Document("t", sentences)], tokenizer), None, None, 0
-    )
+    source = Batches(Corpus.from_documents([Document("t", sentences)], tokenizer), None, None, 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     plan = source.plan(1024, seed=0)
     for step in range(steps):
         batch = source.batch(plan[step % len(plan)])
-        log_probs = model.token_log_probs(batch.input_ids, None, batch.lengths)
+        log_probs = model.token_log_probs(*to_tensors(batch, model.device))
         optimizer.zero_grad()
         (-log_probs.mean()).backward()
         optimizer.step()

@@ -112,7 +112,7 @@ def test_several_prompts_run_together_as_they_do_alone(fusion: str, bpe, tmp_pat
 
 def test_rows_end_at_eos_and_the_others_go_on(bert_pair) -> None:
     _, lm = bert_pair
-    prompts = [[1, *lm._ids(p)] for p in ("The cat", "She said", "Nobody sat", "A")]
+    prompts = [lm.prompt_row(p) for p in ("The cat", "She said", "Nobody sat", "A")]
     options, generator = GenerationOptions(max_new_tokens=12), np.random.default_rng(0)
 
     def rows(eos: int | None) -> list[list[int]]:

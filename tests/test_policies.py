@@ -46,10 +46,10 @@ def test_generated_text_is_what_whole_sentences_predict(trained: tuple[str, Path
     ids = lm.prompt_ids("The cat")
     options = {"max_new_tokens": 12, "num_beams": 1, "do_sample": False, "eos_token_id": None}
     row = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
-    source = lm.encode_corpus(Corpus([[*row.tolist(), 2]], [True], 1))
-    batch = source.batch([0])
+    batch = lm.encode_corpus(Corpus([[*row.tolist(), 2]], [True], 1)).batch([0])
+    e = torch.from_numpy(batch.prefix_embeds)
     with torch.no_grad():
-        logits = lm.model(row[None], prefix_embeds=batch.prefix_embeds).logits[0]
+        logits = lm.model(row[None], prefix_embeds=e).logits[0]
     predicted = logits.argmax(-1)[ids.shape[1] - 1 : -1]
     assert row[ids.shape[1] :].tolist() == predicted.tolist()
     beams = lm.model.generate(

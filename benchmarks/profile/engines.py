@@ -112,7 +112,7 @@ class TorchEngine:
         targets = [
             *_planner_stages(self.lm.planner),
             (model, "features", LSTM),
-            (model, "token_log_probs", VOCABULARY),
+            (self.lm, "log_probs", VOCABULARY),
             (model.lm_head, "forward", VOCABULARY),
         ]
         self._recorder = recorder
@@ -130,12 +130,12 @@ class OnnxEngine:
         self.lm = lm
 
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
-        return 1 + max(len(self.lm._ids(p)) for p in prompts)
+        return max(len(self.lm.prompt_row(p)) for p in prompts)
 
     def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
         from fusion_model.export.runtime import generation
 
-        self.lm._cache = None  # nothing kept of earlier prefixes
+        self.lm.__dict__.pop("stream", None)  # nothing kept of earlier prefixes
         choose = generation.choose
         end = self.lm.tokenizer.eos_token_id
 
@@ -167,7 +167,7 @@ class OnnxEngine:
             replaced(self.lm, "steps", steps),
             recorder.around(
                 *_planner_stages(self.lm.planner),
-                (self.lm, "_ids", TOKENISER),
+                (self.lm, "prompt_row", TOKENISER),
                 (self.lm._sequences, "run", LSTM),
                 (generation, "choose", VOCABULARY),
             ),

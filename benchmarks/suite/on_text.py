@@ -250,7 +250,7 @@ def _scoring(case: Case, context: Context) -> Work:
 
     def token_scores(exact: FusionLM) -> list[SentenceScores]:
         corpus = Corpus.from_documents(documents, exact.tokenizer)
-        return score_sentences(exact.model, exact.encode_corpus(corpus))
+        return score_sentences(exact, exact.encode_corpus(corpus))
 
     def expected() -> Tensor:
         found: Tensor = context.once((case.group, plainly), reference)

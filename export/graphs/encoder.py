@@ -3,17 +3,14 @@
 The graph is traced from `HFEncoder` itself, so that it pools as the encoder does in PyTorch.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from fusion_model.export.graphs.builder import quiet
 from torch import Tensor, nn
 
 from fusion_model.encoders.pretrained import HFEncoder
-from fusion_model.errors import ExportError
+from fusion_model.errors import ExportError, first_line
 
 TRACED = (3, 7)  # N, L of the example; neither 0 nor 1, which a trace takes for constants
 
@@ -46,7 +43,7 @@ def export_encoder(encoder: HFEncoder, path: Path, opset: int) -> None:
         most = encoder.window - any(p.name == "mask" for p in encoder.poolings)
         axes[1] = torch.export.Dim("length", min=len(encoder.specials), max=most)
     try:
-        with torch.inference_mode(), _quiet():
+        with torch.inference_mode(), quiet("torch.onnx"):
             program = torch.onnx.export(
                 _Pooled(encoder),
                 (example,),
@@ -61,22 +58,7 @@ def export_encoder(encoder: HFEncoder, path: Path, opset: int) -> None:
             assert program is not None
             program.save(path)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ExportError(
-            f"the encoder {encoder.name} cannot be exported to ONNX: {reason.strip()}; export "
+            f"the encoder {encoder.name} cannot be exported to ONNX: {first_line(error)}; export "
             "without --encoder, and pass prefix embeddings yourself"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """PyTorch's exporter warns and logs about its own insides."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,11 +1,8 @@
-"""Encoders of an export: the ONNX graph of a pretrained one, bags of words, zeros.
+"""Encoders of an export: the ONNX graph of a pretrained one, or those that need none.
 
 Nothing here needs PyTorch.
 """
 
-import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from fusion_model.export.runtime.tokenizer import TextTokenizer
 
 from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.batching import equal_lengths
+from fusion_model.encoders.controls import BagEncoder, ZeroEncoder
 from fusion_model.encoders.inputs import Progress, TokenItems
 from fusion_model.errors import EncoderError, ExportError
 
@@ -66,58 +64,6 @@ class OnnxEncoder(TokenItems):
         return out[[places[item] for item in items]]
 
 
-class ZeroVectors:
-    """`fusion_model.encoders.controls.ZeroEncoder` without PyTorch."""
-
-    mask_token, fingerprint = "", "zeros"
-
-    def __init__(self, dim: int, policy: str = "every") -> None:
-        self.dim, self.policy = dim, policy
-
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        """One item for all texts."""
-        return [b""] * len(texts)
-
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
-        """Zeros, [N, dim] float32."""
-        return np.zeros((len(items), self.dim), dtype=np.float32)
-
-
-class BagVectors:
-    """A bag of words without scikit-learn: counts, or tf-idf of length 1.
-
-    Args:
-        path: the JSON file that `BagEncoder.save` wrote.
-    """
-
-    mask_token = ""
-    _words = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's
-
-    def __init__(self, path: Path, policy: str = "every") -> None:
-        self.policy = policy
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        self.fingerprint = path.stem
-        self._vocabulary: dict[str, int] = saved["vocabulary"]
-        self._idf = np.array(saved["idf"]) if "idf" in saved else None
-        self.dim = len(self._vocabulary)
-
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        """The texts themselves."""
-        return [text.encode() for text in texts]
-
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
-        """Vectors, [N, dim] float32."""
-        out = np.zeros((len(items), self.dim))
-        for row, item in enumerate(items):
-            for word, count in Counter(self._words.findall(item.decode().lower())).items():
-                if word in self._vocabulary:
-                    out[row, self._vocabulary[word]] = count
-        if self._idf is not None:
-            out *= self._idf
-            out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-300)
-        return out.astype(np.float32)
-
-
 def open_encoder(folder: Path, manifest: dict[str, Any], device: str, threads: int) -> TextEncoder:
     """The encoder of an export.
 
@@ -132,7 +78,7 @@ def open_encoder(folder: Path, manifest: dict[str, Any], device: str, threads: i
         )
     policy = described.get("policy", "every")
     if described["kind"] == "zeros":
-        return ZeroVectors(described["dim"], policy)
+        return ZeroEncoder(described["dim"], policy)
     if described["kind"] == "bag":
-        return BagVectors(folder / f"{name}.json", policy)
+        return BagEncoder.load(name, folder, policy)
     return OnnxEncoder(folder, described, device, threads)

@@ -1,6 +1,7 @@
 """An exported model: `score`, `perplexity` and `generate` without PyTorch."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from fusion_model.export.manifest import SEQUENCE, STEP, TOKENIZER, read_manifest
 from fusion_model.export.runtime.encoder import open_encoder
 from fusion_model.export.runtime.generation import GenerationOptions, generate_rows
-from fusion_model.export.runtime.sequences import Sequences, VectorRows
+from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.session import (
     check_version,
     choose_device,
@@ -19,27 +20,13 @@ from fusion_model.export.runtime.session import (
 from fusion_model.export.runtime.steps import Steps
 from fusion_model.export.runtime.tokenizer import TextTokenizer
 
-from fusion_model import progress
-from fusion_model.data.batches import Batching
-from fusion_model.data.corpus import Corpus
-from fusion_model.data.text import Document, split_sentences
 from fusion_model.errors import ExportError
-from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner, check_causal
 from fusion_model.prefixes.stream import PrefixStream
-from fusion_model.prefixes.views import shuffle_rows
-from fusion_model.surprisal import (
-    Perplexity,
-    SentenceScores,
-    WordScore,
-    boundary_ids,
-    check_context,
-    text_perplexity,
-    word_scores,
-)
+from fusion_model.scoring import Array, LogProbs, TextModel, next_tokens
 
 
-class OnnxFusionLM:
+class OnnxFusionLM(TextModel):
     """What `fusion-lm export` wrote, called as `fusion_model.FusionLM` is.
 
     Args:
@@ -57,6 +44,8 @@ class OnnxFusionLM:
             old; the device is not there, or nodes fell from it to the CPU.
     """
 
+    tokens_per_batch = 2048
+
     def __init__(
         self, folder: str | Path, *, device: str = "auto", threads: int | None = None
     ) -> None:
@@ -68,26 +57,53 @@ class OnnxFusionLM:
         self.model: dict[str, Any] = self.manifest["model"]
         described = self.manifest["tokenizer"]
         self.tokenizer = TextTokenizer(self.folder / TOKENIZER, described)
+        self.shuffle = self.model["shuffle"]
         self._sequences = Sequences(self._open(SEQUENCE), self.model)
-        self._step_session: Any = None  # opened when something is generated
-        self._planner: PrefixPlanner | None = None
-        self._cache: PrefixStream | None = None
 
     def _open(self, name: str) -> Any:
         return open_session(self.folder / name, self.device, self.threads)
 
-    @property
-    def planner(self) -> PrefixPlanner | None:
+    @cached_property
+    def _step_session(self) -> Any:
+        return self._open(STEP)
+
+    @cached_property
+    def planner(self) -> PrefixPlanner | None:  # type: ignore[override]
         """Prefixes to encoder; None for an unfused model. The encoder is opened when asked for.
 
         Raises:
             ExportError: the model was exported without its encoder.
         """
-        if self._planner is None and self.model["fusion"] != "none":
-            encoder = open_encoder(self.folder, self.manifest, self.device, self.threads)
-            view, shares = self.model["view"], self.model["shares_vocabulary"]
-            self._planner = PrefixPlanner(encoder, self.tokenizer, view, shares)
-        return self._planner
+        if self.model["fusion"] == "none":
+            return None
+        encoder = open_encoder(self.folder, self.manifest, self.device, self.threads)
+        view, shares = self.model["view"], self.model["shares_vocabulary"]
+        return PrefixPlanner(encoder, self.tokenizer, view, shares)
+
+    @cached_property
+    def stream(self) -> PrefixStream:
+        """Embeddings of the prefixes that generation makes.
+
+        Raises:
+            FusionLMError: a view that sees the future; see also `planner`.
+        """
+        check_causal(self.planner)
+        assert self.planner is not None
+        return PrefixStream(self.planner)
+
+    def log_probs(
+        self, ids: Array, targets: Array, e: Array | None, boundary: Array | None, state: Any
+    ) -> LogProbs:
+        """See `TextModel`.
+
+        Raises:
+            ExportError: ids or embeddings of the wrong width, shape or type.
+        """
+        one = np.zeros(1, dtype=np.int64)  # the graph always wants some
+        some = one if boundary is None else boundary
+        target, edge, state = self._sequences.run(ids, np.maximum(targets, 0), e, some, state)
+        asked = targets >= 0
+        return target[asked], None if boundary is None else edge[asked], state
 
     def token_log_probs(
         self,
@@ -109,57 +125,14 @@ class OnnxFusionLM:
         Raises:
             ExportError: ids or embeddings of the wrong width, shape or type.
         """
-        input_ids = np.asarray(input_ids)
-        read = input_ids[:, :-1] if input_ids.ndim == 2 else input_ids
+        ids = np.asarray(input_ids)
         e = None if prefix_embeds is None else np.asarray(prefix_embeds)
         if e is not None and e.ndim == 2:
-            e = np.repeat(e[:, None], read.shape[1], axis=1)
-        self._sequences.check(read, e)
-        ids = input_ids.astype(np.int64, copy=False)
-        target, _, _ = self._sequences.run(ids[:, :-1], ids[:, 1:], e, np.zeros(1, np.int64))
-        if lengths is None:
-            return target.ravel()
-        real = np.arange(target.shape[1]) < (np.asarray(lengths) - 1)[:, None]
-        return target[real]
-
-    def _score(
-        self, documents: Sequence[Document], context: str, boundary: list[int] | None
-    ) -> tuple[Corpus, list[SentenceScores]]:
-        corpus = Corpus.from_documents(documents, self.tokenizer)
-        rows = vectors = None
-        if self.planner is not None:
-            vectors = VectorRows(self.planner.encoder.dim)
-            with progress.track("prefix embeddings", sum(corpus.positions)) as update:
-                rows = embed_corpus(corpus, self.planner, vectors, update)
-            rows = shuffle_rows(rows, corpus.positions, self.model["shuffle"])
-        batching = Batching(corpus, rows, self.tokenizer.pad_token_id or 0)
-        if context == "sentence":
-            return corpus, self._sequences.score_sentences(batching, vectors, boundary)
-        starts = corpus.starts_document
-        return corpus, list(self._sequences.score_articles(batching, vectors, starts, boundary))
-
-    def perplexity(self, documents: Sequence[Document]) -> Perplexity:
-        """How well the model predicts these documents, sentence by sentence."""
-        corpus, scores = self._score(documents, "sentence", None)
-        return text_perplexity(documents, corpus, scores)
-
-    def score(
-        self,
-        text: str | Sequence[Document],
-        *,
-        context: str = "sentence",
-        whitespace_correction: bool = False,
-    ) -> list[WordScore]:
-        """Surprisal of every word and sentence end; see `fusion_model.FusionLM.score`.
-
-        Raises:
-            FusionLMError: as there; or the model was exported without its encoder.
-        """
-        check_context(context)
-        documents = [Document("text", split_sentences(text))] if isinstance(text, str) else text
-        boundary = boundary_ids(self.tokenizer) if whitespace_correction else None
-        _, scores = self._score(documents, context, boundary)
-        return word_scores(self.tokenizer, documents, scores)
+            e = np.repeat(e[:, None], ids.shape[-1] - 1, axis=1)
+        self._sequences.check(ids[..., :-1], e)
+        ids = ids.astype(np.int64, copy=False)
+        ends = np.full(len(ids), ids.shape[1]) if lengths is None else np.asarray(lengths)
+        return self.log_probs(ids[:, :-1], next_tokens(ids, ends), e, None, None)[0]
 
     def generate(
         self,
@@ -187,7 +160,7 @@ class OnnxFusionLM:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if streamer is not None and (len(prompts), chosen.num_beams) != (1, 1):
             raise ExportError("a streamer follows one row: give one prompt and no beams")
-        rows = [[self.tokenizer.bos_token_id or 0, *self._ids(p)] for p in prompts]
+        rows = [self.prompt_row(p) for p in prompts]
         steps = self.steps(prefix_embeds)
         if streamer is not None:
             streamer.put(np.array(rows[0]))
@@ -203,41 +176,30 @@ class OnnxFusionLM:
             streamer.end()
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in out]
 
-    def _ids(self, prompt: str) -> list[int]:
-        ids: list[int] = self.tokenizer(" ".join(prompt.split()), add_special_tokens=False)[
-            "input_ids"
-        ]
-        return ids
-
     def steps(self, vector: np.ndarray | None) -> Steps:
         """Generation's inner loop, for a loop of one's own.
 
         Args:
             vector: [E], instead of the prefixes' own embeddings.
         """
-        if self._step_session is None:
-            self._step_session = self._open(STEP)
+        session, device = self._step_session, self.device
         if self.model["fusion"] == "none":
-            return Steps(self._step_session, self.model, self.device, None)
-        if vector is not None:
-            e = np.asarray(vector, dtype=np.float32)
-            if e.shape != (self.model["prefix_size"],):
-                raise ExportError(
-                    f"prefix_embeds has shape {list(e.shape)}: expected "
-                    f"{[self.model['prefix_size']]}, one vector"
-                )
+            return Steps(session, self.model, device, None)
+        if vector is None:
+            stream = self.stream
 
-            def one(rows: Sequence[Sequence[int]], last: int) -> np.ndarray:
-                return np.tile(e, (len(rows), last, 1))
+            def of_prefixes(rows: Sequence[Sequence[int]], last: int) -> np.ndarray:
+                return np.stack(stream.of_rows(rows, -last)).reshape(len(rows), last, -1)
 
-            return Steps(self._step_session, self.model, self.device, one, one_vector=True)
-        check_causal(self.planner)
-        if self._cache is None:
-            assert self.planner is not None
-            self._cache = PrefixStream(self.planner)
-        cache = self._cache
+            return Steps(session, self.model, device, of_prefixes)
+        e = np.asarray(vector, dtype=np.float32)
+        if e.shape != (self.model["prefix_size"],):
+            raise ExportError(
+                f"prefix_embeds has shape {list(e.shape)}: expected "
+                f"{[self.model['prefix_size']]}, one vector"
+            )
 
-        def of_prefixes(rows: Sequence[Sequence[int]], last: int) -> np.ndarray:
-            return np.stack(cache.of_rows(rows, -last)).reshape(len(rows), last, -1)
+        def one(rows: Sequence[Sequence[int]], last: int) -> np.ndarray:
+            return np.tile(e, (len(rows), last, 1))
 
-        return Steps(self._step_session, self.model, self.device, of_prefixes)
+        return Steps(session, self.model, device, one, one_vector=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fusion_model.export.manifest import OLDEST_RUNTIME
 
-from fusion_model.errors import ExportError
+from fusion_model.errors import ExportError, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Arithmetic on shapes: ONNX Runtime keeps these few integers on the CPU on purpose.
@@ -102,7 +102,7 @@ def open_session(path: Path, device: str, threads: int) -> Any:
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises kinds of its own, none of them public
-        raise ExportError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+        raise ExportError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
     if device != "cpu":
         if provider not in session.get_providers():
             raise ExportError(
@@ -141,7 +141,3 @@ def check_placement(session: Any, provider: str, name: str) -> None:
             f"{name}: {provider} has no kernel for {shown}, which would run on the CPU: export "
             "with --precision fp32 or fp16, or use device cpu"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -39,7 +39,7 @@ class Steps:
         one_vector: bool = False,
     ) -> None:
         self._session, self._model, self._device = session, model, device
-        self._prefix_embeds = prefix_embeds
+        self.prefix_embeds = prefix_embeds
         inputs = {i.name: i.type for i in session.get_inputs()}
         self._early = "fresh" in inputs
         self._anew = self._early and not one_vector  # every prefix from its own embedding
@@ -48,10 +48,6 @@ class Steps:
         self._binding = session.io_binding()
         self._state: State | None = None
         self.rows: list[list[int]] = []
-
-    def set_prefix_embeds(self, prefix_embeds: PrefixEmbeds | None) -> None:
-        """Take embeddings from elsewhere from now on."""
-        self._prefix_embeds = prefix_embeds
 
     def start(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Read the prompts; scores of the token after each, [B, V] float32.
@@ -111,8 +107,8 @@ class Steps:
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
         binding.bind_cpu_input("input_ids", np.array(new, dtype=np.int64))
-        if self._prefix_embeds is not None:
-            e = self._prefix_embeds(rows, len(new[0]) if self._per_token else 1)
+        if self.prefix_embeds is not None:
+            e = self.prefix_embeds(rows, len(new[0]) if self._per_token else 1)
             e = e if self._per_token else np.ascontiguousarray(e[:, 0])
             binding.bind_cpu_input("prefix_embeds", e)
         if self._early:

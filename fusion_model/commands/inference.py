@@ -150,7 +150,7 @@ def generate(
 
         options["streamer"] = TextStreamer(lm.tokenizer, skip_special_tokens=True)
     elif beam == 1:
-        from fusion_model.export.streaming import TokenPrinter
+        from fusion_model.export.runtime.tokenizer import TokenPrinter
 
         options["streamer"] = TokenPrinter(lm.tokenizer)
     texts = lm.generate(prompt, seed=seed, **options)

@@ -5,89 +5,72 @@ nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fusion_model.data.corpus import Corpus
 
 ROWS = 16  # a batch of a multiple of these is not padded for the matrix units
 
 
-class KeyedRows(Protocol):
-    """What planning needs of a store; see `fusion_model.data.batches.Vectors`."""
+class Vectors(Protocol):
+    """Vectors by key; `EmbeddingStore` keeps them on disk, `MemoryStore` in memory."""
 
     def row(self, key: bytes) -> int:
         """Row of a key, -1 where there is none."""
 
     def append(self, keys: Sequence[bytes], vectors: Any) -> None:
-        """Add rows, [len(keys), dim]."""
+        """Add rows, [len(keys), dim], an array or a tensor on the CPU."""
 
-
-class Vectors(KeyedRows, Protocol):
-    """Vectors by key; `EmbeddingStore` keeps them on disk, `MemoryStore` in memory."""
-
-    dim: int
-
-    def gather(self, rows: np.ndarray) -> Tensor:
+    def gather(self, rows: np.ndarray) -> np.ndarray:
         """Vectors of rows, [*rows.shape, dim] float32."""
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Sentences padded on the right.
 
     Attributes:
-        input_ids: [B, T].
-        lengths: real tokens of each, [B].
-        prefix_embeds: [B, T - 1, E] float32, or None.
+        input_ids: [B, T] int64.
+        prefix_embeds: [B, T - 1, E] float32, or None for an unfused model.
+        lengths: real tokens of each, [B] int64.
     """
 
-    input_ids: Tensor
-    lengths: Tensor
-    prefix_embeds: Tensor | None
-
-    def to(self, device: torch.device | str) -> "Batch":
-        e = self.prefix_embeds
-        return Batch(
-            self.input_ids.to(device),
-            self.lengths.to(device),
-            None if e is None else e.to(device),
-        )
+    input_ids: np.ndarray
+    prefix_embeds: np.ndarray | None
+    lengths: np.ndarray
 
 
-class Batching:
-    """The sentences of a corpus as padded arrays.
+class Batches:
+    """The sentences of a corpus in batches, with the embeddings of their positions.
 
     Args:
         corpus: the sentences.
         rows: store row of every position, [P]; None for an unfused model.
-        pad_token_id: fills the ids on the right.
+        store: where the vectors are.
+        pad_token_id: fills `input_ids` on the right.
     """
 
-    def __init__(self, corpus: Corpus, rows: np.ndarray | None, pad_token_id: int) -> None:
-        self.corpus, self._rows, self._pad = corpus, rows, pad_token_id
+    def __init__(
+        self, corpus: Corpus, rows: np.ndarray | None, store: Vectors | None, pad_token_id: int
+    ) -> None:
+        self.corpus, self._rows, self._store, self._pad = corpus, rows, store, pad_token_id
         self.lengths = np.array([len(s) for s in corpus.sentences])
         self._offsets = np.concatenate([[0], np.cumsum(self.lengths - 1)])
 
-    def padded(
-        self, indices: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Ids [B, T] int64, lengths [B], and store rows [B, T - 1] of the sentences."""
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The sentences of these indices, in this order."""
         lengths = self.lengths[indices]
         ids = np.full((len(indices), lengths.max()), self._pad, dtype=np.int64)
         for row, index in enumerate(indices):
             ids[row, : lengths[row]] = self.corpus.sentences[index]
-        if self._rows is None:
-            return ids, lengths, None
+        if self._rows is None or self._store is None:
+            return Batch(ids, None, lengths)
         where = np.zeros((len(indices), lengths.max() - 1), dtype=np.int64)
         for row, index in enumerate(indices):
-            start, end = self._offsets[index], self._offsets[index + 1]
-            where[row, : end - start] = self._rows[start:end]
-        return ids, lengths, where
+            own = self._rows[self._offsets[index] : self._offsets[index + 1]]
+            where[row, : len(own)] = own
+        return Batch(ids, self._store.gather(where), lengths)
 
     def plan(
         self, tokens_per_batch: int, seed: int | None = None, least: int = 1
@@ -118,28 +101,3 @@ class Batching:
         if seed is not None:
             generator.shuffle(batches)
         return batches
-
-
-class BatchSource(Batching):
-    """Batches of a corpus with the embeddings of its positions.
-
-    Args:
-        corpus: the sentences.
-        rows: store row of every position, [P]; None for an unfused model.
-        store: where the vectors are.
-        pad_token_id: fills `input_ids` on the right.
-    """
-
-    def __init__(
-        self, corpus: Corpus, rows: np.ndarray | None, store: Vectors | None, pad_token_id: int
-    ) -> None:
-        super().__init__(corpus, rows, pad_token_id)
-        self._store = store
-
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The sentences of these indices, in this order."""
-        ids, lengths, rows = self.padded(indices)
-        embeds = None
-        if rows is not None and self._store is not None:
-            embeds = self._store.gather(rows)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(lengths), embeds)

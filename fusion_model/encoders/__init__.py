@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from fusion_model.encoders.controls import BAGS, BagEncoder, ZeroEncoder
 from fusion_model.encoders.inputs import Progress
@@ -43,8 +42,8 @@ class Encoder(TextEncoder, Protocol):
     pooling: str
     content_sha256: str
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
-        """Vectors, [len(items), dim] float32 on the CPU."""
+    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Any:
+        """Vectors, [len(items), dim] float32, an array or a tensor on the CPU."""
 
     def save(self, directory: Path) -> None:
         """Write what cannot be had again by name (nothing for a pretrained encoder)."""

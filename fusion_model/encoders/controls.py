@@ -2,13 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fusion_model.encoders.inputs import Progress
 from fusion_model.errors import EncoderError
@@ -31,58 +30,63 @@ class ZeroEncoder:
     def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
         return [b""] * len(texts)
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
-        return torch.zeros(len(items), self.dim)
+    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
+        return np.zeros((len(items), self.dim), dtype=np.float32)
 
     def save(self, directory: Path) -> None:
         """Nothing to keep."""
 
 
 class BagEncoder:
-    """Bag-of-words counts or tf-idf over the `dim` most frequent words (scikit-learn)."""
+    """Counts of the `dim` most frequent words, or their tf-idf, of length 1.
+
+    Args:
+        name: `counts` or `tfidf`.
+        vocabulary: the place of each word in a vector.
+        idf: inverse document frequencies, [dim], for `tfidf`.
+    """
 
     mask_token = ""
+    _words = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's
 
-    def __init__(self, name: str, vectorizer: Any, policy: str = "every") -> None:
+    def __init__(
+        self, name: str, vocabulary: dict[str, int], idf: list[float] | None, policy: str = "every"
+    ) -> None:
         self.name = self.pooling = name
         self.policy = policy
-        self._vectorizer = vectorizer
-        self.dim = len(vectorizer.vocabulary_)
-        self.content_sha256 = hashlib.sha256(self._to_json().encode()).hexdigest()
+        self._saved: dict[str, Any] = {"vocabulary": dict(sorted(vocabulary.items()))}
+        if idf is not None:
+            self._saved["idf"] = idf
+        self.dim = len(vocabulary)
+        self.content_sha256 = hashlib.sha256(json.dumps(self._saved).encode()).hexdigest()
 
     @classmethod
     def fit(
         cls, name: str, sentences: Sequence[str], dim: int = 768, policy: str = "every"
     ) -> "BagEncoder":
         """Learn vocabulary and document frequencies from the training sentences."""
+        from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+
+        tfidf = name == "tfidf"
+        vectorizer = (TfidfVectorizer if tfidf else CountVectorizer)(max_features=dim)
         try:
-            return cls(name, _vectorizer(name, max_features=dim).fit(sentences), policy)
+            vectorizer.fit(sentences)
         except ValueError as error:
             raise EncoderError(f"cannot fit {name} on this text: {error}") from error
+        vocabulary = {word: int(i) for word, i in vectorizer.vocabulary_.items()}
+        return cls(name, vocabulary, vectorizer.idf_.tolist() if tfidf else None, policy)
 
     @classmethod
     def load(cls, name: str, directory: Path, policy: str = "every") -> "BagEncoder":
         """What `save` wrote."""
         path = directory / f"{name}.json"
         try:
-            saved = json.loads(path.read_text())
-            vectorizer = _vectorizer(name, vocabulary=saved["vocabulary"])
-            if name == "tfidf":
-                vectorizer.idf_ = np.array(saved["idf"])
-            else:
-                vectorizer._validate_vocabulary()
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            return cls(name, saved["vocabulary"], saved["idf"] if name == "tfidf" else None, policy)
         except (OSError, KeyError, ValueError) as error:
             raise EncoderError(
                 f"cannot load the {name} encoder from {path}: {error}; train the model again"
             ) from error
-        return cls(name, vectorizer, policy)
-
-    def _to_json(self) -> str:
-        vocabulary = {word: int(i) for word, i in sorted(self._vectorizer.vocabulary_.items())}
-        saved: dict[str, Any] = {"vocabulary": vocabulary}
-        if self.name == "tfidf":
-            saved["idf"] = self._vectorizer.idf_.tolist()
-        return json.dumps(saved)
 
     @property
     def fingerprint(self) -> str:
@@ -91,15 +95,16 @@ class BagEncoder:
     def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
         return [text.encode() for text in texts]
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
-        matrix = self._vectorizer.transform([item.decode() for item in items])
-        return torch.from_numpy(matrix.toarray().astype(np.float32))
+    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
+        vocabulary, out = self._saved["vocabulary"], np.zeros((len(items), self.dim))
+        for row, item in enumerate(items):
+            for word in self._words.findall(item.decode().lower()):
+                if word in vocabulary:
+                    out[row, vocabulary[word]] += 1
+        if "idf" in self._saved:
+            out *= self._saved["idf"]
+            out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-300)
+        return out.astype(np.float32)
 
     def save(self, directory: Path) -> None:
-        (directory / f"{self.name}.json").write_text(self._to_json())
-
-
-def _vectorizer(name: str, **options: Any) -> Any:
-    from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-
-    return (TfidfVectorizer if name == "tfidf" else CountVectorizer)(**options)
+        (directory / f"{self.name}.json").write_text(json.dumps(self._saved))

@@ -298,11 +298,11 @@ class Study:
         lm = self.open(run)
         documents, corpus = _read(path, lm, run.options)
         with lm.open_store(self.store(run.options)) as store:
-            scores = score_sentences(lm.model, lm.encode_corpus(corpus, store))
+            scores = score_sentences(lm, lm.encode_corpus(corpus, store))
         temporary = run.folder / "losses.tmp.npz"
         np.savez_compressed(
             temporary,
-            nats=np.concatenate([s.tokens.numpy() for s in scores]),
+            nats=np.concatenate([s.tokens for s in scores]),
             sentences=np.repeat(np.arange(len(scores)), [len(s.tokens) for s in scores]),
             words=sum(len(s.split()) for d in documents for s in d.sentences),
             characters=corpus.characters,

@@ -67,8 +67,7 @@ def _encoded(
     start, end = share_of(items, rank, world)
     try:
         report = None if progress is None else _scaled(progress, len(items))
-        vectors: np.ndarray = encoder.encode(items[start:end], report).numpy()
-        return vectors
+        return np.asarray(encoder.encode(items[start:end], report))
     except (EncoderError, RuntimeError) as error:
         return f"process {rank}: {error}"
 

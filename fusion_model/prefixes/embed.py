@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fusion_model.data.batches import KeyedRows
+from fusion_model.data.batches import Vectors
 from fusion_model.data.corpus import Corpus
 from fusion_model.encoders.inputs import Progress
 from fusion_model.prefixes.planner import PrefixPlanner
@@ -17,7 +17,7 @@ POSITIONS_PER_CHUNK = 65_536  # encoded and committed at once
 def embed_corpus(
     corpus: Corpus,
     planner: PrefixPlanner,
-    store: KeyedRows,
+    store: Vectors,
     progress: Progress | None = None,
     encode: Callable[..., Any] | None = None,
 ) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Stage 5: vectors by item, on disk or in memory.
+"""Stage 5: vectors by item, on disk or in memory, as numpy arrays.
 
 A store on disk is a folder: `manifest.json` (what the vectors are, and the committed chunks
 with their checksums), `keys.bin` (16-byte digests of items) and `vectors.bin` (rows, memory-
@@ -6,7 +6,6 @@ mapped). Rows are appended, then committed by replacing the manifest, so an inte
 leaves every committed row behind and goes on from there.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -16,36 +15,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from fusion_model.errors import StoreError
-from fusion_model.files import write_text
+from fusion_model.files import why_not_written, write_text
 
 FORMAT = 1
+KEY_BYTES = 16
+
+
+def digest(item: bytes) -> bytes:
+    """The key of an item, 16 bytes."""
+    return hashlib.blake2b(item, digest_size=KEY_BYTES).digest()
 
 
 class MemoryStore:
     """Vectors for one use, such as scoring a text."""
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
         self._rows: dict[bytes, int] = {}
-        self._chunks = [torch.zeros(0, dim)]
+        self._chunks = [np.zeros((0, dim), dtype=np.float32)]
 
     def row(self, key: bytes) -> int:
         return self._rows.get(key, -1)
 
-    def append(self, keys: Sequence[bytes], vectors: Tensor) -> None:
+    def append(self, keys: Sequence[bytes], vectors: Any) -> None:
         base = len(self._rows)
         self._rows.update((key, base + i) for i, key in enumerate(keys))
-        self._chunks.append(vectors.float())
+        self._chunks.append(np.asarray(vectors, dtype=np.float32))
 
-    def gather(self, rows: np.ndarray) -> Tensor:
+    def gather(self, rows: np.ndarray) -> np.ndarray:
         if len(self._chunks) > 1:
-            self._chunks = [torch.cat(self._chunks)]
-        return self._chunks[0][torch.from_numpy(rows)]
+            self._chunks = [np.concatenate(self._chunks)]
+        return self._chunks[0][rows]
 
 
 class EmbeddingStore:
@@ -97,21 +99,22 @@ class EmbeddingStore:
             except Timeout:
                 raise StoreError(f"the store {self.path} is in use by another process") from None
         try:
-            self._chunks = self._read_manifest(writable)
+            self._chunks = self._read_manifest()
             self.dtype: np.dtype[Any] = np.dtype(str(self._meta["dtype"]))
-            self._check_files()
+            self._widths = {"keys.bin": KEY_BYTES, "vectors.bin": dim * self.dtype.itemsize}
+            self._rows = self._read_keys()
         except BaseException:
             self.close()
             raise
-        self._vectors: Tensor | None = None
+        self._vectors: np.ndarray | None = None
 
-    def _read_manifest(self, writable: bool) -> list[list[int]]:
+    def _read_manifest(self) -> list[list[int]]:
+        """The committed chunks: rows, and the checksum of each file's part."""
         path = self.path / "manifest.json"
         if not path.exists():
-            others = [] if not self.path.is_dir() else [p for p in self.path.iterdir()]
-            if not writable:
+            if self._lock is None:
                 raise StoreError(f"there is no store at {self.path}: make one with fusion-lm embed")
-            if [p for p in others if p.name != ".lock"]:
+            if [p for p in self.path.iterdir() if p.name != ".lock"]:
                 raise StoreError(
                     f"{self.path} holds other files and no store: name an empty or new folder"
                 )
@@ -124,9 +127,7 @@ class EmbeddingStore:
             manifest.setdefault("policy", "every")  # stores made before there were others
             self._meta.setdefault("dtype", str(np.dtype(manifest["dtype"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error}): delete the store to encode anew"
-            ) from None
+            raise _damaged(path, error) from None
         for name, expected in self._meta.items():
             if manifest.get(name) != expected:
                 raise StoreError(
@@ -135,31 +136,23 @@ class EmbeddingStore:
                 )
         return chunks
 
-    def _check_files(self) -> None:
-        sizes = {"keys.bin": KEY_BYTES, "vectors.bin": self.dim * self.dtype.itemsize}
-        for column, (name, width) in enumerate(sizes.items(), start=1):
+    def _read_keys(self) -> dict[bytes, int]:
+        """Row of every key; files are held to their checksums, and uncommitted rows dropped."""
+        for column, (name, width) in enumerate(self._widths.items(), start=1):
             path = self.path / name
-            if not self._chunks and self._lock is None:
-                continue
-            if not path.exists() and not self._chunks:
-                path.touch()
-            size = path.stat().st_size if path.exists() else 0
-            if size < len(self) * width:
-                raise StoreError(
-                    f"{path} is damaged: {size} bytes, {len(self) * width} expected; delete the "
-                    "store to encode anew"
-                )
-            with open(path, "rb") as file:
-                for chunk in self._chunks:
-                    if zlib.crc32(file.read(chunk[0] * width)) != chunk[column]:
-                        raise StoreError(
-                            f"{path} is damaged: a checksum differs; delete the store to encode "
-                            "anew"
-                        )
-            if self._lock is not None and size > len(self) * width:
-                os.truncate(path, len(self) * width)  # what an interrupted job left uncommitted
+            if self._chunks:
+                try:
+                    with open(path, "rb") as file:
+                        for chunk in self._chunks:
+                            if zlib.crc32(file.read(chunk[0] * width)) != chunk[column]:
+                                raise _damaged(path, "a checksum differs")
+                except OSError as error:
+                    raise _damaged(path, error) from None
+            if self._lock is not None:
+                with open(path, "ab") as file:
+                    file.truncate(len(self) * width)
         data = (self.path / "keys.bin").read_bytes() if self._chunks else b""
-        self._rows = {data[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(len(self))}
+        return {data[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(len(self))}
 
     def __len__(self) -> int:
         return sum(chunk[0] for chunk in self._chunks)
@@ -167,7 +160,7 @@ class EmbeddingStore:
     def row(self, key: bytes) -> int:
         return self._rows.get(key, -1)
 
-    def append(self, keys: Sequence[bytes], vectors: Tensor) -> None:
+    def append(self, keys: Sequence[bytes], vectors: Any) -> None:
         """Add rows and commit them.
 
         Raises:
@@ -175,14 +168,13 @@ class EmbeddingStore:
         """
         if self._lock is None:
             raise StoreError(f"the store {self.path} was opened for reading")
-        if not bool(torch.isfinite(vectors).all()):
+        added = np.asarray(vectors)
+        if not np.isfinite(added).all():
             raise StoreError("the embeddings hold NaN or infinity: they are not stored")
-        data = [b"".join(keys), vectors.numpy().astype(self.dtype).tobytes()]
+        data = [b"".join(keys), added.astype(self.dtype).tobytes()]
         committed = len(self)
-        widths = (KEY_BYTES, self.dim * self.dtype.itemsize)
-        names = ("keys.bin", "vectors.bin")
         try:
-            for name, part in zip(names, data, strict=True):
+            for name, part in zip(self._widths, data, strict=True):
                 with open(self.path / name, "ab") as file:
                     file.write(part)
                     file.flush()
@@ -190,12 +182,11 @@ class EmbeddingStore:
             chunks = [*self._chunks, [len(keys), *(zlib.crc32(part) for part in data)]]
             self._commit(chunks)
         except OSError as error:
-            for name, width in zip(names, widths, strict=True):
+            for name, width in self._widths.items():
                 os.truncate(self.path / name, committed * width)
-            why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise StoreError(
-                f"cannot write the store {self.path}: {why}; {committed} vectors are kept, run "
-                "the same command again to go on"
+                f"cannot write the store {self.path}: {why_not_written(error)}; {committed} "
+                "vectors are kept, run the same command again to go on"
             ) from error
         self._chunks = chunks
         self._rows.update((key, committed + i) for i, key in enumerate(keys))
@@ -204,13 +195,11 @@ class EmbeddingStore:
     def _commit(self, chunks: list[list[int]]) -> None:
         write_text(self.path / "manifest.json", json.dumps({**self._meta, "chunks": chunks}))
 
-    def gather(self, rows: np.ndarray) -> Tensor:
+    def gather(self, rows: np.ndarray) -> np.ndarray:
         if self._vectors is None:
             shape = (len(self), self.dim)
-            # Copy on write: PyTorch warns of memory that it must not write to.
-            mapped = np.memmap(self.path / "vectors.bin", self.dtype, mode="c", shape=shape)
-            self._vectors = torch.from_numpy(mapped)
-        return self._vectors[torch.from_numpy(rows)].float()
+            self._vectors = np.memmap(self.path / "vectors.bin", self.dtype, "r", shape=shape)
+        return self._vectors[rows].astype(np.float32, copy=False)
 
     def close(self) -> None:
         """Give up the lock."""
@@ -225,9 +214,5 @@ class EmbeddingStore:
         self.close()
 
 
-KEY_BYTES = 16
-
-
-def digest(item: bytes) -> bytes:
-    """The key of an item, 16 bytes."""
-    return hashlib.blake2b(item, digest_size=KEY_BYTES).digest()
+def _damaged(path: Path, why: object) -> StoreError:
+    return StoreError(f"{path} is damaged ({why}): delete the store to encode anew")

@@ -1,11 +1,9 @@
 """Checkpoints of a training run: safetensors and JSON only, complete or absent.
 
-`checkpoint-<step>` is written beside its final name and renamed, so that a killed run leaves
-whole checkpoints behind; the older ones go once the newer is there.
+A killed run leaves whole `checkpoint-<step>` folders behind; the older ones go once the newer is
+there.
 """
 
-import errno
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fusion_model.errors import CheckpointError
+from fusion_model.files import replacing, sha256, why_not_written
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 
@@ -30,23 +29,17 @@ def save_checkpoint(
         CheckpointError: the disk is full or not writable; the earlier checkpoint stays.
     """
     final = out / f"checkpoint-{state['step']:08d}"
-    temporary = out / "checkpoint.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(dict(model.named_parameters()), temporary / FILES[0])
-        save_file(_optimizer_tensors(model, optimizer), temporary / FILES[1])
-        hashes = {name: _sha256(temporary / name) for name in FILES}
-        (temporary / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        with replacing(final) as folder:
+            folder.mkdir(parents=True)
+            save_file(dict(model.named_parameters()), folder / FILES[0])
+            save_file(_optimizer_tensors(model, optimizer), folder / FILES[1])
+            hashes = {name: sha256(folder / name) for name in FILES}
+            (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
-        why = "the disk is full" if full else str(error)
         raise CheckpointError(
-            f"cannot write {final}: {why}; the checkpoint before it is kept: make room, then run "
-            "the same command to go on"
+            f"cannot write {final}: {why_not_written(error)}; the checkpoint before it is kept: "
+            "make room, then run the same command to go on"
         ) from error
     for old in out.glob("checkpoint-*"):
         if old != final:
@@ -55,26 +48,29 @@ def save_checkpoint(
 
 def load_checkpoint(
     out: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """Load the newest checkpoint into model and optimizer; its state, or None without one.
+) -> dict[str, Any]:
+    """Load the newest checkpoint into model and optimizer; its state, empty without one.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model.
     """
     found = sorted(out.glob("checkpoint-*"))
     if not found:
-        return None
+        return {}
     path = found[-1]
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        for name in FILES:
-            if _sha256(path / name) != state["sha256"][name]:
+        for name, expected in state.pop("sha256").items():
+            if sha256(path / name) != expected:
                 raise CheckpointError(f"{path / name} is damaged: its checksum differs")
         saved = load_file(path / FILES[0])
+        parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
-        _restore_optimizer(model, optimizer, load_file(path / FILES[1]))
+        for key, value in load_file(path / FILES[1]).items():
+            name, _, entry = key.rpartition("/")
+            optimizer.state[parameters[name]][entry] = value.to(parameters[name].device)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; delete {path} to start over") from None
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -90,17 +86,3 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
-) -> None:
-    parameters = dict(model.named_parameters())
-    for key, value in saved.items():
-        name, _, entry = key.rpartition("/")
-        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fusion_model import progress
-from fusion_model.data.batches import BatchSource
+from fusion_model.data.batches import Batches
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import read_documents
 from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
@@ -29,25 +29,19 @@ from fusion_model.prefixes.views import shuffle_rows
 from fusion_model.training.options import TrainingOptions
 
 
-@dataclass
-class Prepared:
-    """What training needs; `encoder` and `store` are None for `fusion="none"`."""
+@dataclass(frozen=True)
+class TrainingData:
+    """What training needs; `encoder` is None for `fusion="none"`."""
 
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder | None
-    train: BatchSource
-    dev: BatchSource
-    store: EmbeddingStore | None
-
-    def close(self) -> None:
-        """Give up the store."""
-        if self.store is not None:
-            self.store.close()
+    train: Batches
+    dev: Batches
 
 
 def prepare(
     options: TrainingOptions, out: Path, store_path: Path, accelerator: Accelerator
-) -> Prepared:
+) -> TrainingData:
     """Read, tokenise and encode; the main process writes, the others read what it wrote."""
     documents = [
         read_documents(files, options.split, options.detokenize)
@@ -59,16 +53,16 @@ def prepare(
         encoder = _encoder(options, out, sentences, accelerator)
     with accelerator.main_process_first():
         tokenizer = _tokenizer(options, out, sentences, encoder)
+    pad = tokenizer.pad_token_id
     corpora = [Corpus.from_documents(d, tokenizer, options.max_tokens) for d in documents]
     if options.fusion == "none":
-        train, dev = (BatchSource(c, None, None, tokenizer.pad_token_id) for c in corpora)
-        return Prepared(tokenizer, None, train, dev, None)
+        return TrainingData(tokenizer, None, *(Batches(c, None, None, pad) for c in corpora))
     assert encoder is not None
-    store, rows = _embed(options, corpora, tokenizer, encoder, store_path, out, accelerator)
-    train, dev = (
-        BatchSource(c, r, store, tokenizer.pad_token_id) for c, r in zip(corpora, rows, strict=True)
-    )
-    return Prepared(tokenizer, encoder, train, dev, store)
+    shares = options.vocabulary == "encoder"
+    planner = PrefixPlanner(encoder, tokenizer, options.view, shares)
+    store, rows = _embed(options, corpora, planner, encoder, store_path, out, accelerator)
+    train, dev = (Batches(c, r, store, pad) for c, r in zip(corpora, rows, strict=True))
+    return TrainingData(tokenizer, encoder, train, dev)
 
 
 def _encoder(
@@ -92,11 +86,11 @@ def _tokenizer(
     options: TrainingOptions, out: Path, sentences: list[str], encoder: Encoder | None
 ) -> PreTrainedTokenizerBase:
     if (out / "tokenizer.json").exists():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(out)
-    else:
-        tokenizer = make_tokenizer(options.vocabulary, options.vocab_size, sentences, encoder)
-        tokenizer.save_pretrained(out)
-    return tokenizer
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(out)
+        return found
+    made = make_tokenizer(options.vocabulary, options.vocab_size, sentences, encoder)
+    made.save_pretrained(out)
+    return made
 
 
 def make_tokenizer(
@@ -117,46 +111,37 @@ def make_tokenizer(
 def _embed(
     options: TrainingOptions,
     corpora: list[Corpus],
-    tokenizer: PreTrainedTokenizerBase,
+    planner: PrefixPlanner,
     encoder: Encoder,
     path: Path,
     out: Path,
     accelerator: Accelerator,
 ) -> tuple[EmbeddingStore, list[np.ndarray]]:
-    planner = PrefixPlanner(
-        encoder, tokenizer, options.view, shares_vocabulary=options.vocabulary == "encoder"
-    )
+    """The store of all vectors, which can be read, and the row of every position, [P] each."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    kind = encoder.fingerprint, options.view, encoder.dim
 
-    def embed(writable: bool, encode: Encode | None) -> tuple[EmbeddingStore, list[np.ndarray]]:
-        store = EmbeddingStore(
-            path,
-            encoder.fingerprint,
-            options.view,
-            encoder.dim,
-            policy=options.policy,
-            writable=writable,
-        )
-        rows, before, began = [], len(store), time.monotonic()
-        try:
-            for name, corpus in zip(("train", "dev"), corpora, strict=True):
-                positions = sum(corpus.positions)
-                with progress.track(f"prefix embeddings, {name}", positions) as update:
-                    found = embed_corpus(corpus, planner, store, update, encode)
-                rows.append(shuffle_rows(found, corpus.positions, options.shuffle, options.seed))
-        finally:
-            store.close()  # the lock; reading goes on
-            if len(store) > before:
-                _note_encoding(out, len(store) - before, time.monotonic() - began)
+    def embed(encode: Encode | None) -> tuple[EmbeddingStore, list[np.ndarray]]:
+        rows, began = [], time.monotonic()
+        with EmbeddingStore(path, *kind, policy=options.policy, writable=rank == 0) as store:
+            before = len(store)
+            try:
+                for name, corpus in zip(("train", "dev"), corpora, strict=True):
+                    size = sum(corpus.positions)
+                    with progress.track(f"prefix embeddings, {name}", size) as update:
+                        found = embed_corpus(corpus, planner, store, update, encode)
+                    shuffled = shuffle_rows(found, corpus.positions, options.shuffle, options.seed)
+                    rows.append(shuffled)
+            finally:
+                if len(store) > before:
+                    _note_encoding(out, len(store) - before, time.monotonic() - began)
         return store, rows
 
-    rank, world = accelerator.process_index, accelerator.num_processes
     with shared_encoding(encoder, rank, world) as encode:
         if rank == 0:
-            result = embed(writable=True, encode=encode)
+            result = embed(encode)
     accelerator.wait_for_everyone()
-    if rank:
-        result = embed(writable=False, encode=None)
-    return result
+    return embed(None) if rank else result
 
 
 def _note_encoding(out: Path, vectors: int, seconds: float) -> None:

@@ -2,22 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fusion_model.training.data import TrainingData
 from fusion_model.training.options import TrainingOptions
 
-if TYPE_CHECKING:
-    from fusion_model.training.data import Prepared
 
-
-def plot_metrics(metrics: Path, out: Path) -> None:
-    """Perplexity by epoch, training and dev, from `metrics.jsonl` to a PNG."""
+def plot_metrics(epochs: list[dict[str, Any]], out: Path) -> None:
+    """Perplexity by epoch, training and dev, from the lines of `metrics.jsonl` to a PNG."""
     import math
 
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    epochs = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     x = [e["epoch"] for e in epochs]
@@ -42,17 +39,17 @@ def plot_metrics(metrics: Path, out: Path) -> None:
 
 
 def write_model_card(
-    out: Path, options: TrainingOptions, prepared: "Prepared", best: dict[str, Any]
+    out: Path, options: TrainingOptions, data: TrainingData, best: dict[str, Any]
 ) -> None:
     """`README.md` beside the weights: what the model is, its data, and its figures."""
-    train, dev = prepared.train, prepared.dev
+    train, dev = data.train, data.dev
     fused = options.fusion != "none"
     encoder = f"{options.encoder}, pooling `{options.pooling}`, view `{options.view}`"
     rows = {
         "fusion": f"`{options.fusion}`",
         "prefix embeddings": encoder if fused else "none",
         "LSTM": f"{options.num_layers} × {options.hidden_size}, embedding {options.embedding_size}",
-        "vocabulary": f"{len(prepared.tokenizer)} ({options.vocabulary})",
+        "vocabulary": f"{len(data.tokenizer)} ({options.vocabulary})",
         "training text": f"{len(train.lengths):,} sentences, {(train.lengths - 1).sum():,} tokens",
         "dev text": f"{len(dev.lengths):,} sentences, {(dev.lengths - 1).sum():,} tokens",
         "best epoch": str(best["epoch"]),

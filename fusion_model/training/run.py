@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from fusion_model import progress
 from fusion_model.config import FusionLMConfig
-from fusion_model.data.batches import Batch, BatchSource
+from fusion_model.data.batches import Batches
 from fusion_model.errors import CheckpointError
-from fusion_model.files import replace_files, write_text
+from fusion_model.files import read_lines, replace_files, write_text
+from fusion_model.language_model import to_tensors
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.training.checkpoint import load_checkpoint, save_checkpoint
-from fusion_model.training.data import Prepared, prepare
+from fusion_model.training.data import TrainingData, prepare
 from fusion_model.training.model_card import plot_metrics, write_model_card
 from fusion_model.training.options import TrainingOptions
 
@@ -41,10 +42,8 @@ class _SummedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> Tensor:
-        return -self.model.token_log_probs(
-            batch.input_ids, batch.prefix_embeds, batch.lengths
-        ).sum()
+    def forward(self, *batch: Tensor | None) -> Tensor:
+        return -self.model.token_log_probs(*batch).sum()  # type: ignore[arg-type]
 
 
 class _StopRequest:
@@ -74,7 +73,7 @@ class _StopRequest:
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainState:
     """Where a run is; saved with each checkpoint."""
 
     step: int = 0
@@ -111,12 +110,11 @@ def train(
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     _claim_folder(options, out, accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    prepared = prepare(options, out, store or out / "prefixes", accelerator)
-    run = TrainingRun(options, out, prepared, accelerator, build)
+    data = prepare(options, out, store or out / "prefixes", accelerator)
+    run = TrainingRun(options, out, data, accelerator, build)
     try:
         return run.fit()
     finally:
-        prepared.close()
         accelerator.end_training()
 
 
@@ -131,17 +129,18 @@ def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged ({error}): choose another --out") from None
         changed = sorted(k for k in wanted if found.get(k) != wanted[k])
-        if changed and list(out.glob("checkpoint-*")):
+        if not changed:
+            return
+        if list(out.glob("checkpoint-*")):
             raise CheckpointError(
                 f"{out} holds a run with other settings ({', '.join(changed)}): choose another "
                 "--out, or repeat the command that began it"
             )
-        if changed and main:  # begun and never trained, such as with a mistyped file name
+        if main:  # begun and never trained, such as with a mistyped file name
             (out / "tokenizer.json").unlink(missing_ok=True)
-            write_text(path, json.dumps(wanted, indent=1) + "\n")
     elif out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} holds other files: choose an empty or new folder for --out")
-    elif main:
+    if main:
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(wanted, indent=1) + "\n")
@@ -156,7 +155,7 @@ class TrainingRun:
         self,
         options: TrainingOptions,
         out: Path,
-        prepared: Prepared,
+        prepared: TrainingData,
         accelerator: Accelerator,
         build: Callable[[FusionLMConfig], FusionLMForCausalLM] = FusionLMForCausalLM,
     ) -> None:
@@ -170,11 +169,7 @@ class TrainingRun:
             self.model.parameters(), lr=options.learning_rate, fused=True
         )
         self.stop = _StopRequest()
-        self.state = Progress()
-        saved = load_checkpoint(out, self.model, self.optimizer)
-        if saved is not None:
-            saved.pop("sha256")
-            self.state = Progress(**saved)
+        self.state = TrainState(**load_checkpoint(out, self.model, self.optimizer))
         self.loss: Any
         self.loss, self.optimizer = accelerator.prepare(_SummedLoss(self.model), self.optimizer)
         self.steps_per_epoch = len(self.plan(0))
@@ -187,9 +182,10 @@ class TrainingRun:
                 self._run_epoch(update, total)
                 self._end_epoch()
                 self.stop.check()
-        best = _read_metrics(self.out)
+        metrics = read_lines(self.out / "metrics.jsonl")
+        best = min(metrics, key=lambda m: float(m["dev_loss"]))
         if self.accelerator.is_main_process:
-            plot_metrics(self.out / "metrics.jsonl", self.out / "training.png")
+            plot_metrics(metrics, self.out / "training.png")
             write_model_card(self.out, self.options, self.prepared, best)
         return best
 
@@ -232,9 +228,9 @@ class TrainingRun:
         tokens = int((self.data.lengths[indices] - 1).sum())
         share = indices[rank::world]
         idle = len(share) == 0  # fewer sentences than processes: take part with weight 0
-        batch = self.data.batch(indices[:1] if idle else share).to(accelerator.device)
+        batch = self.data.batch(indices[:1] if idle else share)
         with autocast(options.precision, accelerator.device):
-            loss = self.loss(batch)
+            loss = self.loss(*to_tensors(batch, accelerator.device))
         # DDP averages gradients over processes: times world, over the whole batch's tokens.
         accelerator.backward(loss * (0.0 if idle else world / tokens))
         accelerator.clip_grad_norm_(self.loss.parameters(), options.max_grad_norm)
@@ -293,40 +289,34 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
 
-def model_config(options: TrainingOptions, prepared: Prepared) -> FusionLMConfig:
+def model_config(options: TrainingOptions, data: TrainingData) -> FusionLMConfig:
     """The model that these options describe, once tokenizer and encoder are known."""
-    tokenizer, encoder = prepared.tokenizer, prepared.encoder
+    tokenizer, encoder = data.tokenizer, data.encoder
+    names = ["fusion", "embedding_size", "hidden_size", "num_layers", "tie_weights"]
+    names += ["dropout", "prefix_dropout"]
     fields: dict[str, Any] = {}
     if encoder is not None:
+        names += ["view", "policy", "shuffle"]
         fields = {
             "prefix_size": encoder.dim,
             "encoder": encoder.name,
             "encoder_sha256": encoder.content_sha256,
             "pooling": encoder.pooling,
-            "view": options.view,
-            "policy": options.policy,
-            "shuffle": options.shuffle,
         }
     return FusionLMConfig(
         vocab_size=len(tokenizer),
-        embedding_size=options.embedding_size,
-        hidden_size=options.hidden_size,
-        num_layers=options.num_layers,
-        fusion=options.fusion,
-        tie_weights=options.tie_weights,
-        dropout=options.dropout,
-        prefix_dropout=options.prefix_dropout,
         shares_vocabulary=options.vocabulary == "encoder",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(options, name) for name in names},
         **fields,
     )
 
 
 @torch.inference_mode()
 def evaluate_loss(
-    model: FusionLMForCausalLM, data: BatchSource, accelerator: Accelerator, precision: str
+    model: FusionLMForCausalLM, data: Batches, accelerator: Accelerator, precision: str
 ) -> float:
     """Mean negative log-likelihood in nats a token, over all processes."""
     model.eval()
@@ -334,9 +324,9 @@ def evaluate_loss(
     for i, indices in enumerate(data.plan(8192)):
         if i % accelerator.num_processes != accelerator.process_index:
             continue
-        batch = data.batch(indices).to(accelerator.device)
+        batch = to_tensors(data.batch(indices), accelerator.device)
         with autocast(precision, accelerator.device):
-            log_probs = model.token_log_probs(batch.input_ids, batch.prefix_embeds, batch.lengths)
+            log_probs = model.token_log_probs(*batch)
         total += torch.tensor([-log_probs.double().sum(), len(log_probs)])
     loss, tokens = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
     return float(loss / tokens)
@@ -359,12 +349,5 @@ def _lr_scale(step: int, total: int, warmup: float) -> float:
 def _write_metrics(out: Path, metrics: dict[str, Any]) -> None:
     """Append an epoch, once: a run killed between here and its checkpoint repeats the epoch."""
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["epoch"] < metrics["epoch"]]
-    write_text(path, "\n".join([*kept, json.dumps(metrics)]) + "\n")
-
-
-def _read_metrics(out: Path) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    best: dict[str, Any] = min(lines, key=lambda m: m["dev_loss"])
-    return best
+    kept = [m for m in read_lines(path) if m["epoch"] < metrics["epoch"]]
+    write_text(path, "".join(json.dumps(m) + "\n" for m in [*kept, metrics]))
