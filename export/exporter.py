@@ -1,6 +1,7 @@
 """`fusion-lm export`: a model as a folder that ONNX Runtime runs, verified before it is kept."""
 
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,18 @@ from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.session import open_session, runtime
 from fusion_model.export.runtime.steps import Steps
 from fusion_model.export.runtime.tokenizer import describe_tokenizer
-from fusion_model.export.verify import check_encoder, check_graph, check_parity, clone
+from fusion_model.export.verify import check_encoder, check_graph, check_parity, check_text, clone
 
 import fusion_model
+from fusion_model.data.text import read_text, split_sentences
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders.controls import BAGS
 from fusion_model.encoders.incremental.encoder import IncrementalEncoder
 from fusion_model.encoders.pretrained import HFEncoder
-from fusion_model.errors import ExportError
+from fusion_model.errors import EncoderError, ExportError
 from fusion_model.files import replacing
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load, load_model
-from fusion_model.model import FusionLMForCausalLM
 
 SAMPLE = (
     "",
@@ -50,6 +51,7 @@ SAMPLE = (
     "The cat sat on the mat, and the dog sat on the cat",
     "In the year 1847 nobody had yet heard of it; she, however, knew.",
 )
+TEXT = Path(fusion_model.__file__).parent / "samples" / "thursday.txt"
 ERRORS = {"sequence": "sequence", "step": "step by step", "pytorch": "PyTorch fp32"}
 FACTS = (
     *("fusion", "vocab_size", "embedding_size", "hidden_size", "num_layers", "prefix_size"),
@@ -85,18 +87,19 @@ def export_model(
     out = Path(out).absolute()
     _check_request(out, precision, opset)
     runtime()
-    network, tokenizer, source = _load(model, encoder, encoder_path)
+    lm = _load(model, encoder, encoder_path, precision)
+    network, source = lm.model, None if lm.planner is None else lm.planner.encoder
     with replacing(out) as work:
         work.mkdir(parents=True)
         network.config.save_pretrained(work)
         network.generation_config.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        lm.tokenizer.save_pretrained(work)
         facts = {name: getattr(network.config, name) for name in FACTS}
-        verified = _write_graphs(network, facts, work, precision, opset)
+        verified = _write_graphs(lm, facts, work, precision, opset)
         described = _write_encoder(source, work, opset) if encoder else None
         contents = {
             "model": facts,
-            "tokenizer": describe_tokenizer(tokenizer),
+            "tokenizer": describe_tokenizer(lm.tokenizer),
             "encoder": described,
             "precision": precision,
             "opset": opset,
@@ -109,16 +112,20 @@ def export_model(
 
 
 def _load(
-    model: str | FusionLM, with_encoder: bool, encoder_path: str | None
-) -> tuple[FusionLMForCausalLM, Any, Any]:
-    """Weights in float32 on the CPU, tokenizer, and the encoder where it is wanted and there."""
-    if isinstance(model, str):
-        network, tokenizer = load_model(model)
-        if not with_encoder or network.config.fusion == "none":
-            return network.eval(), tokenizer, None
-        model = load(model, encoder=encoder_path)
-    source = None if model.planner is None else model.planner.encoder
-    return clone(model.model, torch.float32), model.tokenizer, source
+    model: str | FusionLM, with_encoder: bool, encoder_path: str | None, precision: str
+) -> FusionLM:
+    """Weights in float32 on the CPU; the encoder where it is wanted, and for int8 where it can be
+    had, since a text is scored then."""
+    if isinstance(model, FusionLM):
+        return FusionLM(clone(model.model, torch.float32), model.tokenizer, model.planner)
+    network, tokenizer = load_model(model)
+    fused = network.config.fusion != "none"
+    if fused and with_encoder:
+        return load(model, encoder=encoder_path)
+    if fused and precision == "int8":
+        with suppress(EncoderError):
+            return load(model, encoder=encoder_path)
+    return FusionLM(network, tokenizer, None)
 
 
 def _check_request(out: Path, precision: str, opset: int) -> None:
@@ -131,20 +138,24 @@ def _check_request(out: Path, precision: str, opset: int) -> None:
 
 
 def _write_graphs(
-    model: FusionLMForCausalLM, facts: dict[str, Any], folder: Path, precision: str, opset: int
+    lm: FusionLM, facts: dict[str, Any], folder: Path, precision: str, opset: int
 ) -> dict[str, Any]:
     dtype = np.float16 if precision == "fp16" else np.float32
     graphs = {}
     for name, build in ((SEQUENCE, sequence_graph), (STEP, step_graph)):
-        graph = build(model, opset, dtype)
+        graph = build(lm.model, opset, dtype)
         graphs[folder / name] = quantize(graph) if precision == "int8" else graph
     save_graphs(graphs, folder / WEIGHTS)
-    layers = model.config.num_layers
+    layers = lm.model.config.num_layers
     nodes = {path.name: check_graph(path, precision, layers) for path in graphs}
     sequences = Sequences(open_session(folder / SEQUENCE, "cpu", 1), facts)
     steps = Steps(open_session(folder / STEP, "cpu", 1), facts, "cpu", None)
-    parity = check_parity(model, sequences, steps, precision)
-    return {"nodes": nodes, "parity": parity, "checks": ["onnx.checker", "shape inference"]}
+    text = None
+    if precision == "int8" and (lm.planner is not None or lm.model.config.fusion == "none"):
+        text = check_text(lm, sequences, split_sentences(read_text(TEXT)))
+    parity = check_parity(lm.model, sequences, steps, precision)
+    checks = ["onnx.checker", "shape inference"]
+    return {"nodes": nodes, "parity": parity, "text": text, "checks": checks}
 
 
 def _write_encoder(encoder: Any, folder: Path, opset: int) -> dict[str, Any] | None:
@@ -195,6 +206,12 @@ def report(manifest: dict[str, Any]) -> list[str]:
         f"perplexity on {parity['tokens']} tokens drawn from the model: "
         f"{parity['perplexity_ratio']:.6f} times PyTorch's",
     ]
+    if text := manifest["verified"]["text"]:
+        lines.append(
+            f"on {text['tokens']} tokens of a novel, with their own embeddings: perplexity "
+            f"{text['perplexity_ratio']:.4f} times PyTorch's, error in nats mean "
+            f"{text['mean_error_nats']:.1e}, greatest {text['max_error_nats']:.2f}"
+        )
     if manifest["encoder"] and "max_relative_difference" in manifest["encoder"]:
         difference = manifest["encoder"]["max_relative_difference"]
         lines.append(f"encoder against PyTorch: vectors differ by {difference:.1e} of their size")

@@ -104,7 +104,7 @@ def test_an_export_that_disagrees_with_pytorch_is_not_kept(
 def test_int8_that_costs_too_much_perplexity_is_not_kept(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(exporter_module.check_parity.__globals__["PERPLEXITY_LIMITS"], "int8", 1e-9)
+    monkeypatch.setattr("fusion_model.export.verify.TEXT_LIMIT", 1e-9)
     line = fails("export", model_folder, tmp_path / "out", "--precision", "int8")
     assert "perplexity" in line
     assert not list(tmp_path.iterdir())
