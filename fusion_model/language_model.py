@@ -35,7 +35,7 @@ class PrefixCache(PrefixStream):
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, start: int) -> Tensor:
         """See `fusion_model.model.PrefixEncoder`."""
-        vectors = torch.stack(self.of_rows(input_ids.tolist(), start))
+        vectors = torch.stack([*map(torch.as_tensor, self.of_rows(input_ids.tolist(), start))])
         return vectors.view(len(input_ids), -1, vectors.shape[-1]).to(input_ids.device)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SENTENCES
+from fusion_model.encoders.transfers import Returns, overlapped, sent
 from test_cli import run
 
 from fusion_model.data.tokenizer import train_bpe
@@ -19,7 +20,6 @@ from fusion_model.encoders.batching import (
     token_budget,
     token_bytes,
 )
-from fusion_model.encoders.transfers import Returns, overlapped, sent
 from fusion_model.errors import EncoderError
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.training import data as preparation
@@ -72,7 +72,7 @@ def test_free_memory_is_that_of_the_machine() -> None:
 
 def test_little_memory_makes_small_batches(bert_folder: Path, monkeypatch) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
-    items = encoder.items_from_texts([s[:n] for s in SENTENCES[:8] for n in range(1, len(s))])
+    items = encoder.inputs_from_texts([s[:n] for s in SENTENCES[:8] for n in range(1, len(s))])
     expected = encoder.encode(items)
     sizes: list[int] = []
     pooled = encoder._pooled_batch

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, SENTENCES
+from fusion_model.encoders.attention import AllToAll, similar
+from fusion_model.encoders.graphs import CHECKED, OFTEN, Graphs
 
 from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
 from fusion_model.encoders import attention, load_encoder
 from fusion_model.encoders import linear as packed_linear
-from fusion_model.encoders.attention import AllToAll, similar
-from fusion_model.encoders.graphs import CHECKED, OFTEN, Graphs
 from fusion_model.encoders.incremental.trees import Tree
 from fusion_model.encoders.linear import Linear, packed
 from fusion_model.prefixes.planner import PrefixPlanner
@@ -215,7 +215,7 @@ def test_replayed_texts_are_plain_ones(
     plain, replayed = (load_encoder(str(encoder_folders[name]), pooling) for _ in range(2))
     replayed.graphs = Graphs(replayed_by_running)
     for text in SENTENCES:
-        items = plain.items_from_texts([text])
+        items = plain.inputs_from_texts([text])
         torch.testing.assert_close(
             replayed.encode(items), plain.encode(items), atol=1e-5, rtol=1e-5
         )
@@ -248,7 +248,7 @@ def test_an_interrupted_step_leaves_nothing_half_written(
     planner = PrefixPlanner(encoder, small_bpe)
     pool = encoder.stream()
     row = small_bpe(SENTENCES[3])["input_ids"]
-    items = planner.items([row])
+    items = planner.inputs([row])
     expected = encoder.encode(items)
     pool.encode(items[:5])
     with monkeypatch.context() as patch:
@@ -299,6 +299,6 @@ def test_shared_vocabulary_streams_stay_in_a_row(bert_folder: Path) -> None:
     pool = encoder.stream()
     ids = tokenizer(" ".join(SENTENCES[:3]))["input_ids"]
     for t in range(1, len(ids) + 1):
-        pool.encode(planner.items([ids[:t]])[-1:])
+        pool.encode(planner.inputs([ids[:t]])[-1:])
     (path,) = pool._paths.values()
     assert all(b == a + 1 for a, b in itertools.pairwise(path))

@@ -136,7 +136,7 @@ def test_streams_are_whole_sentences(
     monkeypatch.setattr(node_pool, "MAX_BYTES", int(room * 2**21))
     planner = PrefixPlanner(encoder, small_bpe)
     rows = [small_bpe(text)["input_ids"] for text in TEXTS]
-    whole = [encoder.encode(planner.items([row])) for row in rows]
+    whole = [encoder.encode(planner.inputs([row])) for row in rows]
     pool = encoder.stream()
     stream = PrefixStream(planner, size=3)
     stream._encode = pool.encode
@@ -264,7 +264,7 @@ def test_last_items_are_those_of_the_sentence(
     planner = PrefixPlanner(encoder, tokenizer, shares_vocabulary=shares)
     for text in TEXTS:
         row = [1, *tokenizer(text)["input_ids"]]
-        items = planner.items([row])
+        items = planner.inputs([row])
         assert planner.last_items(row, 0) == items
         for t in range(1, len(row) + 1):
             assert planner.last_items(row[:t], -1) == [items[t - 1]]
@@ -301,7 +301,7 @@ def test_a_pass_that_differs_is_not_used(
     """Our own pass and transformers' are both right; a wrong one is noticed."""
     folder = str(encoder_folders[name])
     ours, theirs = load_encoder(folder, pooling), load_encoder(folder, pooling)
-    items = ours.items_from_texts(TEXTS)
+    items = ours.inputs_from_texts(TEXTS)
     monkeypatch.setattr(theirs, "_proven_layers", lambda ids: None)
     torch.testing.assert_close(ours.encode(items), theirs.encode(items), atol=1e-5, rtol=1e-5)
     assert ours._layers is not None
@@ -321,11 +321,11 @@ def test_a_pass_that_differs_is_not_used(
 def test_words_are_tokenised_once_and_proven(bert_folder: Path, monkeypatch) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
     plain = encoder._tokenized(TEXTS * 2)
-    assert encoder.items_from_texts(TEXTS * 2) == plain  # tried
+    assert encoder.inputs_from_texts(TEXTS * 2) == plain  # tried
     asked = []
     tokenized = encoder._tokenized
     monkeypatch.setattr(encoder, "_tokenized", lambda t: asked.append(list(t)) or tokenized(t))
-    assert encoder.items_from_texts(TEXTS * 2) == plain
+    assert encoder.inputs_from_texts(TEXTS * 2) == plain
     assert asked == []  # every word is known by now
     wrong = load_encoder(str(bert_folder), "mean")
     whole = wrong._tokenized
@@ -338,8 +338,8 @@ def test_words_are_tokenised_once_and_proven(bert_folder: Path, monkeypatch) -> 
         ],
     )
     with pytest.warns(UserWarning, match="does not go word by word"):
-        first = wrong.items_from_texts(TEXTS * 2)
-    assert wrong.items_from_texts(TEXTS * 2) == first != plain
+        first = wrong.inputs_from_texts(TEXTS * 2)
+    assert wrong.inputs_from_texts(TEXTS * 2) == first != plain
 
 
 @pytest.mark.parametrize("policy", ["incremental", "incremental+refresh:4"])
@@ -347,7 +347,7 @@ def test_minilm_streams(policy: str, small_bpe) -> None:
     encoder = load_encoder("minilm", "static+last+mean+cls", policy=policy)
     planner = PrefixPlanner(encoder, small_bpe)
     row = small_bpe("The unhappy gentleman sat down, and said nothing.")["input_ids"]
-    whole = encoder.encode(planner.items([row]))
+    whole = encoder.encode(planner.inputs([row]))
     stream = PrefixStream(planner)
     found = [stream.step([[1, *row[:t]]])[0] for t in range(len(row) + 1)]
     torch.testing.assert_close(torch.stack(found), whole, atol=1e-5, rtol=1e-5)

@@ -139,8 +139,8 @@ def exported_encoder(folder: Path, pooling: str, out: Path) -> tuple[object, Onn
 
 
 def agrees(encoder, exported: OnnxEncoder) -> None:
-    items = encoder.items_from_texts(TEXTS)
-    assert exported.items_from_texts(TEXTS) == items
+    items = encoder.inputs_from_texts(TEXTS)
+    assert exported.inputs_from_texts(TEXTS) == items
     assert exported.items_from_ids([[5, 6], []]) == encoder.items_from_ids([[5, 6], []])
     found, expected = exported.encode(items), encoder.encode(items).numpy()
     assert found.shape == (len(TEXTS), encoder.dim)
@@ -190,8 +190,8 @@ def test_bags_of_words_need_no_scikit_learn(name: str, tmp_path: Path) -> None:
     encoder = BagEncoder.fit(name, SENTENCES, dim=20)
     encoder.save(tmp_path)
     exported = BagVectors(tmp_path / f"{name}.json")
-    items = encoder.items_from_texts([*TEXTS, "THE the Cat's sat a I"])
-    assert exported.items_from_texts([*TEXTS, "THE the Cat's sat a I"]) == items
+    items = encoder.inputs_from_texts([*TEXTS, "THE the Cat's sat a I"])
+    assert exported.inputs_from_texts([*TEXTS, "THE the Cat's sat a I"]) == items
     expected = encoder.encode(items).numpy()
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(exported.encode(items), expected, rtol=0, atol=1e-6)

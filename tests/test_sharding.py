@@ -96,7 +96,7 @@ def test_every_process_works_and_a_failure_ends_all(tmp_path: Path) -> None:
 
 def test_shares_are_neighbours_of_equal_work(bert_folder: Path) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
-    items = encoder.items_from_texts([s[:n] for s in SENTENCES[:5] for n in range(len(s))])
+    items = encoder.inputs_from_texts([s[:n] for s in SENTENCES[:5] for n in range(len(s))])
     for world in (1, 2, 3, 7):
         shares = [share_of(items, rank, world) for rank in range(world)]
         assert shares[0][0] == 0

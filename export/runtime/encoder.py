@@ -17,13 +17,13 @@ from fusion_model.export.runtime.tokenizer import TextTokenizer
 
 from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.batching import equal_lengths
-from fusion_model.encoders.inputs import Progress, TokenItems
+from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
 from fusion_model.errors import EncoderError, ExportError
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 
 
-class OnnxEncoder(TokenItems):
+class OnnxEncoder(TokenInputs):
     """`encoder.onnx` of an export.
 
     Args:
@@ -51,19 +51,21 @@ class OnnxEncoder(TokenItems):
         """Content, pooling and precision, as `HFEncoder` has it."""
         return f"hf:{self.content_sha256}:{self.pooling}:float32"
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
-        """Vectors, [N, dim] float32, in the order of `items`."""
-        places = {item: i for i, item in enumerate(dict.fromkeys(items))}
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
+        """Vectors, [N, dim] float32, in the order of `inputs`."""
+        places = {given: i for i, given in enumerate(dict.fromkeys(inputs))}
         out = np.empty((len(places), self.dim), dtype=np.float32)
         done = 0
-        for rows, ids in equal_lengths(list(places), self._budget):
+        for rows, ids in equal_lengths([given.to_bytes() for given in places], self._budget):
             (out[rows],) = self._session.run(["prefix_embeds"], {"input_ids": ids})
             done += len(rows)
             if progress:
                 progress(done, len(places))
         if not np.isfinite(out).all():
             raise EncoderError(f"{self.name} gave NaN or infinity: export its model again")
-        return out[[places[item] for item in items]]
+        return out[[places[given] for given in inputs]]
 
 
 class ZeroVectors:
@@ -74,13 +76,15 @@ class ZeroVectors:
     def __init__(self, dim: int, policy: str = "every") -> None:
         self.dim, self.policy = dim, policy
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        """One item for all texts."""
-        return [b""] * len(texts)
+    def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
+        """One input for all texts."""
+        return [EncoderInput()] * len(texts)
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
         """Zeros, [N, dim] float32."""
-        return np.zeros((len(items), self.dim), dtype=np.float32)
+        return np.zeros((len(inputs), self.dim), dtype=np.float32)
 
 
 class BagVectors:
@@ -101,15 +105,17 @@ class BagVectors:
         self._idf = np.array(saved["idf"]) if "idf" in saved else None
         self.dim = len(self._vocabulary)
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
+    def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
         """The texts themselves."""
-        return [text.encode() for text in texts]
+        return [EncoderInput(text=text) for text in texts]
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
         """Vectors, [N, dim] float32."""
-        out = np.zeros((len(items), self.dim))
-        for row, item in enumerate(items):
-            for word, count in Counter(self._words.findall(item.decode().lower())).items():
+        out = np.zeros((len(inputs), self.dim))
+        for row, given in enumerate(inputs):
+            for word, count in Counter(self._words.findall(given.text.lower())).items():
                 if word in self._vocabulary:
                     out[row, self._vocabulary[word]] = count
         if self._idf is not None:

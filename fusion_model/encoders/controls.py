@@ -1,4 +1,4 @@
-"""Controls in place of a pretrained encoder: zeros, counts, tf-idf."""
+"""Controls in place of a pretrained encoder: zeros, counts, tf-idf. Nothing here needs PyTorch."""
 
 import hashlib
 import json
@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from fusion_model.encoders.inputs import Progress
+from fusion_model.encoders.inputs import EncoderInput, OnProgress
 from fusion_model.errors import EncoderError
 
 BAGS = ("tfidf", "counts")
@@ -28,11 +26,13 @@ class ZeroEncoder:
     def fingerprint(self) -> str:
         return f"zeros:{self.dim}"
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        return [b""] * len(texts)
+    def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
+        return [EncoderInput()] * len(texts)
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
-        return torch.zeros(len(items), self.dim)
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
+        return np.zeros((len(inputs), self.dim), dtype=np.float32)
 
     def save(self, directory: Path) -> None:
         """Nothing to keep."""
@@ -88,12 +88,15 @@ class BagEncoder:
     def fingerprint(self) -> str:
         return f"{self.name}:{self.content_sha256}"
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        return [text.encode() for text in texts]
+    def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
+        return [EncoderInput(text=text) for text in texts]
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
-        matrix = self._vectorizer.transform([item.decode() for item in items])
-        return torch.from_numpy(matrix.toarray().astype(np.float32))
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
+        matrix = self._vectorizer.transform([given.text for given in inputs])
+        found: np.ndarray = matrix.toarray().astype(np.float32)
+        return found
 
     def save(self, directory: Path) -> None:
         (directory / f"{self.name}.json").write_text(self._to_json())

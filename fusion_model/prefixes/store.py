@@ -40,7 +40,7 @@ class MemoryStore:
     def append(self, keys: Sequence[bytes], vectors: Tensor) -> None:
         base = len(self._rows)
         self._rows.update((key, base + i) for i, key in enumerate(keys))
-        self._chunks.append(vectors.float())
+        self._chunks.append(torch.as_tensor(vectors).float())
 
     def gather(self, rows: np.ndarray) -> Tensor:
         if len(self._chunks) > 1:
@@ -175,6 +175,7 @@ class EmbeddingStore:
         """
         if self._lock is None:
             raise StoreError(f"the store {self.path} was opened for reading")
+        vectors = torch.as_tensor(vectors)
         if not bool(torch.isfinite(vectors).all()):
             raise StoreError("the embeddings hold NaN or infinity: they are not stored")
         data = [b"".join(keys), vectors.numpy().astype(self.dtype).tobytes()]
