@@ -8,11 +8,10 @@ import torch
 from conftest import ARCHITECTURES, SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model import encoders
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders import pretrained as hf_encoder
 from fusion_model.encoders.pooling import POOLINGS
-from fusion_model.encoders.pretrained import minilm_path
+from fusion_model.encoders.pretrained import counted_tokens, minilm_path
 from fusion_model.errors import EncoderError
 
 TEXTS = ["", "The", *SENTENCES[:6], "The cat", "", "the CAT sat"]
@@ -77,23 +76,20 @@ def test_static_needs_the_last_token_only(bert_folder: Path) -> None:
 
 def test_duplicates_run_once(bert_folder: Path) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
-    items = encoder.inputs_from_texts(TEXTS * 3)
-    encoder.encode(items[:1])  # the first batch is run twice, to prove our own pass
-    sizes = []
-    hook = encoder.model.embeddings.register_forward_hook(
-        lambda module, args, kwargs, out: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    encoder.encode(items)
-    hook.remove()
-    assert sum(sizes) == len(set(items)) < len(items)
+    inputs = encoder.inputs_from_texts(TEXTS * 3)
+    encoder.encode(inputs[:1])  # the first texts run twice, to prove our own pass
+    with counted_tokens(encoder) as sizes:
+        encoder.encode(inputs)
+    assert sum(sizes) == sum(len(given.ids) // 4 for given in set(inputs))
+    assert len(set(inputs)) < len(inputs)
 
 
 def test_progress_reaches_the_end(bert_folder: Path) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
     calls = []
-    items = encoder.inputs_from_texts(TEXTS)
-    encoder.encode(items, lambda done, total: calls.append((done, total)))
-    unique = len(set(items))
+    inputs = encoder.inputs_from_texts(TEXTS)
+    encoder.encode(inputs, lambda done, total: calls.append((done, total)))
+    unique = len(set(inputs))
     assert calls[-1] == (unique, unique)
 
 
@@ -101,8 +97,8 @@ def test_bfloat16_is_close_and_has_its_own_fingerprint(bert_folder: Path) -> Non
     exact, rounded = (
         load_encoder(str(bert_folder), "mean", dtype=d) for d in ("float32", "bfloat16")
     )
-    items = exact.inputs_from_texts(TEXTS)
-    torch.testing.assert_close(rounded.encode(items), exact.encode(items), atol=0.1, rtol=0.1)
+    inputs = exact.inputs_from_texts(TEXTS)
+    torch.testing.assert_close(rounded.encode(inputs), exact.encode(inputs), atol=0.1, rtol=0.1)
     assert exact.content_sha256 == rounded.content_sha256
     assert exact.fingerprint != rounded.fingerprint
 
@@ -173,6 +169,6 @@ def test_minilm_is_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
     got = encoder.encode(encoder.inputs_from_texts(TEXTS))
     expected = torch.stack([pooled(model.eval(), tokenizer, t, "mean") for t in TEXTS])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    monkeypatch.setattr(encoders, "MINILM_SHA256", "0" * 64)
+    monkeypatch.setattr(hf_encoder, "MINILM_SHA256", "0" * 64)
     with pytest.raises(EncoderError, match="is not all-MiniLM-L6-v2: its sha256 is 53aa51172d"):
         minilm_path()

@@ -139,10 +139,10 @@ def exported_encoder(folder: Path, pooling: str, out: Path) -> tuple[object, Onn
 
 
 def agrees(encoder, exported: OnnxEncoder) -> None:
-    items = encoder.inputs_from_texts(TEXTS)
-    assert exported.inputs_from_texts(TEXTS) == items
+    inputs = encoder.inputs_from_texts(TEXTS)
+    assert exported.inputs_from_texts(TEXTS) == inputs
     assert exported.items_from_ids([[5, 6], []]) == encoder.items_from_ids([[5, 6], []])
-    found, expected = exported.encode(items), encoder.encode(items).numpy()
+    found, expected = exported.encode(inputs), encoder.encode(inputs).numpy()
     assert found.shape == (len(TEXTS), encoder.dim)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert exported.encode([]).shape == (0, encoder.dim)
@@ -190,11 +190,11 @@ def test_bags_of_words_need_no_scikit_learn(name: str, tmp_path: Path) -> None:
     encoder = BagEncoder.fit(name, SENTENCES, dim=20)
     encoder.save(tmp_path)
     exported = BagVectors(tmp_path / f"{name}.json")
-    items = encoder.inputs_from_texts([*TEXTS, "THE the Cat's sat a I"])
-    assert exported.inputs_from_texts([*TEXTS, "THE the Cat's sat a I"]) == items
-    expected = encoder.encode(items).numpy()
+    inputs = encoder.inputs_from_texts([*TEXTS, "THE the Cat's sat a I"])
+    assert exported.inputs_from_texts([*TEXTS, "THE the Cat's sat a I"]) == inputs
+    expected = encoder.encode(inputs).numpy()
     assert np.abs(expected).max() > 0.1
-    np.testing.assert_allclose(exported.encode(items), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(exported.encode(inputs), expected, rtol=0, atol=1e-6)
 
 
 def test_tokenizer_is_the_same_without_transformers(bpe, tmp_path: Path) -> None:

@@ -168,9 +168,9 @@ def test_every_run_encodes_anew(lm: fusion_model.FusionLM) -> None:
     encoded: list[int] = []
     encode = lm.planner.encoder.encode
 
-    def counted(items: Sequence[bytes], *args: Any) -> torch.Tensor:
-        encoded.append(len(items))
-        return encode(items, *args)
+    def counted(inputs: Sequence[Any], *args: Any) -> torch.Tensor:
+        encoded.append(len(inputs))
+        return encode(inputs, *args)
 
     lm.planner.encoder.encode = counted
     engine = engines.TorchEngine(lm)
