@@ -84,7 +84,7 @@ def measure_encoding(
         encode = partial(_encode, planner, corpus.sentences, previous)
         if policy == "every":
             _agree(encode()[::step], expected, dtype)
-        encoder.encode(planner.items(corpus.sentences[:1]))  # the trial of the first batch
+        encoder.encode(planner.inputs(corpus.sentences[:1]))  # the trial of the first batch
         with counted_tokens(encoder) as tokens:
             timed = _timed(encode, device)
         rows.append(_row(policy, pooling, len(texts), sum(tokens), *timed))
@@ -94,7 +94,7 @@ def measure_encoding(
 def _encode(
     planner: PrefixPlanner, sentences: list[list[int]], previous: list[Sequence[int]]
 ) -> torch.Tensor:
-    found: torch.Tensor = planner.encoder.encode(planner.items(sentences, previous))
+    found: torch.Tensor = planner.encoder.encode(planner.inputs(sentences, previous))
     return found
 
 
@@ -116,7 +116,7 @@ def measure_generation(text: str, tokens: int, device: str = "cpu") -> dict[str,
             began = time.perf_counter()
             vectors += stream.step([ids[:t]])
             times.append((time.perf_counter() - began) * 1e3)
-        _agree(torch.stack(vectors), encoder.encode(planner.items([ids]))[5:], "float32")
+        _agree(torch.stack(vectors), encoder.encode(planner.inputs([ids]))[5:], "float32")
         found[policy] = times
     return found
 

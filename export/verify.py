@@ -228,11 +228,11 @@ def check_encoder(encoder: HFEncoder, exported: OnnxEncoder, texts: Sequence[str
     Raises:
         ExportError: more than 1e-4.
     """
-    items = encoder.items_from_texts(texts)
-    if exported.items_from_texts(texts) != items:
+    inputs = encoder.inputs_from_texts(texts)
+    if exported.inputs_from_texts(texts) != inputs:
         raise ExportError(f"the tokenizer of {encoder.name} does not come out the same: keep it")
-    expected = encoder.encode(items).numpy()
-    difference = float(np.abs(exported.encode(items) - expected).max() / np.abs(expected).max())
+    expected = encoder.encode(inputs).numpy()
+    difference = float(np.abs(exported.encode(inputs) - expected).max() / np.abs(expected).max())
     if not difference <= 1e-4:
         raise ExportError(
             f"the exported encoder's vectors differ from PyTorch's by {difference:.2g} of their "

@@ -1,21 +1,20 @@
 """What the encoder's passes are made of, each against a plain form of it: linear layers, attention
-in grids, replayed passes, and where a stream's nodes lie."""
+in buckets, trees, and a stream's cache."""
 
-import itertools
 import random
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, SENTENCES
+from conftest import SENTENCES
 
 from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
-from fusion_model.encoders import attention, load_encoder
 from fusion_model.encoders import linear as packed_linear
-from fusion_model.encoders.attention import AllToAll, similar
-from fusion_model.encoders.graphs import CHECKED, OFTEN, Graphs
-from fusion_model.encoders.incremental.trees import Tree
+from fusion_model.encoders import load_encoder
+from fusion_model.encoders.incremental.attention import TreeAttention, similar, width_of
+from fusion_model.encoders.incremental.cache import WORD, Entry, TextCache
+from fusion_model.encoders.incremental.trees import Query, Tree
 from fusion_model.encoders.linear import Linear, packed
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.stream import PrefixStream
@@ -66,179 +65,113 @@ def test_a_packing_that_computes_wrong_is_not_used(monkeypatch) -> None:
 
 
 class Positions:
-    """All that `AllToAll` needs of an encoder."""
+    """All that `TreeAttention` needs of an encoder."""
 
-    heads, device = 2, torch.device("cpu")
+    heads, device, dtype = 2, torch.device("cpu"), torch.float32
 
     def __init__(self, relative: bool) -> None:
-        self._bias = torch.randn(200, 2) if relative else None
+        self._bias = torch.randn(400, 2) if relative else None
 
     def position_bias(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         if self._bias is None:
             return None
-        return self._bias[keys[:, None, :] - queries[:, :, None]].permute(0, 3, 1, 2)
+        return self._bias[200 + keys[:, None, :] - queries[:, :, None]].permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("branches", [0, 2])
 @pytest.mark.parametrize("sizes", [[3], [40, 39, 17, 16, 15, 2, 2], [70, 3], [2, 2, 9]], ids=str)
-def test_attention_in_grids(sizes: list[int], relative: bool) -> None:
-    layers = Positions(relative)
-    total, few = sum(sizes) + 5, (3, 2)
-    query, key, value = (torch.randn(total, 2, 8) for _ in range(3))
-    attend = AllToAll(sizes, layers, torch.float32, few)
-    found = attend(0, query, key, value)
-    of_few = attend(few[0], query[: 2 * len(sizes)], key, value)
-    start = 0
-    for number, size in enumerate(sizes):
-        own = slice(start, start + size)
-        k, v = (part[own].transpose(0, 1) for part in (key, value))
-        at = torch.arange(size)[None]
-        bias = layers.position_bias(at, at)
-        scores = query[own].transpose(0, 1) @ k.transpose(1, 2) / 8**0.5
-        scores = scores if bias is None else scores + bias[0]
-        expected = (scores.softmax(-1) @ v).transpose(0, 1)
+def test_attention_in_buckets(sizes: list[int], branches: int, relative: bool) -> None:
+    layers, trees = Positions(relative), []
+    for size in sizes:
+        tree = Tree([1] * size, 0, size - 1)
+        for tail in [[]] + [[5, 6, 7 + i] for i in range(branches)]:
+            assert tree.add(tail)
+        trees.append(tree.flat({"cls": Query(1, True, 0)}, 1))
+    starts = [sum(len(t.tokens) for t in trees[:i]) for i in range(len(trees))]
+    count = sum(len(tree.tokens) for tree in trees)
+    at = torch.tensor([place for tree in trees for place in tree.positions])
+    rows = torch.tensor([s + n for s, t in zip(starts, trees, strict=True) for n in t.nodes["cls"]])
+    query, key, value = (torch.randn(count + 5, 2, 8) for _ in range(3))
+    attend = TreeAttention(trees, at, layers, rows.numpy())
+    found, means = attend(0, query, key, value), attend.mean(0, key.flatten(1))
+    few = attend(1, query[rows], key, value)
+    expected_means = []
+    for start, tree in zip(starts, trees, strict=True):
+        own = slice(start, start + len(tree.tokens))
+        q, k, v = (part[own].transpose(0, 1) for part in (query, key, value))
+        scores = q @ k.transpose(1, 2) / 8**0.5
+        if relative:
+            scores += layers.position_bias(at[own][None], at[own][None])[0]
+        sees = torch.from_numpy(tree.sees)
+        expected = (scores.masked_fill(~sees, -torch.inf).softmax(-1) @ v).transpose(0, 1)
         torch.testing.assert_close(found[own], expected, atol=1e-5, rtol=1e-5)
-        if bias is None:
-            rows = slice(2 * number, 2 * number + 2)
-            scores = query[rows].transpose(0, 1) @ k.transpose(1, 2) / 8**0.5
-            expected = (scores.softmax(-1) @ v).transpose(0, 1)
-            torch.testing.assert_close(of_few[rows], expected, atol=1e-5, rtol=1e-5)
-        start += size
-    assert not found[start:].any()
+        expected_means += [key[own].flatten(1)[sees[node]].mean(0) for node in tree.nodes["mean"]]
+    torch.testing.assert_close(few, found[rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(means, torch.stack(expected_means), atol=1e-5, rtol=1e-5)
+    assert not found[count:].any()
 
 
-def test_little_of_a_grid_is_padding() -> None:
+def test_little_of_a_bucket_is_padding() -> None:
     sizes = sorted((random.Random(0).randrange(1, 300) for _ in range(200)), reverse=True)
     groups = similar(sizes)
     assert [a for a, _ in groups[1:]] == [b for _, b in groups[:-1]]
     assert (groups[0][0], groups[-1][1]) == (0, len(sizes))
     for first, end in groups:
-        width = attention.width_of(sizes[first])
+        width = width_of(sizes[first])
         assert all(size <= width for size in sizes[first:end])
-        assert all(attention.width_of(size) >= 0.75 * width for size in sizes[first:end])
+        assert all(width_of(size) >= 0.75 * width for size in sizes[first:end])
     assert len(groups) < 12
     assert similar([]) == []
     assert similar([3, 80, 80, 5]) == [(0, 1), (1, 3), (3, 4)]
 
 
-def replayed_by_running(compute):
-    """A capture without a GPU: a replay computes again, from the memory that was captured."""
-    outputs = compute()
-
-    def replay() -> None:
-        for out, new in zip(outputs, compute(), strict=True):
-            out.copy_(new)
-
-    return replay, outputs
+def entry(tail: list[int]) -> Entry:
+    """With as many nodes as tokens, each holding its number."""
+    count = 2 + len(tail)
+    states = torch.arange(float(count)).expand(4, count)[..., None, None].clone()
+    return Entry([1, 2], tail, states, torch.arange(float(count))[:, None, None])
 
 
-def wrong_second_time(compute):
-    """A capture whose replays do not see new values."""
-    return (lambda: None), [out.clone() for out in compute()]
+def test_a_text_goes_on_and_a_fork_copies() -> None:
+    cache = TextCache(torch.zeros(4, 0, 1, 1), torch.zeros(0, 1, 1))
+    assert cache.find([1, 2], []) == (None, -1)
+    first, second = entry([5, 6, 7]), entry([5, 6])
+    cache.entries += [first, second]
+    assert cache.find([1, 2], [5, 6, 7, 8]) == (first, 3)
+    assert cache.find([1, 2], [5, 6, 9]) == (second, 2)  # nothing has to be given up
+    assert cache.find([1, 2], [9]) == (second, 0)
+    assert cache.find([1], [5]) == (None, -1)
+    assert cache.take(first, [1, 2], [5, 6], fork=False) is first  # a word that was cut
+    assert (first.tail, cache.entries) == ([5, 6], [second, first])
+    fork = cache.take(second, [1, 2], [5], fork=True)
+    assert (fork.tail, second.tail) == ([5], [5, 6])
+    assert fork.states[:, :, 0, 0].tolist() == [[0, 1, 2]] * 4
+    long = entry(list(range(WORD + 1)))
+    assert cache.take(long, [1, 2], [], fork=False) is not long  # too much to give up
+    fork.make_room(9)
+    assert (fork.states.shape[1], len(fork.sums), fork.sums[2].item()) == (9, 9, 2)
+    cache = TextCache(cache._states, cache._sums, first.states.nbytes + first.sums.nbytes)
+    cache.entries += [second, first]
+    cache.evict()
+    assert cache.entries == [first]
 
 
-def failing(compute):
-    raise RuntimeError("operation not permitted when stream is capturing")
-
-
-def test_passes_are_replayed_from_the_same_memory() -> None:
-    graphs = Graphs(replayed_by_running, most=2)
-    calls = []
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        def compute() -> list[torch.Tensor]:
-            calls.append(x.data_ptr())
-            return [2 * x]
-
-        return graphs.run("double", [x], compute)[0]
-
-    kept = [step(torch.full((3,), float(i))) for i in range(OFTEN + CHECKED + 4)]
-    for i, out in enumerate(kept):  # each result is its own, not the graph's memory
-        assert torch.equal(out, torch.full((3,), 2.0 * i))
-    assert len(graphs) == 1
-    assert len(set(calls[-3:])) == 1  # replays read one place
-    for size in (4, 5):
-        for _ in range(OFTEN):
-            step(torch.ones(size))
-    assert len(graphs) == 2  # bounded
-
-
-@pytest.mark.parametrize(
-    ("capture", "message"),
-    [(failing, "capture failed .operation not"), (wrong_second_time, "replay differs from")],
-)
-def test_a_bad_graph_is_not_used(capture, message: str) -> None:
-    graphs = Graphs(capture)
-
-    def run(i: int) -> torch.Tensor:
-        x = torch.full((3,), float(i))
-        return graphs.run("double", [x], lambda: [2 * x])[0]
-
-    with pytest.warns(UserWarning, match=message):
-        found = [float(run(i)[0]) for i in range(8)]
-    assert found == [2.0 * i for i in range(8)]
-    assert len(graphs) == 0
-
-
-@pytest.mark.parametrize("policy", ["incremental", "incremental+refresh:4"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_replayed_streams_are_plain_ones(
-    name: str, policy: str, encoder_folders: dict[str, Path], small_bpe
-) -> None:
-    """Static buffers and all, but for the capture itself: that needs a GPU."""
-    encoder = load_encoder(str(encoder_folders[name]), "mean+last+cls+static", policy=policy)
-    planner = PrefixPlanner(encoder, small_bpe)
-    rows = [small_bpe(text)["input_ids"] for text in SENTENCES[:4]]
-    streams = []
-    for _ in range(2):  # two streams at once, each with a pool of its own
-        pool = encoder.stream()
-        pool.graphs = Graphs(replayed_by_running)
-        stream = PrefixStream(planner)
-        stream._encode = pool.encode
-        streams.append((stream, pool))
-    plain = PrefixStream(planner)
-    for t in range(1, min(map(len, rows)) + 1):
-        for number, (stream, _) in enumerate(streams):
-            step = [[1, *row[:t]] for row in rows[number : number + 2]]
-            found, expected = stream.step(step), plain.step(step)
-            torch.testing.assert_close(
-                torch.stack(found), torch.stack(expected), atol=1e-5, rtol=1e-5
-            )
-    assert all(len(pool.graphs) for _, pool in streams)
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls+mask", "static+last@1"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_replayed_texts_are_plain_ones(
-    name: str, pooling: str, encoder_folders: dict[str, Path]
-) -> None:
-    plain, replayed = (load_encoder(str(encoder_folders[name]), pooling) for _ in range(2))
-    replayed.graphs = Graphs(replayed_by_running)
-    for text in SENTENCES:
-        items = plain.items_from_texts([text])
-        torch.testing.assert_close(
-            replayed.encode(items), plain.encode(items), atol=1e-5, rtol=1e-5
-        )
-    assert len(replayed.graphs)
-
-
-def test_each_sequence_of_a_stream_lies_in_a_row(bert_folder: Path, small_bpe) -> None:
-    """However the steps of several are mixed, and where words are rolled back."""
+def test_prompts_of_a_stream_are_held_each(bert_folder: Path, small_bpe) -> None:
+    """Whatever was asked in one step, the next token of each is one node."""
     encoder = load_encoder(str(bert_folder), "mean", policy="incremental")
-    planner = PrefixPlanner(encoder, small_bpe)
-    pool = encoder.stream()
-    stream = PrefixStream(planner)
-    stream._encode = pool.encode
-    different = [SENTENCES[i] for i in (0, 2, 3, 4, 6, 7)]  # those that fork share a row
-    rows = [small_bpe(text)["input_ids"] for text in different]
-    stream.of_rows([[1, *row[:3]] for row in rows], 0)
-    for t in range(4, max(map(len, rows)) + 1):
-        stream.step([[1, *row[:t]] for row in rows if len(row) >= t])
-        paths = list(pool._paths.values())
-        in_a_row = [path == list(range(path[0], path[0] + len(path))) for path in paths]
-        assert all(in_a_row)
-    used = {slot for path in paths for slot in path}
-    assert all(not pool._is_free[slot] for slot in used)
+    tokenizer = cut_vocabulary(encoder.tokenizer, SENTENCES, 10_000)
+    held = PrefixStream(PrefixPlanner(encoder, tokenizer, shares_vocabulary=True))
+    rows = [tokenizer(SENTENCES[i])["input_ids"] for i in (0, 2, 3, 4)]
+    held.of_rows([row[:3] for row in rows], 0)
+    nodes: list[int] = []
+    hook = encoder.model.embeddings.register_forward_hook(
+        lambda module, args, kwargs, out: nodes.append(kwargs["input_ids"].numel()),
+        with_kwargs=True,
+    )
+    held.step([row[:4] for row in rows])
+    hook.remove()
+    assert nodes == [4]
 
 
 def test_an_interrupted_step_leaves_nothing_half_written(
@@ -246,11 +179,11 @@ def test_an_interrupted_step_leaves_nothing_half_written(
 ) -> None:
     encoder = load_encoder(str(bert_folder), "mean", policy="incremental")
     planner = PrefixPlanner(encoder, small_bpe)
-    pool = encoder.stream()
+    stream = encoder.stream()
     row = small_bpe(SENTENCES[3])["input_ids"]
-    items = planner.items([row])
-    expected = encoder.encode(items)
-    pool.encode(items[:5])
+    inputs = planner.inputs([row])
+    expected = encoder.encode(inputs)
+    stream.encode(inputs[:5])
     with monkeypatch.context() as patch:
 
         def interrupted(*_: object) -> None:
@@ -258,10 +191,10 @@ def test_an_interrupted_step_leaves_nothing_half_written(
 
         patch.setattr(encoder.layers, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pool.encode(items[5:7])
-    assert len(pool) == 0
-    for i in range(5, len(items)):
-        torch.testing.assert_close(pool.encode([items[i]])[0], expected[i], atol=1e-5, rtol=1e-5)
+            stream.encode(inputs[5:7])
+    assert not stream.cache.entries
+    for i in range(5, len(inputs)):
+        torch.testing.assert_close(stream.encode([inputs[i]])[0], expected[i], atol=1e-5, rtol=1e-5)
 
 
 def test_words_of_a_stream_are_tokenised_once(bert_folder: Path, monkeypatch) -> None:
@@ -279,26 +212,10 @@ def test_words_of_a_stream_are_tokenised_once(bert_folder: Path, monkeypatch) ->
     assert max(asked[-10:]) < 12  # words, not the prefix
 
 
-def test_the_deepest_branch_comes_first() -> None:
-    tree = Tree([1, 2], [], 1)
-    for tail in ([5], [5, 6], [5, 7], [5, 7, 8], [9]):
-        tree.add(tail)
-    order = [tree.tokens[node] for node in tree.deepest_first()]
-    assert order == [5, 7, 8, 6, 9]
-    seen = set()
-    for node in tree.deepest_first():
-        assert tree.parents[node] in {-1, *seen}
-        seen.add(node)
-    assert len(seen) == len(tree.tokens)
-
-
-def test_shared_vocabulary_streams_stay_in_a_row(bert_folder: Path) -> None:
-    encoder = load_encoder(str(bert_folder), "last", policy="incremental")
-    tokenizer = cut_vocabulary(encoder.tokenizer, SENTENCES, 10_000)
-    planner = PrefixPlanner(encoder, tokenizer, shares_vocabulary=True)
-    pool = encoder.stream()
-    ids = tokenizer(" ".join(SENTENCES[:3]))["input_ids"]
-    for t in range(1, len(ids) + 1):
-        pool.encode(planner.items([ids[:t]])[-1:])
-    (path,) = pool._paths.values()
-    assert all(b == a + 1 for a, b in itertools.pairwise(path))
+def test_the_deepest_branch_is_kept() -> None:
+    tree = Tree([1, 2], 0, 1)
+    for tail in ([5], [5, 6], [5, 7], [5, 7, 8]):
+        assert tree.add(tail)
+    assert not tree.add([9])  # it begins otherwise
+    assert tree.deepest() == [0, 1, 2, 4, 5]
+    assert tree.ends == [0, 1, 2, 3]

@@ -8,11 +8,10 @@ import torch
 from conftest import ARCHITECTURES, SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model import encoders
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders import pretrained as hf_encoder
 from fusion_model.encoders.pooling import POOLINGS
-from fusion_model.encoders.pretrained import minilm_path
+from fusion_model.encoders.pretrained import counted_tokens, minilm_path
 from fusion_model.errors import EncoderError
 
 TEXTS = ["", "The", *SENTENCES[:6], "The cat", "", "the CAT sat"]
@@ -55,7 +54,7 @@ def test_batched_is_one_at_a_time(
         AutoModel.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
     )
-    got = encoder.encode(encoder.items_from_texts(TEXTS))
+    got = encoder.encode(encoder.inputs_from_texts(TEXTS))
     expected = torch.stack([pooled(model, tokenizer, text, pooling) for text in TEXTS])
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
@@ -63,37 +62,34 @@ def test_batched_is_one_at_a_time(
 
 def test_joined_poolings_are_side_by_side(bert_folder: Path) -> None:
     both = load_encoder(str(bert_folder), "static+mean+mask")
-    vectors = both.encode(both.items_from_texts(TEXTS)).chunk(3, dim=1)
+    vectors = both.encode(both.inputs_from_texts(TEXTS)).chunk(3, dim=1)
     for part, pooling in zip(vectors, ("static", "mean", "mask"), strict=True):
         alone = load_encoder(str(bert_folder), pooling)
-        torch.testing.assert_close(part, alone.encode(alone.items_from_texts(TEXTS)))
+        torch.testing.assert_close(part, alone.encode(alone.inputs_from_texts(TEXTS)))
 
 
 def test_static_needs_the_last_token_only(bert_folder: Path) -> None:
     encoder = load_encoder(str(bert_folder), "static")
-    a, b, c = encoder.items_from_texts(["the cat", "a cat", "the dog"])
+    a, b, c = encoder.inputs_from_texts(["the cat", "a cat", "the dog"])
     assert a == b != c
 
 
 def test_duplicates_run_once(bert_folder: Path) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
-    items = encoder.items_from_texts(TEXTS * 3)
-    encoder.encode(items[:1])  # the first batch is run twice, to prove our own pass
-    sizes = []
-    hook = encoder.model.embeddings.register_forward_hook(
-        lambda module, args, kwargs, out: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    encoder.encode(items)
-    hook.remove()
-    assert sum(sizes) == len(set(items)) < len(items)
+    inputs = encoder.inputs_from_texts(TEXTS * 3)
+    encoder.encode(inputs[:1])  # the first texts run twice, to prove our own pass
+    with counted_tokens(encoder) as sizes:
+        encoder.encode(inputs)
+    assert sum(sizes) == sum(len(given.ids) // 4 for given in set(inputs))
+    assert len(set(inputs)) < len(inputs)
 
 
 def test_progress_reaches_the_end(bert_folder: Path) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
     calls = []
-    items = encoder.items_from_texts(TEXTS)
-    encoder.encode(items, lambda done, total: calls.append((done, total)))
-    unique = len(set(items))
+    inputs = encoder.inputs_from_texts(TEXTS)
+    encoder.encode(inputs, lambda done, total: calls.append((done, total)))
+    unique = len(set(inputs))
     assert calls[-1] == (unique, unique)
 
 
@@ -101,8 +97,8 @@ def test_bfloat16_is_close_and_has_its_own_fingerprint(bert_folder: Path) -> Non
     exact, rounded = (
         load_encoder(str(bert_folder), "mean", dtype=d) for d in ("float32", "bfloat16")
     )
-    items = exact.items_from_texts(TEXTS)
-    torch.testing.assert_close(rounded.encode(items), exact.encode(items), atol=0.1, rtol=0.1)
+    inputs = exact.inputs_from_texts(TEXTS)
+    torch.testing.assert_close(rounded.encode(inputs), exact.encode(inputs), atol=0.1, rtol=0.1)
     assert exact.content_sha256 == rounded.content_sha256
     assert exact.fingerprint != rounded.fingerprint
 
@@ -121,17 +117,17 @@ def test_content_hash_follows_the_weights(bert_folder: Path, tmp_path: Path) -> 
 def test_window_is_the_encoders(bert_folder: Path, encoder_folders: dict[str, Path]) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
     fits = "a " * 62
-    assert len(encoder.encode(encoder.items_from_texts([fits]))) == 1
+    assert len(encoder.encode(encoder.inputs_from_texts([fits]))) == 1
     with pytest.raises(EncoderError, match=r"65 encoder tokens does not fit the window of 64"):
-        encoder.items_from_texts([fits + "a"])
+        encoder.inputs_from_texts([fits + "a"])
     roberta = load_encoder(str(encoder_folders["roberta"]), "mean")
     assert roberta.window == 63  # positions begin after the padding index
-    roberta.encode(roberta.items_from_texts(["a " * 61]))
+    roberta.encode(roberta.inputs_from_texts(["a " * 61]))
     with pytest.raises(EncoderError, match="does not fit"):
-        roberta.items_from_texts(["a " * 62])
+        roberta.inputs_from_texts(["a " * 62])
     masked = load_encoder(str(bert_folder), "mask")
     with pytest.raises(EncoderError, match="window of 63"):
-        masked.items_from_texts([fits])
+        masked.inputs_from_texts([fits])
 
 
 @pytest.mark.parametrize(
@@ -163,16 +159,16 @@ def test_nan_is_refused(bert_folder: Path) -> None:
     with torch.no_grad():
         encoder.model.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(EncoderError, match=r"gave NaN or infinity in torch\.float32"):
-        encoder.encode(encoder.items_from_texts(["the cat"]))
+        encoder.encode(encoder.inputs_from_texts(["the cat"]))
 
 
 def test_minilm_is_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = minilm_path()
     encoder = load_encoder("minilm", "mean")
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    got = encoder.encode(encoder.items_from_texts(TEXTS))
+    got = encoder.encode(encoder.inputs_from_texts(TEXTS))
     expected = torch.stack([pooled(model.eval(), tokenizer, t, "mean") for t in TEXTS])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    monkeypatch.setattr(encoders, "MINILM_SHA256", "0" * 64)
+    monkeypatch.setattr(hf_encoder, "MINILM_SHA256", "0" * 64)
     with pytest.raises(EncoderError, match="is not all-MiniLM-L6-v2: its sha256 is 53aa51172d"):
         minilm_path()

@@ -183,9 +183,9 @@ def test_encoding_is_timed_once_for_all_runs(data: Path, tmp_path: Path, bert_fo
         Corpus.from_documents(read_documents([str(folder)], "lines"), lm.tokenizer, 40)
         for folder in (study.texts.train, study.texts.dev)
     ]
-    items = {digest(i) for c in corpora for i in lm.planner.items(c.sentences)}
+    inputs = {digest(i.to_bytes()) for c in corpora for i in lm.planner.inputs(c.sentences)}
     vectors, seconds = study.encoding(runs[0])
-    assert vectors == len(items) == study.encoding(runs[1])[0]
+    assert vectors == len(inputs) == study.encoding(runs[1])[0]
     assert seconds > 0
     assert len(list((tmp_path / "out" / "runs").glob("*/encoding.jsonl"))) == 1
     assert all(run.seconds > 0 for run in runs)

@@ -13,8 +13,8 @@ from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders import pretrained as hf_encoder
 from fusion_model.encoders.controls import BagEncoder
-from fusion_model.encoders.incremental import cache as node_pool
 from fusion_model.encoders.incremental.encoder import IncrementalEncoder
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.errors import EncoderError, FusionLMError
 from fusion_model.language_model import FusionLM
@@ -113,8 +113,8 @@ def test_whole_sentences_are_the_definition(
     pooling = "+".join((*POOLINGS, "static", *(["pooler"] if name != "distilbert" else [])))
     encoder = load_encoder(str(folder), pooling, policy=policy)
     reference, k = Reference(folder), parse_policy(policy).k
-    items = PrefixPlanner(encoder, small_bpe).items([small_bpe(t)["input_ids"] for t in TEXTS])
-    found = encoder.encode(items)
+    inputs = PrefixPlanner(encoder, small_bpe).inputs([small_bpe(t)["input_ids"] for t in TEXTS])
+    found = encoder.encode(inputs)
     prefixes = [prefix_ids(reference, small_bpe, text) for text in TEXTS]
     assert any(a != b[: len(a)] for p in prefixes for a, b in itertools.pairwise(p)), (
         "a prefix should end inside a word that is split otherwise"
@@ -127,19 +127,18 @@ def test_whole_sentences_are_the_definition(
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("room", [1.0, 0.02], ids=["room", "eviction"])
 def test_streams_are_whole_sentences(
-    name: str, policy: str, room: float, encoder_folders: dict[str, Path], small_bpe, monkeypatch
+    name: str, policy: str, room: float, encoder_folders: dict[str, Path], small_bpe
 ) -> None:
     """Sequences join, leave, fork and come back; each step is one batch."""
     pooling = "mean+last+cls+static+mask"
     encoder = load_encoder(str(encoder_folders[name]), pooling, policy=policy)
     assert isinstance(encoder, IncrementalEncoder)
-    monkeypatch.setattr(node_pool, "MAX_BYTES", int(room * 2**21))
     planner = PrefixPlanner(encoder, small_bpe)
     rows = [small_bpe(text)["input_ids"] for text in TEXTS]
-    whole = [encoder.encode(planner.items([row])) for row in rows]
-    pool = encoder.stream()
+    whole = [encoder.encode(planner.inputs([row])) for row in rows]
+    held = encoder.stream(max_bytes=int(room * 2**21))
     stream = PrefixStream(planner, size=3)
-    stream._encode = pool.encode
+    stream._encode = held.encode
     generator, lengths = random.Random(0), [0] * len(rows)
     for _ in range(60):
         going = [i for i in range(len(rows)) if generator.random() < 0.5]
@@ -150,8 +149,8 @@ def test_streams_are_whole_sentences(
         found = stream.step([[1, *rows[i][: lengths[i]]] for i in going])
         wanted = torch.stack([whole[i][lengths[i]] for i in going])
         torch.testing.assert_close(torch.stack(found), wanted, atol=1e-5, rtol=1e-5)
-        assert len(pool) <= pool.capacity
-    assert room == 1 or pool._step > 0
+        assert held.cache.nbytes <= room * 2**21
+        assert held.cache.entries
 
 
 def test_a_streamed_token_is_one_node(bert_folder: Path, monkeypatch) -> None:
@@ -173,13 +172,13 @@ def test_one_pass_a_sentence(bert_folder: Path, monkeypatch) -> None:
     encoder = load_encoder(str(bert_folder), "mean", policy="incremental")
     tokenizer = cut_vocabulary(encoder.tokenizer, SENTENCES, 10_000)
     rows = [tokenizer(text)["input_ids"] for text in (SENTENCES[3], SENTENCES[0])]
-    items = PrefixPlanner(encoder, tokenizer, shares_vocabulary=True).items(rows)
+    inputs = PrefixPlanner(encoder, tokenizer, shares_vocabulary=True).inputs(rows)
     nodes = []
     embed = encoder.layers.embed
     monkeypatch.setattr(
         encoder.layers, "embed", lambda ids, at: nodes.append(ids.numel()) or embed(ids, at)
     )
-    encoder.encode(items)
+    encoder.encode(inputs)
     assert sum(nodes) == sum(map(len, rows)) + 2 * len(rows)
 
 
@@ -216,7 +215,7 @@ def test_held_vectors(policy: str, pooling: str, bert_folder: Path, small_bpe) -
     encoder = load_encoder(str(bert_folder), pooling, policy=policy)
     rows = [small_bpe(text)["input_ids"] for text in TEXTS]
     found = encoder.encode(
-        PrefixPlanner(encoder, small_bpe).items([[1, *row, 2] for row in rows], [[], *rows[:-1]])
+        PrefixPlanner(encoder, small_bpe).inputs([[1, *row, 2] for row in rows], [[], *rows[:-1]])
     )
     start = 0
     for number, (text, row) in enumerate(zip(TEXTS, rows, strict=True)):
@@ -256,7 +255,7 @@ def test_a_held_context_is_encoded_once(bert_folder: Path, small_bpe) -> None:
     "policy", ["every", "word", "stride:3", "sentence", "incremental", "incremental+refresh:4"]
 )
 @pytest.mark.parametrize("shares", [False, True], ids=["bpe", "shared"])
-def test_last_items_are_those_of_the_sentence(
+def test_last_inputs_are_those_of_the_sentence(
     policy: str, shares: bool, bert_folder: Path, small_bpe
 ) -> None:
     encoder = load_encoder(str(bert_folder), "static+mean", policy=policy)
@@ -264,19 +263,19 @@ def test_last_items_are_those_of_the_sentence(
     planner = PrefixPlanner(encoder, tokenizer, shares_vocabulary=shares)
     for text in TEXTS:
         row = [1, *tokenizer(text)["input_ids"]]
-        items = planner.items([row])
-        assert planner.last_items(row, 0) == items
+        inputs = planner.inputs([row])
+        assert planner.last_inputs(row, 0) == inputs
         for t in range(1, len(row) + 1):
-            assert planner.last_items(row[:t], -1) == [items[t - 1]]
+            assert planner.last_inputs(row[:t], -1) == [inputs[t - 1]]
 
 
 def test_stride_of_words_counts(small_bpe) -> None:
     """A policy works for any encoder; an incremental one needs tokens."""
     encoder = BagEncoder.fit("counts", SENTENCES, policy="stride:2")
     ids = small_bpe("The cat sat on the mat.")["input_ids"]
-    items = PrefixPlanner(encoder, small_bpe).items([ids])
-    assert items[1] == items[0] == b""
-    assert items[5] == items[4] != items[6]
+    inputs = PrefixPlanner(encoder, small_bpe).inputs([ids])
+    assert inputs[1] == inputs[0] == EncoderInput()
+    assert inputs[5] == inputs[4] != inputs[6]
     with pytest.raises(EncoderError, match="'counts' cannot be incremental"):
         load_encoder("counts", policy="incremental")
 
@@ -301,9 +300,9 @@ def test_a_pass_that_differs_is_not_used(
     """Our own pass and transformers' are both right; a wrong one is noticed."""
     folder = str(encoder_folders[name])
     ours, theirs = load_encoder(folder, pooling), load_encoder(folder, pooling)
-    items = ours.items_from_texts(TEXTS)
-    monkeypatch.setattr(theirs, "_proven_layers", lambda ids: None)
-    torch.testing.assert_close(ours.encode(items), theirs.encode(items), atol=1e-5, rtol=1e-5)
+    inputs = ours.inputs_from_texts(TEXTS)
+    monkeypatch.setattr(theirs, "_proven_layers", lambda inputs: None)
+    torch.testing.assert_close(ours.encode(inputs), theirs.encode(inputs), atol=1e-5, rtol=1e-5)
     assert ours._layers is not None
     wrong = load_encoder(folder, pooling)
     with torch.no_grad():
@@ -314,18 +313,19 @@ def test_a_pass_that_differs_is_not_used(
             lambda *args: [out + 1e-3 for out in original(*args)],
         )
     with pytest.warns(UserWarning, match="our own pass differs from transformers'"):
-        found = wrong.encode(items)
-    torch.testing.assert_close(found, theirs.encode(items))
+        found = wrong.encode(inputs)
+    torch.testing.assert_close(found, theirs.encode(inputs))
 
 
 def test_words_are_tokenised_once_and_proven(bert_folder: Path, monkeypatch) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
     plain = encoder._tokenized(TEXTS * 2)
-    assert encoder.items_from_texts(TEXTS * 2) == plain  # tried
+    plain = [EncoderInput(ids) for ids in plain]
+    assert encoder.inputs_from_texts(TEXTS * 2) == plain  # tried
     asked = []
     tokenized = encoder._tokenized
     monkeypatch.setattr(encoder, "_tokenized", lambda t: asked.append(list(t)) or tokenized(t))
-    assert encoder.items_from_texts(TEXTS * 2) == plain
+    assert encoder.inputs_from_texts(TEXTS * 2) == plain
     assert asked == []  # every word is known by now
     wrong = load_encoder(str(bert_folder), "mean")
     whole = wrong._tokenized
@@ -338,8 +338,8 @@ def test_words_are_tokenised_once_and_proven(bert_folder: Path, monkeypatch) -> 
         ],
     )
     with pytest.warns(UserWarning, match="does not go word by word"):
-        first = wrong.items_from_texts(TEXTS * 2)
-    assert wrong.items_from_texts(TEXTS * 2) == first != plain
+        first = wrong.inputs_from_texts(TEXTS * 2)
+    assert wrong.inputs_from_texts(TEXTS * 2) == first != plain
 
 
 @pytest.mark.parametrize("policy", ["incremental", "incremental+refresh:4"])
@@ -347,7 +347,7 @@ def test_minilm_streams(policy: str, small_bpe) -> None:
     encoder = load_encoder("minilm", "static+last+mean+cls", policy=policy)
     planner = PrefixPlanner(encoder, small_bpe)
     row = small_bpe("The unhappy gentleman sat down, and said nothing.")["input_ids"]
-    whole = encoder.encode(planner.items([row]))
+    whole = encoder.encode(planner.inputs([row]))
     stream = PrefixStream(planner)
     found = [stream.step([[1, *row[:t]]])[0] for t in range(len(row) + 1)]
     torch.testing.assert_close(torch.stack(found), whole, atol=1e-5, rtol=1e-5)
@@ -374,7 +374,7 @@ def test_a_prompt_costs_what_its_fusion_needs(
     )
     asked = []
     encode = model.prefix_encoder._encode
-    model.prefix_encoder._encode = lambda items: asked.append(len(items)) or encode(items)
+    model.prefix_encoder._encode = lambda inputs: asked.append(len(inputs)) or encode(inputs)
     ids = torch.tensor([[1, *small_bpe("The cat sat on")["input_ids"][:3]]])
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     assert lm.planner is not None

@@ -141,10 +141,10 @@ def exported_encoder(folder: Path, pooling: str, out: Path) -> tuple[object, Onn
 
 
 def agrees(encoder, exported: OnnxEncoder) -> None:
-    items = encoder.items_from_texts(TEXTS)
-    assert exported.items_from_texts(TEXTS) == items
-    assert exported.items_from_ids([[5, 6], []]) == encoder.items_from_ids([[5, 6], []])
-    found, expected = exported.encode(items), encoder.encode(items).numpy()
+    inputs = encoder.inputs_from_texts(TEXTS)
+    assert exported.inputs_from_texts(TEXTS) == inputs
+    assert exported.inputs_from_ids([[5, 6], []]) == encoder.inputs_from_ids([[5, 6], []])
+    found, expected = exported.encode(inputs), encoder.encode(inputs).numpy()
     assert found.shape == (len(TEXTS), encoder.dim)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert exported.encode([]).shape == (0, encoder.dim)
@@ -197,7 +197,7 @@ def test_bags_of_words_need_no_scikit_learn(name: str, tmp_path: Path, monkeypat
     assert np.abs(expected).max() > 0.1
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
     for bag in (encoder, BagEncoder.load(name, tmp_path)):
-        found = bag.encode(bag.items_from_texts(texts))
+        found = bag.encode(bag.inputs_from_texts(texts))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 

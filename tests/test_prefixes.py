@@ -14,6 +14,7 @@ from fusion_model.data.text import Document
 from fusion_model.data.tokenizer import cut_vocabulary
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders.controls import BagEncoder, ZeroEncoder
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.errors import FusionLMError
 from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner
@@ -73,8 +74,8 @@ def test_prefix_texts_end_with_the_tokens(bpe) -> None:
 def test_special_tokens_are_not_shown(bpe) -> None:
     ids = bpe("The cat")["input_ids"]
     planner = PrefixPlanner(BagEncoder.fit("counts", SENTENCES), bpe)
-    assert planner.items([[1, *ids, 2]]) == planner.items([ids])
-    assert planner.items([ids])[-1] == b"The cat"
+    assert planner.inputs([[1, *ids, 2]]) == planner.inputs([ids])
+    assert planner.inputs([ids])[-1] == EncoderInput(text="The cat")
 
 
 def test_shuffles() -> None:
@@ -161,8 +162,8 @@ def test_controls_without_a_pretrained_model(name: str, bpe, tmp_path: Path) -> 
     again = load_encoder(name, directory=tmp_path, dim=4)
     assert again.fingerprint == encoder.fingerprint
     texts = ["", "the cat", "the cat sat", "cat the the"]
-    vectors = encoder.encode(encoder.items_from_texts(texts))
-    assert np.array_equal(vectors, again.encode(again.items_from_texts(texts)))
+    vectors = encoder.encode(encoder.inputs_from_texts(texts))
+    assert np.array_equal(vectors, again.encode(again.inputs_from_texts(texts)))
     assert vectors.shape == (4, encoder.dim)
     assert not vectors[0].any()
     if name == "counts":

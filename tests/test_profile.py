@@ -90,7 +90,7 @@ def slowed(lm: Any, clock: Clock) -> Any:
     """Each stage takes a known time, and nothing else any."""
     model, planner = lm.model, lm.planner
     encoder = planner.encoder
-    encoder.items_from_texts = clock.slow(encoder.items_from_texts, 0.001)
+    encoder.inputs_from_texts = clock.slow(encoder.inputs_from_texts, 0.001)
     encoder.encode = clock.slow(encoder.encode, 0.010)
     model.features = clock.slow(model.features, 0.100)
     model.lm_head.forward = clock.slow(model.lm_head.forward, 1.0)
@@ -168,9 +168,9 @@ def test_every_run_encodes_anew(lm: fusion_model.FusionLM) -> None:
     encoded: list[int] = []
     encode = lm.planner.encoder.encode
 
-    def counted(items: Sequence[bytes], *args: Any) -> torch.Tensor:
-        encoded.append(len(items))
-        return encode(items, *args)
+    def counted(inputs: Sequence[Any], *args: Any) -> torch.Tensor:
+        encoded.append(len(inputs))
+        return encode(inputs, *args)
 
     lm.planner.encoder.encode = counted
     engine = engines.TorchEngine(lm)

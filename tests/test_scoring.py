@@ -42,8 +42,8 @@ def expected_nats(
                     # The prefix of the sentence that this position stands in.
                     begin = max(i for i in range(end + 1) if sequence[i] == 1)
                     text = lm.tokenizer.decode(sequence[begin : end + 1], skip_special_tokens=True)
-                    items = lm.planner.encoder.items_from_texts([text])
-                    vectors.append(lm.planner.encoder.encode(items)[0])
+                    inputs = lm.planner.encoder.inputs_from_texts([text])
+                    vectors.append(lm.planner.encoder.encode(inputs)[0])
                 e = torch.stack(vectors)[None]
             logits = lm.model(given, prefix_embeds=e).logits[0, -1].double()
             nats.append(-float(torch.log_softmax(logits, -1)[sequence[t]]))

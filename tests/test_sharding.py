@@ -58,24 +58,25 @@ def test_two_processes_fill_the_store_of_one(
 FAILING = """
 import sys, torch.distributed as dist
 from fusion_model.errors import EncoderError
-from fusion_model.encoders import ZeroEncoder
+from fusion_model.encoders.controls import ZeroEncoder
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.prefixes.distributed import shared_encoding
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 encoder = ZeroEncoder(4)
 asked = []
 plain = encoder.encode
-def encode(items, progress=None):
-    asked.append(len(items))
-    if rank and b"bad" in items:
+def encode(inputs, progress=None):
+    asked.append(len(inputs))
+    if rank and EncoderInput(text="bad") in inputs:
         raise EncoderError("gave NaN")
-    return plain(items)
+    return plain(inputs)
 encoder.encode = encode
 try:
     with shared_encoding(encoder, rank, 2) as together:
         if rank == 0:
-            assert together([b"a"] * 5).shape == (5, 4)
-            together([b"bad"] * 4)
+            assert together([EncoderInput(text="a")] * 5).shape == (5, 4)
+            together([EncoderInput(text="bad")] * 4)
 except EncoderError as error:
     print("main saw:", error)
 sys.stdout.flush()
@@ -96,12 +97,12 @@ def test_every_process_works_and_a_failure_ends_all(tmp_path: Path) -> None:
 
 def test_shares_are_neighbours_of_equal_work(bert_folder: Path) -> None:
     encoder = load_encoder(str(bert_folder), "mean")
-    items = encoder.items_from_texts([s[:n] for s in SENTENCES[:5] for n in range(len(s))])
+    inputs = encoder.inputs_from_texts([s[:n] for s in SENTENCES[:5] for n in range(len(s))])
     for world in (1, 2, 3, 7):
-        shares = [share_of(items, rank, world) for rank in range(world)]
+        shares = [share_of(inputs, rank, world) for rank in range(world)]
         assert shares[0][0] == 0
-        assert shares[-1][1] == len(items)
+        assert shares[-1][1] == len(inputs)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(shares))
-        work = [sum(map(len, items[a:b])) for a, b in shares]
-        assert max(work) - min(work) <= 2 * max(map(len, items))
+        work = [sum(len(given.ids) for given in inputs[a:b]) for a, b in shares]
+        assert max(work) - min(work) <= 2 * max(len(given.ids) for given in inputs)
     assert share_of([], 1, 2) == (0, 0)

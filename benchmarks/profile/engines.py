@@ -35,7 +35,7 @@ class Engine(Protocol):
 def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
     found = [(planning, "encode_sentences", TOKENISER)]
     if planner is not None:
-        found += [(planner, name, TOKENISER) for name in ("items", "last_items")]
+        found += [(planner, name, TOKENISER) for name in ("inputs", "last_inputs")]
         found.append((planner.encoder, "encode", ENCODER))
     return found
 

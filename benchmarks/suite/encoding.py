@@ -65,7 +65,7 @@ def sentence_transformers(dtype: str, device: str, batch_size: int) -> Encode:
 def fusion_lm(dtype: str, device: str) -> Encode:
     """Ours: duplicates dropped, equal lengths together."""
     encoder = mean_encoder(dtype, device)
-    return lambda texts: encoder.encode(encoder.items_from_texts(texts))
+    return lambda texts: encoder.encode(encoder.inputs_from_texts(texts))
 
 
 WAYS: dict[str, Callable[[str, str], Encode]] = {

@@ -24,6 +24,7 @@ from torch import Tensor
 from fusion_model.config import EARLY, LATE
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import FusionLMError
 from fusion_model.language_model import FusionLM
@@ -48,8 +49,8 @@ class Plain:
             return None
         found = []
         for row in rows:
-            (*_, item) = planner.items([row])
-            found.append(torch.as_tensor(planner.encoder.encode([item]))[0])
+            (*_, given) = planner.inputs([row])
+            found.append(torch.as_tensor(planner.encoder.encode([given]))[0])
         return torch.stack(found).to(self.model.device)
 
     def logits(self, ids: Tensor, e: Tensor | None) -> Tensor:
@@ -147,7 +148,7 @@ def of_encoder(encoder: HFEncoder, dtype: str, tokens: float, calls: int) -> Cou
 
 
 def counts(
-    lm: FusionLM, dtype: str, lengths: Sequence[int], items: set[bytes], calls: int
+    lm: FusionLM, dtype: str, lengths: Sequence[int], inputs: set[EncoderInput], calls: int
 ) -> Counts:
     """Of the whole model over sentences of `lengths` predictions, with their distinct prefixes.
 
@@ -163,7 +164,7 @@ def counts(
     total += matmul(tokens, config.embedding_size, config.vocab_size, size)
     if lm.planner is not None and isinstance(lm.planner.encoder, HFEncoder):
         # Keys and values kept, a prefix costs its last token; vectors held, at best nothing.
-        of_policy = {"every": sum(len(i) // 4 for i in items), "incremental": len(items)}
+        of_policy = {"every": sum(len(i.ids) // 4 for i in inputs), "incremental": len(inputs)}
         read = of_policy.get(lm.planner.policy.name, 0)
         total += of_encoder(lm.planner.encoder, dtype, read, calls)
     own = sum(p.numel() for p in lm.model.parameters()) * size
@@ -188,7 +189,7 @@ def _embedding(case: Case, context: Context) -> Work:
     encode = WAYS[case.backend](case.dtype, context.device)
     run = no_gradients(lambda: encode(texts))
     exact = WAYS["fusion-lm"]("float32", context.device)
-    tokens = sum(len(item) // 4 for item in set(encoder.items_from_texts(texts)))
+    tokens = sum(len(i.ids) // 4 for i in set(encoder.inputs_from_texts(texts)))
     tolerance = 1e-4 if case.dtype == "float32" else 0.1
     count = of_encoder(encoder, case.dtype, tokens, 1)
 
@@ -199,8 +200,8 @@ def _embedding(case: Case, context: Context) -> Work:
     return Work(run, run, expected, len(texts), count, tolerance)
 
 
-def _items(lm: FusionLM, sentences: Sequence[Sequence[int]]) -> set[bytes]:
-    return set() if lm.planner is None else set(lm.planner.items(sentences))
+def _inputs(lm: FusionLM, sentences: Sequence[Sequence[int]]) -> set[EncoderInput]:
+    return set() if lm.planner is None else set(lm.planner.inputs(sentences))
 
 
 def _runner(case: Case, context: Context, lm: FusionLM) -> Callable[[], Any]:
@@ -256,7 +257,7 @@ def _scoring(case: Case, context: Context) -> Work:
         found: Tensor = context.once((case.group, plainly), reference)
         return found
 
-    count = counts(lm, case.dtype, lengths, _items(lm, sentences), 1)
+    count = counts(lm, case.dtype, lengths, _inputs(lm, sentences), 1)
     tolerance = 1e-3 if _is_exact(case) else 0.15
     return Work(run, result, expected, sum(lengths), count, tolerance)
 
@@ -294,7 +295,7 @@ def _generation(case: Case, context: Context) -> Work:
     made: list[int] = context.once((case.group, "made"), lambda: _greedy(exact, row, options))
     greedy = _text(exact, [*row, *made])
     count = counts(
-        lm, case.dtype, [len(row) + len(made) - 1], _items(lm, [row, row + made]), len(made)
+        lm, case.dtype, [len(row) + len(made) - 1], _inputs(lm, [row, row + made]), len(made)
     )
     tolerance = 0.0 if _is_exact(case) else 0.25
     return Work(run, result, lambda: ids_of(greedy), len(made), count, tolerance)

@@ -15,13 +15,13 @@ from fusion_model.export.runtime.tokenizer import TextTokenizer
 from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.batching import equal_lengths
 from fusion_model.encoders.controls import BagEncoder, ZeroEncoder
-from fusion_model.encoders.inputs import Progress, TokenItems
+from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
 from fusion_model.errors import EncoderError, ExportError
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 
 
-class OnnxEncoder(TokenItems):
+class OnnxEncoder(TokenInputs):
     """`encoder.onnx` of an export.
 
     Args:
@@ -49,19 +49,21 @@ class OnnxEncoder(TokenItems):
         """Content, pooling and precision, as `HFEncoder` has it."""
         return f"hf:{self.content_sha256}:{self.pooling}:float32"
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
-        """Vectors, [N, dim] float32, in the order of `items`."""
-        places = {item: i for i, item in enumerate(dict.fromkeys(items))}
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
+        """Vectors, [N, dim] float32, in the order of `inputs`."""
+        places = {given: i for i, given in enumerate(dict.fromkeys(inputs))}
         out = np.empty((len(places), self.dim), dtype=np.float32)
         done = 0
-        for rows, ids in equal_lengths(list(places), self._budget):
+        for rows, ids in equal_lengths([given.to_bytes() for given in places], self._budget):
             (out[rows],) = self._session.run(["prefix_embeds"], {"input_ids": ids})
             done += len(rows)
             if progress:
                 progress(done, len(places))
         if not np.isfinite(out).all():
             raise EncoderError(f"{self.name} gave NaN or infinity: export its model again")
-        return out[[places[item] for item in items]]
+        return out[[places[given] for given in inputs]]
 
 
 def open_encoder(folder: Path, manifest: dict[str, Any], device: str, threads: int) -> TextEncoder:

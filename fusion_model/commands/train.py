@@ -35,7 +35,7 @@ def embed(
     store_dtype: Annotated[str | None, typer.Option(help="on disk: float16, float32")] = None,
     device: Device = "auto",
     encoder_batch: Annotated[
-        int | None, typer.Option(help="most encoder tokens at once (default: by free memory)")
+        int | None, typer.Option(help="most encoder tokens at once (default: by device)")
     ] = None,
 ) -> None:
     """Fill a store with the embeddings of all prefixes of a text, for --store elsewhere."""

@@ -1,20 +1,21 @@
-"""Stage 4: encoders. Each turns items, byte strings that stand for texts, into vectors.
+"""Stage 4: encoders. Each turns inputs, which stand for texts, into vectors.
 
-`items_from_texts` prepares texts once; equal items have equal vectors, so that duplicates are
-dropped and results are stored by item. A `fingerprint` names everything that a vector depends
-on besides the item.
+`inputs_from_texts` prepares texts once; equal inputs have equal vectors, so that duplicates are
+dropped and results are stored by input. A `fingerprint` names everything that a vector depends on
+besides the input. PyTorch is imported by those that need it, when they are loaded.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fusion_model.encoders.controls import BAGS, BagEncoder, ZeroEncoder
-from fusion_model.encoders.inputs import Progress
+from fusion_model.encoders.inputs import EncoderInput, OnProgress
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.errors import EncoderError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TextEncoder(Protocol):
@@ -26,13 +27,13 @@ class TextEncoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal where vectors of equal items are equal."""
+        """Equal where vectors of equal inputs are equal."""
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        """One item a text."""
+    def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
+        """One input a text."""
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Any:
-        """Vectors, [len(items), dim] float32, a tensor or an array."""
+    def encode(self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None) -> Any:
+        """Vectors, [len(inputs), dim] float32 on the CPU, a tensor or an array."""
 
 
 class Encoder(TextEncoder, Protocol):
@@ -41,9 +42,6 @@ class Encoder(TextEncoder, Protocol):
     name: str
     pooling: str
     content_sha256: str
-
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Any:
-        """Vectors, [len(items), dim] float32, an array or a tensor on the CPU."""
 
     def save(self, directory: Path) -> None:
         """Write what cannot be had again by name (nothing for a pretrained encoder)."""
@@ -54,7 +52,7 @@ def load_encoder(
     pooling: str = "cls",
     *,
     dtype: str = "float32",
-    device: str | torch.device = "cpu",
+    device: "str | torch.device" = "cpu",
     directory: Path | None = None,
     dim: int = 768,
     policy: str = "every",
@@ -69,8 +67,7 @@ def load_encoder(
         directory: where a bag of words was saved; it has no other home.
         dim: width of `zeros`.
         policy: one of `fusion_model.encoders.policies.POLICIES`, see there.
-        tokens_per_batch: most encoder tokens at once (default: what free memory allows, up to
-            where more brings nothing).
+        tokens_per_batch: most encoder tokens at once (default: by device, as many as help).
 
     Raises:
         EncoderError: unknown, not installed, not loadable, or not able to follow the policy.

@@ -1,4 +1,4 @@
-"""Controls in place of a pretrained encoder: zeros, counts, tf-idf."""
+"""Controls in place of a pretrained encoder: zeros, counts, tf-idf. Nothing here needs PyTorch."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusion_model.encoders.inputs import Progress
+from fusion_model.encoders.inputs import EncoderInput, OnProgress
 from fusion_model.errors import EncoderError
 
 BAGS = ("tfidf", "counts")
@@ -27,11 +27,13 @@ class ZeroEncoder:
     def fingerprint(self) -> str:
         return f"zeros:{self.dim}"
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        return [b""] * len(texts)
+    def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
+        return [EncoderInput()] * len(texts)
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
-        return np.zeros((len(items), self.dim), dtype=np.float32)
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
+        return np.zeros((len(inputs), self.dim), dtype=np.float32)
 
     def save(self, directory: Path) -> None:
         """Nothing to keep."""
@@ -92,13 +94,15 @@ class BagEncoder:
     def fingerprint(self) -> str:
         return f"{self.name}:{self.content_sha256}"
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
-        return [text.encode() for text in texts]
+    def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
+        return [EncoderInput(text=text) for text in texts]
 
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> np.ndarray:
-        vocabulary, out = self._saved["vocabulary"], np.zeros((len(items), self.dim))
-        for row, item in enumerate(items):
-            for word in self._words.findall(item.decode().lower()):
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
+        vocabulary, out = self._saved["vocabulary"], np.zeros((len(inputs), self.dim))
+        for row, given in enumerate(inputs):
+            for word in self._words.findall(given.text.lower()):
                 if word in vocabulary:
                     out[row, vocabulary[word]] += 1
         if "idf" in self._saved:

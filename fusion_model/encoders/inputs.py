@@ -1,15 +1,10 @@
-"""What an encoder is given: items, and which of them run together.
-
-An item is the encoder's input ids, special tokens included, as little-endian int32 bytes; for
-pooling `static` alone, which reads nothing else, the last token only. Two policies have items of
-their own, see `TokenItems.held` and `TokenItems.grown`. Nothing here needs PyTorch.
-"""
+"""From texts to what an encoder is given. Nothing here needs PyTorch."""
 
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +12,7 @@ from fusion_model.encoders.policies import HOLDING, parse_policy
 from fusion_model.encoders.pooling import Pooling, parse_pooling
 from fusion_model.errors import EncoderError
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 TRIED = 256  # texts of a call
@@ -25,8 +20,31 @@ ENOUGH = 8  # of the first calls together
 WORD = re.compile(r"\s*\S+")
 
 
-class TokenItems:
-    """Texts, or an encoder's own token ids, as items.
+class EncoderInput(NamedTuple):
+    """What one vector is made of: equal inputs have equal vectors. Ids are little-endian int32.
+
+    Attributes:
+        ids: the encoder's ids of a text, special tokens included; without them where `exact` is
+            given; none for pooling `static` alone.
+        exact: policy `incremental`: so many of the ids are read all to all, special tokens around
+            them, and each of the others as a continuation.
+        static: the id that pooling `static` takes, where it is not that of the last token.
+        text: what a bag of words counts.
+    """
+
+    ids: bytes = b""
+    exact: int | None = None
+    static: bytes = b""
+    text: str = ""
+
+    def to_bytes(self) -> bytes:
+        """What stores on disk know the input by: it must never change."""
+        count = b"" if self.exact is None else self.exact.to_bytes(4, "little")
+        return count + self.ids + self.static + self.text.encode()
+
+
+class TokenInputs:
+    """Texts, or an encoder's own token ids, as inputs.
 
     Args:
         name: the encoder's, for messages.
@@ -34,6 +52,9 @@ class TokenItems:
         pooling: see `POOLINGS`.
         window: most tokens that the encoder reads.
         policy: see `fusion_model.encoders.policies`.
+
+    Attributes:
+        specials: ids of the empty text: `before` special tokens and `after` others.
 
     Raises:
         EncoderError: the tokenizer adds no special tokens.
@@ -44,15 +65,17 @@ class TokenItems:
     ) -> None:
         self.name, self.tokenizer, self.pooling, self.window = name, tokenizer, pooling, window
         self.poolings, self.policy = parse_pooling(pooling), policy
-        joined = Pooling("static") in self.poolings and len(set(self.poolings)) > 1
-        self.holds = joined and parse_policy(policy).name in HOLDING
+        static = Pooling("static")
+        self.reads = any(p != static for p in self.poolings)  # more than the last token
+        holding = parse_policy(policy).name in HOLDING
+        self.holds = self.reads and static in self.poolings and holding
         self.mask_token = tokenizer.mask_token or ""
         empty = tokenizer([""])["input_ids"][0]
         filled = tokenizer(["a"])["input_ids"][0]
-        self._before = next((i for i, t in enumerate(empty) if filled[i] != t), len(empty))
-        self._before = min(self._before, len(empty) - 1)
-        self.specials, self._after = empty, len(empty) - self._before
-        if not empty or filled[: self._before] != empty[: self._before]:
+        self.before = next((i for i, t in enumerate(empty) if filled[i] != t), len(empty))
+        self.before = min(self.before, len(empty) - 1)
+        self.specials, self.after = empty, len(empty) - self.before
+        if not empty or filled[: self.before] != empty[: self.before]:
             raise EncoderError(
                 f"{name} adds no special tokens, so the empty prefix has no embedding: use an "
                 "encoder such as BERT, RoBERTa or MiniLM"
@@ -61,7 +84,7 @@ class TokenItems:
         self._by_word: bool | None = None  # until it was tried
         self._agreed = 0  # texts of more than a word, so far
 
-    def items_from_texts(self, texts: Sequence[str]) -> list[bytes]:
+    def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
         """Tokenise; a text longer than the encoder's window is refused."""
         if not texts:
             return []
@@ -91,61 +114,71 @@ class TokenItems:
         return [_bytes(ids) for ids in found]
 
     def _joined(self, texts: Sequence[str]) -> list[bytes]:
-        known, before, after = self._pieces, 4 * self._before, 4 * self._after
+        known = self._pieces
         split = [WORD.findall(text) for text in texts]
         new = list(set(chain.from_iterable(split)) - known.keys())
         if len(known) + len(new) > 1_000_000:
             known.clear()
             new = list(set(chain.from_iterable(split)))
         if new:
-            for word, ids in zip(new, self._tokenized(new), strict=True):
-                known[word] = ids[before : len(ids) - after]
+            known.update(zip(new, map(self._content, self._tokenized(new)), strict=True))
         specials = _bytes(self.specials)
-        first, last = specials[:before], specials[before:]
+        first, last = specials[: 4 * self.before], specials[4 * self.before :]
         return [b"".join([first, *map(known.__getitem__, words), last]) for words in split]
 
-    def items_from_ids(self, sequences: Sequence[Sequence[int]]) -> list[bytes]:
-        """Items from the encoder's own token ids, special tokens not included."""
-        before, after = self.specials[: self._before], self.specials[self._before :]
+    def inputs_from_ids(self, sequences: Sequence[Sequence[int]]) -> list[EncoderInput]:
+        """Inputs from the encoder's own token ids, special tokens not included."""
+        before, after = self.specials[: self.before], self.specials[self.before :]
         return [self._checked(_bytes([*before, *ids, *after])) for ids in sequences]
 
-    def held(self, context: bytes, own: bytes) -> bytes:
-        """The item whose vectors are those of `context`, but `static` of the text of `own`.
+    def reused_input(self, context: EncoderInput, own: EncoderInput) -> EncoderInput:
+        """What has the vectors of `context`, but `static` of the text of `own`."""
+        if not self.reads:
+            return own
+        return context._replace(static=self.last_id(own)) if self.holds else context
 
-        With `static` among other poolings it is the context's ids and the last of the text's.
-        """
-        if not self.holds:
-            return own if self.poolings == (Pooling("static"),) else context
-        end = max(len(own) - 4 * (self._after + 1), 0)
-        return context + own[end : end + 4]
+    def incremental_input(self, anchor: EncoderInput | None, own: EncoderInput) -> EncoderInput:
+        """What has the vectors of an exact encoding, continued token by token.
 
-    def grown(self, anchor: bytes | None, own: bytes) -> bytes:
-        """The item of an exact encoding, continued token by token.
-
-        It is the number of tokens that are encoded exactly, and the text's ids without special
-        tokens. What the texts of both items begin with is encoded exactly: all of the anchor,
-        unless a word that was cut there is now split otherwise.
+        What both texts begin with is encoded exactly: all of the anchor, unless a word that was
+        cut there is now split otherwise.
 
         Args:
             anchor: None for the empty text.
         """
-        if self.poolings == (Pooling("static"),):
+        if not self.reads:
             return own
-        if anchor is None:
-            return b"\0\0\0\0" + own[4 * self._before : len(own) - 4 * self._after]
-        ids = self._content(own)
-        first = self._content(anchor)
-        shorter = min(len(first), len(ids))
-        same = first[:shorter] == ids[:shorter]
-        common = shorter if same.all() else int(same.argmin())
-        return np.concatenate([[common], ids]).astype("<i4").tobytes()
+        ids = self._content(own.ids)
+        first = b"" if anchor is None else self._content(anchor.ids)
+        if ids.startswith(first):
+            return EncoderInput(ids, len(first) // 4)
+        pairs = zip(np.frombuffer(first, "<i4"), np.frombuffer(ids, "<i4"), strict=False)
+        differ = (at for at, (a, b) in enumerate(pairs) if a != b)
+        return EncoderInput(ids, next(differ, len(ids) // 4))
 
-    def _content(self, item: bytes) -> np.ndarray:
-        ids = np.frombuffer(item, dtype="<i4")
-        return ids[self._before : len(ids) - self._after]
+    def split(self, given: EncoderInput) -> tuple[list[int], list[int]]:
+        """The head, which is read all to all, with special tokens, and the tokens after it."""
+        ids = np.frombuffer(given.ids, dtype="<i4").tolist()
+        if given.exact is None:
+            return ids, []
+        before, after = self.specials[: self.before], self.specials[self.before :]
+        return [*before, *ids[: given.exact], *after], ids[given.exact :]
 
-    def _checked(self, ids: bytes, text: str | None = None) -> bytes:
-        """The item of a text's ids, special tokens included, if they fit the window."""
+    def last_id(self, given: EncoderInput) -> bytes:
+        """What pooling `static` takes: a text's last token, [CLS] if it is empty."""
+        if given.static:
+            return given.static
+        if given.exact is not None:
+            return given.ids[-4:] or _bytes(self.specials[:1])
+        end = max(len(given.ids) - 4 * (self.after + 1), 0)
+        return given.ids[end : end + 4]
+
+    def _content(self, ids: bytes) -> bytes:
+        """Without special tokens."""
+        return ids[4 * self.before : len(ids) - 4 * self.after]
+
+    def _checked(self, ids: bytes, text: str | None = None) -> EncoderInput:
+        """The input of a text's ids, special tokens included, if they fit the window."""
         room, size = self.window - any(p.name == "mask" for p in self.poolings), len(ids) // 4
         if size > room:
             shown = "" if text is None else f", starting {text[:40]!r}"
@@ -153,10 +186,8 @@ class TokenItems:
                 f"a prefix of {size} encoder tokens does not fit the window of {room} of "
                 f"{self.name}{shown}: split the sentence, or cut it with --max-tokens"
             )
-        if self.poolings == (Pooling("static"),):
-            last = 4 * (size - self._after - 1)
-            return ids[last : last + 4]
-        return ids
+        found = EncoderInput(ids)
+        return found if self.reads else EncoderInput(static=self.last_id(found))
 
 
 def _bytes(ids: Sequence[int]) -> bytes:

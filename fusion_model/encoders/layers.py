@@ -98,18 +98,17 @@ class EncoderLayers:
         act = getattr(config, "hidden_act", getattr(config, "activation", None))
         self.layers = [_layer(m, names, act == "gelu") for m in model.get_submodule(where)]
         self.heads: int = config.num_attention_heads
-        self.device = model.device
+        self.device, self.dtype = model.device, model.dtype
+        self.pooler: Any = getattr(model, "pooler", None)
         self._embeddings = model.embeddings
         padding = model.embeddings.position_embeddings.padding_idx
         self._first_position = 0 if padding is None else padding + 1
         self.relative = model.encoder if config.model_type == "mpnet" else None
 
-    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Layer 0, [N, L, E], of ids [N, L] at positions [N, L] counted from 0 (default: 0..)."""
-        if positions is None:
-            hidden: Tensor = self._embeddings(input_ids=ids)
-        else:
-            hidden = self._embeddings(input_ids=ids, position_ids=positions + self._first_position)
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Layer 0, [N, L, E], of ids [N, L] at positions [N, L] counted from 0."""
+        at = positions + self._first_position
+        hidden: Tensor = self._embeddings(input_ids=ids, position_ids=at)
         return hidden
 
     def position_bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:

@@ -5,13 +5,14 @@ from typing import NamedTuple
 from fusion_model.errors import EncoderError
 
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static")
+LAST = -1
 
 
 class Pooling(NamedTuple):
-    """One vector of a text: `name` of `POOLINGS`, of the encoder's last layer or an earlier one."""
+    """One vector of a text: `name` of `POOLINGS`, of the encoder's last layer, -1, or another."""
 
     name: str
-    layer: int | None = None
+    layer: int = LAST
 
 
 def parse_pooling(pooling: str) -> tuple[Pooling, ...]:
@@ -29,5 +30,5 @@ def parse_pooling(pooling: str) -> tuple[Pooling, ...]:
                 f"unknown pooling {part!r}: choose from {', '.join(POOLINGS)}, with @N those of "
                 "the encoder's N-th layer, or join some: static+mean"
             )
-        parts.append(Pooling(name, int(layer) if layered else None))
+        parts.append(Pooling(name, int(layer) if layered else LAST))
     return tuple(parts)

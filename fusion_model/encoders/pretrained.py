@@ -1,46 +1,51 @@
 """Any Hugging Face encoder: texts of all lengths batched without padding, several poolings in one
 pass.
 
-Notation: N items, L tokens each, E width of the encoder.
+An exact encoding is a tree with nothing after its head (`fusion_model.encoders.incremental`);
+transformers' own pass stays as the reference, and for architectures unknown here.
+
+Notation: N texts, L tokens each, E width of the encoder, P poolings besides `static`.
 """
 
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from fusion_model.devices import resolve_dtype
-from fusion_model.encoders.attention import AllToAll
-from fusion_model.encoders.batching import free_memory, shared_batches, shrinking, token_budget
-from fusion_model.encoders.graphs import FEW_TOKENS, Graphs
-from fusion_model.encoders.inputs import Progress, TokenItems
-from fusion_model.encoders.layers import EncoderLayers, padded
-from fusion_model.encoders.pooling import Pooling, parse_pooling
-from fusion_model.encoders.transfers import Returns, overlapped, sent
+from fusion_model.encoders import batching
+from fusion_model.encoders.incremental.passes import TreePass
+from fusion_model.encoders.incremental.trees import Query, Tree, grow_trees, similar_sizes
+from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
+from fusion_model.encoders.layers import EncoderLayers
+from fusion_model.encoders.pooling import LAST, Pooling, parse_pooling
 from fusion_model.errors import EncoderError
 from fusion_model.progress import note
 
-HELD_KEPT = 4096  # latest vectors of contexts that may be needed again
+TRIED = 4  # texts that our own pass is held against transformers' with
+REUSED_KEPT = 4096  # latest vectors of contexts that may be needed again
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 
 
-class HFEncoder(TokenItems):
+class HFEncoder(TokenInputs):
     """A pretrained encoder with a pooling; see `fusion_model.encoders.Encoder`.
 
     Attributes:
-        tokens_per_batch: most encoder tokens at once; None for what free memory allows.
-        graphs: replay small passes of whole texts; None for plain ones only.
+        tokens_per_batch: most encoder tokens at once; None for what is enough on the device.
+        read: the poolings besides `static`, each with its layer.
+        depth: the encoder's layers.
+        deepest: the highest layer that is computed.
     """
 
     tokens_per_batch: int | None = None
-    graphs: Graphs | None = None
 
     def __init__(
         self, name: str, model: Any, tokenizer: Any, pooling: str = "cls", policy: str = "every"
@@ -55,13 +60,19 @@ class HFEncoder(TokenItems):
             raise EncoderError(f"{name} has no pooler: choose another pooling")
         self.depth: int = model.config.num_hidden_layers
         for p in self.poolings:
-            if (p.layer or 0) > self.depth:
+            if p.layer > self.depth:
                 raise EncoderError(
                     f"{name} has {self.depth} layers: there is no {p.name}@{p.layer}"
                 )
+        self.read = [
+            p._replace(layer=self.depth if p.layer == LAST else p.layer)
+            for p in self.poolings
+            if p.name != "static"
+        ]
+        self.deepest: int = max((p.layer for p in self.read), default=0)
         self._layers: EncoderLayers | None = None
         self._tried = False
-        self._held_vectors: dict[bytes, Tensor] = {}
+        self._reused: dict[EncoderInput, Tensor] = {}
         self.content_sha256 = _content_sha256(model, tokenizer)
 
     @classmethod
@@ -96,7 +107,6 @@ class HFEncoder(TokenItems):
         encoder = cls(name, model, tokenizer, pooling, policy)
         encoder.model = encoder.model.to(device=device, dtype=torch_dtype)
         encoder.tokens_per_batch = tokens_per_batch
-        encoder.graphs = Graphs() if encoder.model.device.type == "cuda" else None
         return encoder
 
     @property
@@ -108,101 +118,112 @@ class HFEncoder(TokenItems):
         """Nothing to keep: a pretrained encoder is had again by name."""
 
     @torch.inference_mode()
-    def encode(self, items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
-        """Vectors, [N, dim] float32 on the CPU, in the order of `items`; duplicates run once.
+    def encode(self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None) -> Tensor:
+        """Vectors, [N, dim] float32 on the CPU, in the order of `inputs`; duplicates run once.
 
         Raises:
-            EncoderError: the encoder gave NaN or infinity.
+            EncoderError: the encoder gave NaN or infinity, or memory does not hold a small batch.
         """
-        places: dict[bytes, int] = {}
-        inverse = [places.setdefault(item, len(places)) for item in items]
-        out = self._encode_unique(list(places), progress)
+        places: dict[EncoderInput, int] = {}
+        inverse = [places.setdefault(given, len(places)) for given in inputs]
+        read = self._encode_reused if self.holds else self._encode_unique
+        out = self.with_static(list(places), read(list(places), progress))
         if not bool(torch.isfinite(out).all()):
             raise EncoderError(
                 f"{self.name} gave NaN or infinity in {self.model.dtype}: encode in float32"
             )
-        return out if len(places) == len(items) else out[inverse]
+        return out if len(places) == len(inputs) else out[inverse]
 
-    def _encode_unique(self, items: list[bytes], progress: Progress | None) -> Tensor:
-        if not self.holds:
-            return self._encode_batches(items, progress)
-        contexts = [item[:-4] for item in items]
-        new = [c for c in dict.fromkeys(contexts) if c not in self._held_vectors]
-        # Any last token will do here: `static` is put in below, of each item's own.
-        found = self._encode_batches([c + c[-4:] for c in new], progress)
-        self._held_vectors.update(zip(new, found, strict=True))
-        out = torch.stack([self._held_vectors[c] for c in contexts])
-        for context in list(self._held_vectors)[: -HELD_KEPT or None]:
-            del self._held_vectors[context]
-        last = torch.tensor([int.from_bytes(item[-4:], "little") for item in items])
-        static = self.model.get_input_embeddings()(last.to(self.model.device)).float().cpu()
-        width = static.shape[1]
-        for number, p in enumerate(self.poolings):
-            if p.name == "static":
-                out[:, number * width : (number + 1) * width] = static
+    def with_static(self, inputs: Sequence[EncoderInput], read: Tensor) -> Tensor:
+        """Vectors [N, dim] of what was `read` of them, [N, P E] float32, and of `static`."""
+        if len(self.read) == len(self.poolings):
+            return read
+        last = np.frombuffer(b"".join(map(self.last_id, inputs)), dtype="<i4")
+        table = self.model.get_input_embeddings()
+        static = table(torch.tensor(last, device=self.model.device, dtype=torch.int64))
+        return self._in_order(read, static.float().cpu())
+
+    def _in_order(self, read: Tensor, static: Tensor) -> Tensor:
+        """The columns of [N, P E] and [N, E] in the order of the poolings."""
+        parts = iter(read.split(static.shape[1], dim=1))
+        columns = [static if p.name == "static" else next(parts) for p in self.poolings]
+        return torch.cat(columns, dim=1)
+
+    def _encode_reused(self, inputs: list[EncoderInput], progress: OnProgress | None) -> Tensor:
+        """As `_encode_unique`; the latest contexts' vectors are kept."""
+        contexts = [given._replace(static=b"") for given in inputs]
+        new = [c for c in dict.fromkeys(contexts) if c not in self._reused]
+        self._reused.update(zip(new, self._encode_unique(new, progress), strict=True))
+        out = torch.stack([self._reused[c] for c in contexts])
+        for context in list(self._reused)[:-REUSED_KEPT]:
+            del self._reused[context]
         return out
 
-    def _encode_batches(self, items: list[bytes], progress: Progress | None) -> Tensor:
-        out = torch.empty(len(items), self.dim)
-        returns, done = Returns(self.model.device), 0
-
-        def start(batch: list[tuple[list[int], Any]]) -> Callable[[], Tensor]:
-            groups = [sent(torch.from_numpy(ids), self.model.device) for _, ids in batch]
-            return returns.start(self._pooled_batch(groups))
-
-        def encode(places: Sequence[int], budget: int) -> Iterator[list[int]]:
-            batches = shared_batches([items[place] for place in places], budget)
-            for batch, found in overlapped(batches, start, returns.ahead):
-                rows = [places[row] for group, _ in batch for row in group]
-                out[rows] = found
-                yield rows
-
-        for rows in shrinking(range(len(items)), self.budget, encode, self._shrink):
-            done += len(rows)
-            if progress:
-                progress(done, len(items))
+    def _encode_unique(self, inputs: list[EncoderInput], progress: OnProgress | None) -> Tensor:
+        """What the poolings read of texts, [N, P E] float32 on the CPU. Where memory runs out,
+        batches are halved, and what was done is kept."""
+        out = torch.empty(len(inputs), len(self.read) * self.model.config.hidden_size)
+        waiting = dict.fromkeys(range(len(inputs) if self.read else 0))
+        while waiting:
+            places = list(waiting)
+            try:
+                for rows, found in self._batches([inputs[place] for place in places]):
+                    done = [places[row] for row in rows]
+                    out[done] = found.float().cpu()
+                    for place in done:
+                        del waiting[place]
+                    if progress:
+                        progress(len(inputs) - len(waiting), len(inputs))
+            except torch.OutOfMemoryError as error:
+                self._shrink(error)
         return out
 
     @property
     def budget(self) -> int:
-        """Most tokens in a batch: `tokens_per_batch`, or what free memory allows."""
+        """Most tokens in a batch: `tokens_per_batch`, or what is enough on the device."""
         if self.tokens_per_batch is not None:
             return self.tokens_per_batch
-        config, device = self.model.config, self.model.device
-        width: int = config.hidden_size
-        inner: int = getattr(config, "intermediate_size", getattr(config, "hidden_dim", 4 * width))
-        heads, itemsize = config.num_attention_heads, self.model.dtype.itemsize
-        return token_budget(free_memory(device), device.type, width, inner, heads, itemsize)
+        model = self.model
+        width: int = model.config.hidden_size
+        return batching.token_budget(model.device.type, width, model.dtype.itemsize)
 
-    def _shrink(self, budget: int) -> None:
-        note(f"{self.name}: out of memory, going on with {budget} tokens a batch")
-        self.tokens_per_batch = budget
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        if self.budget <= batching.LEAST:
+            raise EncoderError(
+                f"the device's memory does not hold {self.budget} encoder tokens: {error}"
+            ) from error
+        self.tokens_per_batch = max(self.budget // 2, batching.LEAST)
+        note(f"{self.name}: out of memory, going on with {self.tokens_per_batch} tokens a batch")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-    def _pooled_batch(self, groups: list[Tensor]) -> Tensor:
-        """Groups of texts of one length, [N, L] each -> [sum of N, dim].
-
-        The first batch is tried both ways: see `fusion_model.encoders.layers`.
-        """
+    def _batches(self, inputs: list[EncoderInput]) -> Iterator[tuple[list[int], Tensor]]:
+        """Places of texts and their vectors [·, P E], batch after batch."""
         if not self._tried:
-            self._tried = True
-            self._layers = self._proven_layers(groups[-1][:4])
+            self._layers, self._tried = self._proven_layers(inputs), True
         if self._layers is None:
-            return torch.cat([self.pooled(ids) for ids in groups])
-        return self._pooled_together(groups, self._layers)
+            for rows, ids in batching.equal_lengths([given.ids for given in inputs], self.budget):
+                yield rows, self._by_transformers(torch.from_numpy(ids).to(self.model.device))
+            return
+        trees = grow_trees([self.split(given) for given in inputs], self.after)
+        for rows, batch in similar_sizes(trees, self.budget):
+            yield rows, self._by_trees(self._layers, batch)
 
-    def _proven_layers(self, ids: Tensor) -> EncoderLayers | None:
-        """Our own pass, if these texts [N, L] get the same vectors as from transformers."""
+    def _proven_layers(self, inputs: list[EncoderInput]) -> EncoderLayers | None:
+        """Our own pass, if some of these texts get the same vectors as from transformers."""
         try:
             layers = EncoderLayers(self.model)
         except ValueError:
             return None
-        expected = self.pooled(ids).float()
-        found = self._pooled_together([ids], layers).float()
+        texts = sorted((self.split(given)[0] for given in inputs), key=len)[-TRIED:]
+        device = self.model.device
+        reference = [self._by_transformers(torch.tensor([ids], device=device)) for ids in texts]
+        expected = torch.cat(reference).float()
+        trees = [tree for _, tree in grow_trees([(ids, []) for ids in texts], self.after)]
+        found = self._by_trees(layers, trees)
         tolerance = 1e-5 if self.model.dtype == torch.float32 else 2**-4
-        scale = expected.abs().max().clamp(min=1)
-        if bool(expected.isfinite().all()) and float((found - expected).abs().max()) > float(
-            tolerance * scale
-        ):
+        allowed = tolerance * float(expected.abs().max().clamp(min=1))
+        if bool(expected.isfinite().all()) and float((found - expected).abs().max()) > allowed:
             warnings.warn(
                 f"{self.name}: our own pass differs from transformers', which is used instead",
                 stacklevel=2,
@@ -210,114 +231,67 @@ class HFEncoder(TokenItems):
             return None
         return layers
 
-    def _pooled_together(self, groups: list[Tensor], layers: EncoderLayers) -> Tensor:
-        static = [self._static(ids) for ids in groups]
-        columns = {Pooling("static"): torch.cat(static)}
-        if self.holds:
-            groups = [ids[:, :-1] for ids in groups]
+    def _by_trees(self, layers: EncoderLayers, trees: Sequence[Tree]) -> Tensor:
+        """Vectors of exact texts [N, P E]; those with a mask in them are trees of their own."""
+        columns: dict[Pooling, Tensor] = {}
         for masked in (False, True):
-            parts = [
-                p for p in self.poolings if p.name != "static" and (p.name == "mask") == masked
-            ]
-            if parts:
-                texts = [self._with_mask(ids) for ids in groups] if masked else groups
-                columns |= self._read(parts, texts, layers)
-        return torch.cat([columns[p] for p in self.poolings], dim=-1)
-
-    def _read(
-        self, parts: list[Pooling], groups: list[Tensor], layers: EncoderLayers
-    ) -> dict[Pooling, Tensor]:
-        """One pass for several poolings, each [sum of N, E]."""
-        wanted = sorted({self.layer_of(p) for p in parts})
-        top = [p for p in parts if self.layer_of(p) == wanted[-1]]
-        rows = None
-        if wanted[-1] and all(p.name != "mean" for p in top) and not layers.relative:
-            rows = self._nodes(top, groups)  # all that is read of the highest layer
-        sizes = [ids.shape[1] for ids in groups for _ in ids]
-        few = None if rows is None else (wanted[-1] - 1, len(top))
-        attend = AllToAll(sizes, layers, self.model.dtype, few)
-
-        def compute() -> list[Tensor]:
-            hidden = torch.cat([layers.embed(ids).flatten(0, 1) for ids in groups])
-            return layers.run(padded(hidden), wanted, attend, rows)
-
-        if self.graphs is not None and sum(sizes) <= FEW_TOKENS:
-            own = [] if rows is None else [rows]
-            name = (tuple(parts), len(groups))
-            results = self.graphs.run(name, [*groups, *own, *attend.tensors()], compute)
-        else:
-            results = compute()
-        outputs = dict(zip(wanted, results, strict=True))
-        found = {}
-        for p in parts:
-            output = outputs[self.layer_of(p)]
-            if p.name == "mean":
-                nodes = [ids.numel() for ids in groups]
-                texts = zip(groups, output[: sum(nodes)].split(nodes), strict=True)
-                found[p] = torch.cat([part.view(*ids.shape, -1).mean(1) for ids, part in texts])
+            own = [p for p in self.read if (p.name == "mask") == masked]
+            if not own:
                 continue
-            if rows is not None and p in top:
-                node = output.view(-1, len(top), output.shape[-1])[:, top.index(p)]
-            else:
-                node = output[self._nodes([p], groups)]
-            found[p] = self.model.pooler(node[:, None]) if p.name == "pooler" else node
-        return found
-
-    def _nodes(self, parts: list[Pooling], groups: list[Tensor]) -> Tensor:
-        """Where the nodes that poolings read lie, text after text, [sum of N · len(parts)]."""
-        found, start = [], 0
-        for ids in groups:
-            count, length = ids.shape
-            last = length - self._after - 1
-            at = {"cls": 0, "pooler": 0, "last": last, "mask": last, "sep": last + 1}
-            own = torch.tensor([at[p.name] for p in parts])
-            found.append((start + length * torch.arange(count)[:, None] + own).flatten())
-            start += ids.numel()
-        return sent(torch.cat(found), self.model.device)
+            read = [Pooling("last", p.layer) for p in own] if masked else own
+            if masked:
+                trees = [
+                    Tree(self._with_mask(tree.head), 0, tree.depth + 1, ends=[-1]) for tree in trees
+                ]
+            found = TreePass(layers, read, self._queries, self.after).run(trees)
+            columns |= zip(own, found, strict=True)
+        return torch.cat([columns[p] for p in self.read], dim=1)
 
     @property
-    def deepest(self) -> int:
-        """The highest layer that is computed."""
-        return max((self.layer_of(p) for p in self.poolings if p.name != "static"), default=0)
+    def _queries(self) -> dict[str, Query]:
+        """What reads a text in place of the nodes that only a head has."""
+        first = Query(self.specials[0], at_start=True, own=0)
+        end = Query(self.specials[self.before], at_start=False, own=-self.after)
+        return {"cls": first, "pooler": first, "sep": end}
 
-    def layer_of(self, pooling: Pooling) -> int:
-        """The layer that a pooling reads."""
-        return self.depth if pooling.layer is None else pooling.layer
+    def _with_mask(self, ids: list[int]) -> list[int]:
+        end = len(ids) - self.after
+        return [*ids[:end], self.tokenizer.mask_token_id, *ids[end:]]
 
     def pooled(self, ids: Tensor) -> Tensor:
-        """ids [N, L] -> [N, dim], by transformers alone."""
-        static = self._static(ids)
-        ids = ids[:, :-1] if self.holds else ids
-        output = None
-        if {p.name for p in self.poolings} - {"static", "mask"}:
-            output = self.model(input_ids=ids, output_hidden_states=True)
-        parts = [
-            static if p.name == "static" else self._pool(p, ids, output) for p in self.poolings
-        ]
-        return torch.cat(parts, dim=-1)
+        """ids [N, L] -> [N, dim], by transformers alone; ids are those of `EncoderInput`s, and what
+        these have for `static` behind them."""
+        last = -1 if self.holds else max(ids.shape[1] - self.after - 1, 0)
+        read = ids.new_empty(len(ids), 0)
+        if self.read:
+            read = self._by_transformers(ids[:, :-1] if self.holds else ids)
+        if len(self.read) == len(self.poolings):
+            return read
+        return self._in_order(read, self.model.get_input_embeddings()(ids[:, last]))
 
-    def _static(self, ids: Tensor) -> Tensor:
-        # of the text's last token; of [CLS] if it is empty
-        last = -1 if self.holds else max(ids.shape[1] - self._after - 1, 0)
-        vectors: Tensor = self.model.get_input_embeddings()(ids[:, last])
-        return vectors
-
-    def _with_mask(self, ids: Tensor) -> Tensor:
-        end = ids.shape[1] - self._after
-        mask = ids.new_full((ids.shape[0], 1), self.tokenizer.mask_token_id)
-        return torch.cat([ids[:, :end], mask, ids[:, end:]], dim=1)
-
-    def _pool(self, pooling: Pooling, ids: Tensor, output: Any) -> Tensor:
-        last = ids.shape[1] - self._after - 1
-        if pooling.name == "pooler":
-            pooler: Tensor = output.pooler_output
-            return pooler
-        if pooling.name == "mask":
-            output, last = self.model(self._with_mask(ids), output_hidden_states=True), last + 1
-        hidden: Tensor = output.hidden_states[self.layer_of(pooling)]
-        if pooling.name == "mean":
-            return hidden.mean(dim=1)
-        return hidden[:, {"cls": 0, "last": last, "mask": last, "sep": last + 1}[pooling.name]]
+    def _by_transformers(self, ids: Tensor) -> Tensor:
+        """As `_by_trees`, of ids [N, L]: the reference."""
+        length, names = ids.shape[1], {p.name for p in self.read}
+        end = length - self.after
+        outputs: Any = None, None  # of texts, and of texts with a mask
+        if names - {"mask"}:
+            outputs = self.model(input_ids=ids, output_hidden_states=True), None
+        if "mask" in names:
+            mask = ids.new_full((len(ids), 1), self.tokenizer.mask_token_id)
+            masked = torch.cat([ids[:, :end], mask, ids[:, end:]], dim=1)
+            outputs = outputs[0], self.model(input_ids=masked, output_hidden_states=True)
+        found = []
+        for p in self.read:
+            output = outputs[p.name == "mask"]
+            hidden: Tensor = output.hidden_states[p.layer]
+            if p.name == "pooler":
+                found.append(output.pooler_output)
+            elif p.name == "mean":
+                found.append(hidden.mean(dim=1))
+            else:
+                node = {"cls": 0, "last": end - 1, "mask": end, "sep": end}[p.name]
+                found.append(hidden[:, node])
+        return torch.cat(found, dim=1)
 
 
 @contextmanager

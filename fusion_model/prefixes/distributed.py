@@ -1,4 +1,4 @@
-"""Several processes encode for one: each a share of every batch of items, on its own device.
+"""Several processes encode for one: each a share of every batch of inputs, on its own device.
 
 The main process plans and writes the store; the others only encode. Run with
 `accelerate launch -m fusion_model.cli train …` or `… embed …`.
@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fusion_model.encoders import Encoder
-from fusion_model.encoders.inputs import Progress
+from fusion_model.encoders.inputs import EncoderInput, OnProgress
 from fusion_model.errors import EncoderError
 
-Encode = Callable[..., Tensor]
+Encode = Callable[..., Any]
 
 
 @contextmanager
@@ -35,19 +33,19 @@ def shared_encoding(encoder: Encoder, rank: int, world: int) -> Iterator[Encode 
         yield encoder.encode
         return
     if rank:
-        while (items := _broadcast(None)) is not None:
-            _gather(_encoded(encoder, items, rank, world), rank, world)
+        while (inputs := _broadcast(None)) is not None:
+            _gather(_encoded(encoder, inputs, rank, world), rank, world)
         dist.barrier()
         yield None
         return
 
-    def encode(items: Sequence[bytes], progress: Progress | None = None) -> Tensor:
-        _broadcast(list(items))
-        parts = _gather(_encoded(encoder, items, rank, world, progress), rank, world)
+    def encode(inputs: Sequence[EncoderInput], progress: OnProgress | None = None) -> np.ndarray:
+        _broadcast(list(inputs))
+        parts = _gather(_encoded(encoder, inputs, rank, world, progress), rank, world)
         for part in parts:
             if isinstance(part, str):
                 raise EncoderError(part)
-        return torch.from_numpy(np.concatenate(parts))
+        return np.concatenate(parts)
 
     try:
         yield encode
@@ -58,39 +56,39 @@ def shared_encoding(encoder: Encoder, rank: int, world: int) -> Iterator[Encode 
 
 def _encoded(
     encoder: Encoder,
-    items: Sequence[bytes],
+    inputs: Sequence[EncoderInput],
     rank: int,
     world: int,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> np.ndarray | str:
     """Vectors of this process's share, or what went wrong: the others must not wait for ever."""
-    start, end = share_of(items, rank, world)
+    start, end = share_of(inputs, rank, world)
     try:
-        report = None if progress is None else _scaled(progress, len(items))
-        return np.asarray(encoder.encode(items[start:end], report))
+        report = None if progress is None else _scaled(progress, len(inputs))
+        return np.asarray(encoder.encode(inputs[start:end], report))
     except (EncoderError, RuntimeError) as error:
         return f"process {rank}: {error}"
 
 
-def share_of(items: Sequence[bytes], rank: int, world: int) -> tuple[int, int]:
-    """First and last + 1 of a process's items: neighbours, which may share work, and about as
+def share_of(inputs: Sequence[EncoderInput], rank: int, world: int) -> tuple[int, int]:
+    """First and last + 1 of a process's inputs: neighbours, which may share work, and about as
     many bytes for each process."""
-    ends = np.cumsum([0, *map(len, items)])
+    ends = np.cumsum([0, *(len(given.to_bytes()) for given in inputs)])
     cuts = np.searchsorted(ends, ends[-1] * np.arange(world + 1) / world)
     return int(cuts[rank]), int(cuts[rank + 1])
 
 
-def _scaled(progress: Progress, total: int) -> Progress:
+def _scaled(progress: OnProgress, total: int) -> OnProgress:
     def report(done: int, of: int) -> None:
         progress(total * done // max(of, 1), total)
 
     return report
 
 
-def _broadcast(items: list[bytes] | None) -> list[bytes] | None:
-    box: list[Any] = [items]
+def _broadcast(inputs: list[EncoderInput] | None) -> list[EncoderInput] | None:
+    box: list[Any] = [inputs]
     dist.broadcast_object_list(box, src=0)
-    found: list[bytes] | None = box[0]
+    found: list[EncoderInput] | None = box[0]
     return found
 
 

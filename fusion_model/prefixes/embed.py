@@ -7,7 +7,7 @@ import numpy as np
 
 from fusion_model.data.batches import Vectors
 from fusion_model.data.corpus import Corpus
-from fusion_model.encoders.inputs import Progress
+from fusion_model.encoders.inputs import OnProgress
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.store import digest
 
@@ -18,7 +18,7 @@ def embed_corpus(
     corpus: Corpus,
     planner: PrefixPlanner,
     store: Vectors,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     encode: Callable[..., Any] | None = None,
 ) -> np.ndarray:
     """Encode what the store lacks, and return the store row of every position, [P] int64.
@@ -42,9 +42,9 @@ def embed_corpus(
         previous: list[Sequence[int]] = [
             () if corpus.starts_document[i] else corpus.sentences[i - 1] for i in range(first, last)
         ]
-        items = planner.items(corpus.sentences[first:last], previous)
-        keys = [digest(item) for item in items]
-        new = {k: item for k, item in zip(keys, items, strict=True) if store.row(k) < 0}
+        inputs = planner.inputs(corpus.sentences[first:last], previous)
+        keys = [digest(given.to_bytes()) for given in inputs]
+        new = {k: given for k, given in zip(keys, inputs, strict=True) if store.row(k) < 0}
         if new:
             base = done
 

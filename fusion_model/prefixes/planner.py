@@ -1,27 +1,28 @@
-"""Which items a text needs, and which sentences run together.
+"""Which encoder inputs a text needs: one for each of its positions.
 
 A sentence `BOS x1 … xn EOS` has n + 2 tokens and n + 1 positions: the last token predicts
 nothing. Nothing here needs PyTorch: vectors are whatever encoder and store agree on.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from fusion_model.data.tokenizer import encoder_ids
 from fusion_model.encoders import TextEncoder
-from fusion_model.encoders.inputs import TokenItems
+from fusion_model.encoders.inputs import EncoderInput, TokenInputs
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.errors import FusionLMError
 from fusion_model.prefixes.views import CAUSAL_VIEWS, prefix_texts, view_ids, view_texts
 
 
 class PrefixPlanner:
-    """Which items the encoder needs for the positions of sentences.
+    """The encoder inputs of the positions of sentences.
 
     Args:
-        encoder: where the items go; it knows the policy.
+        encoder: where they go; it knows the policy.
         tokenizer: the language model's.
         view: one of `fusion_model.prefixes.views.VIEWS`.
         shares_vocabulary: the tokenizer was cut from the encoder's vocabulary.
@@ -45,68 +46,63 @@ class PrefixPlanner:
             )
         self.special_ids = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
         self._map: np.ndarray | None = None
-        if shares_vocabulary and isinstance(encoder, TokenItems):
+        if shares_vocabulary and isinstance(encoder, TokenInputs):
             self._map = encoder_ids(tokenizer, encoder.tokenizer)
 
-    def items(
+    def inputs(
         self, sentences: Sequence[Sequence[int]], previous: Sequence[Sequence[int]] | None = None
-    ) -> list[bytes]:
-        """Items of all positions, sentence after sentence.
+    ) -> list[EncoderInput]:
+        """Inputs of all positions, sentence after sentence.
 
         Args:
             sentences: token ids; special tokens are left out of what the encoder sees. n tokens
-                of text give n + 1 items.
+                of text give n + 1 inputs.
             previous: the sentence before each, for view and policy of that name.
         """
         contents = [self._content(ids) for ids in sentences]
         before = [self._content(ids) for ids in previous or [()] * len(sentences)]
-        own = self._exact_items(contents, before)
-        if self.policy.name == "sentence":
-            contexts = self._exact_items([[]] * len(before), before, "previous")
-            repeated = [c for c, ids in zip(contexts, contents, strict=True) for _ in (*ids, 0)]
-            return [self._held(c, item) for c, item in zip(repeated, own, strict=True)]
+        own = self._exact_inputs(contents, before, self.view)
         if self.policy.name == "every":
             return own
-        items, start = [], 0
-        for ids in contents:
-            mine = own[start : start + len(ids) + 1]
-            items += [
-                self._of_policy(mine[anchor], item)
-                for anchor, item in zip(self._anchors(ids), mine, strict=True)
-            ]
-            start += len(mine)
-        return items
+        contexts: list[EncoderInput] = []
+        if self.policy.name == "sentence":
+            contexts = self._exact_inputs([[]] * len(before), before, "previous")
+        found: list[EncoderInput] = []
+        for number, ids in enumerate(contents):
+            mine = own[len(found) : len(found) + len(ids) + 1]
+            if contexts:
+                anchors = [contexts[number]] * len(mine)
+            else:
+                anchors = [mine[t] for t in self._anchors(ids)]
+            found += map(self._of_policy, anchors, mine)
+        return found
 
-    def last_items(self, ids: Sequence[int], start: int) -> list[bytes]:
-        """The items of one sentence's positions from `start` on, counted from the end if negative.
+    def last_inputs(self, ids: Sequence[int], start: int) -> list[EncoderInput]:
+        """The inputs of one sentence's positions from `start` on, from the end if negative.
 
-        The same as the last of `items([ids])`, without making the others.
+        The same as the last of `inputs([ids])`, without making the others.
         """
         content = self._content(ids)
         positions = range(len(content) + 1)[start:]
         anchors = self._anchors(content)
         needed = sorted({*positions, *(anchors[t] for t in positions)})
         if self.view != "prefix" or self.policy.name == "sentence" or len(needed) > len(content):
-            return self.items([ids])[start:]
+            return self.inputs([ids])[start:]
         if self._map is not None:
-            assert isinstance(self.encoder, TokenItems)
-            own = self.encoder.items_from_ids([self._map[content[:t]].tolist() for t in needed])
+            own = self._from_ids([self._map[content[:t]].tolist() for t in needed])
         else:
             texts = [str(self.tokenizer.decode(content[:t])).rstrip("�").strip() for t in needed]
-            own = self.encoder.items_from_texts(texts)
+            own = self.encoder.inputs_from_texts(texts)
         known = dict(zip(needed, own, strict=True))
         return [self._of_policy(known[anchors[t]], known[t]) for t in positions]
 
-    def _of_policy(self, anchor: bytes, own: bytes) -> bytes:
-        if self.policy.name != "incremental":
-            return self._held(anchor, own)
-        assert isinstance(self.encoder, TokenItems)
-        return self.encoder.grown(anchor if self.policy.k else None, own)
-
-    def _held(self, context: bytes, own: bytes) -> bytes:
-        if isinstance(self.encoder, TokenItems):
-            return self.encoder.held(context, own)
-        return context
+    def _of_policy(self, anchor: EncoderInput, own: EncoderInput) -> EncoderInput:
+        """The input of a position, from the exact ones of its anchor and of its own text."""
+        if not isinstance(self.encoder, TokenInputs):
+            return anchor
+        if self.policy.name == "incremental":
+            return self.encoder.incremental_input(anchor if self.policy.k else None, own)
+        return self.encoder.reused_input(anchor, own)
 
     def _anchors(self, content: Sequence[int]) -> list[int]:
         if self.policy.name != "word":
@@ -119,34 +115,31 @@ class PrefixPlanner:
             [t == 0 or p[0] == space or not p[0].isalnum() for t, p in enumerate(pieces)]
         )
 
-    def _exact_items(
-        self,
-        contents: Sequence[list[int]],
-        previous: Sequence[list[int]],
-        view: str | None = None,
-    ) -> list[bytes]:
-        """Items of each position's own text under a view (default: the planner's)."""
-        view = view or self.view
-        if self._map is not None:
-            assert isinstance(self.encoder, TokenItems)
-            mask_id, to_encoder = self.encoder.tokenizer.mask_token_id, self._map
-            return self.encoder.items_from_ids(
-                [
-                    ids
-                    for now, before in zip(contents, previous, strict=True)
-                    for ids in view_ids(
-                        to_encoder[now].tolist(), view, mask_id, to_encoder[before].tolist()
-                    )
-                ]
+    def _exact_inputs(
+        self, contents: Sequence[list[int]], previous: Sequence[list[int]], view: str
+    ) -> list[EncoderInput]:
+        """Inputs of each position's own text under a view."""
+        pairs = list(zip(contents, previous, strict=True))
+        if (to_encoder := self._map) is not None:
+            assert isinstance(self.encoder, TokenInputs)
+            mask = self.encoder.tokenizer.mask_token_id
+            shown = (
+                view_ids(to_encoder[now].tolist(), view, mask, to_encoder[before].tolist())
+                for now, before in pairs
             )
+            return self._from_ids(list(chain.from_iterable(shown)))
         texts = []
-        for now, before in zip(contents, previous, strict=True):
+        for now, before in pairs:
             earlier = str(self.tokenizer.decode(before)) if view == "previous" else ""
             own = prefix_texts(self.tokenizer, now)
             texts += view_texts(own, view, self.encoder.mask_token, earlier)
         unique = list(dict.fromkeys(texts))
-        known = dict(zip(unique, self.encoder.items_from_texts(unique), strict=True))
+        known = dict(zip(unique, self.encoder.inputs_from_texts(unique), strict=True))
         return [known[text] for text in texts]
+
+    def _from_ids(self, sequences: Sequence[list[int]]) -> list[EncoderInput]:
+        assert isinstance(self.encoder, TokenInputs)  # it shares its vocabulary
+        return self.encoder.inputs_from_ids(sequences)
 
     def _content(self, ids: Sequence[int]) -> list[int]:
         return [int(i) for i in ids if int(i) not in self.special_ids]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.prefixes.planner import PrefixPlanner
-from fusion_model.prefixes.store import digest
 
 
 class PrefixStream:
@@ -26,7 +26,7 @@ class PrefixStream:
 
     def __init__(self, planner: PrefixPlanner, size: int = 65_536) -> None:
         self._planner, self._size = planner, size
-        self._vectors: OrderedDict[bytes, Any] = OrderedDict()
+        self._vectors: OrderedDict[EncoderInput, Any] = OrderedDict()
         stream = getattr(planner.encoder, "stream", None)
         self._encode = stream().encode if stream else planner.encoder.encode
 
@@ -46,18 +46,17 @@ class PrefixStream:
             start: counted from the end where negative: then rows may differ in length.
         """
         special = set(self._planner.special_ids)
-        items: list[bytes] = []
+        inputs: list[EncoderInput] = []
         for row in rows:
             counts = np.cumsum([token not in special for token in row])[start:]
-            of_row = self._planner.last_items(row, counts[0])
-            items += [of_row[count - counts[0]] for count in counts]
-        new = {digest(i): i for i in items if digest(i) not in self._vectors}
+            of_row = self._planner.last_inputs(row, counts[0])
+            inputs += [of_row[count - counts[0]] for count in counts]
+        new = list(dict.fromkeys(given for given in inputs if given not in self._vectors))
         if new:
-            encoded = self._encode(list(new.values()))
-            self._vectors.update(zip(new, encoded, strict=True))
-        for item in items:
-            self._vectors.move_to_end(digest(item))
-        vectors = [self._vectors[digest(item)] for item in items]
+            self._vectors.update(zip(new, self._encode(new), strict=True))
+        for given in inputs:
+            self._vectors.move_to_end(given)
+        vectors = [self._vectors[given] for given in inputs]
         while len(self._vectors) > self._size:
             self._vectors.popitem(last=False)
         return vectors

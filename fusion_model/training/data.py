@@ -184,7 +184,7 @@ def embed_text(
     Args:
         model: a trained model, whose tokens then end the prefixes; by default the tokens are
             those that `train` would find in `text` with the same options.
-        encoder_batch: most encoder tokens at once (default: what free memory allows).
+        encoder_batch: most encoder tokens at once (default: by device, as many as help).
         store_dtype: `float16` (default) or `float32`; an existing store keeps its own.
     """
     state = PartialState(cpu=torch.device(device).type == "cpu")

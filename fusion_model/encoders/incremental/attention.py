@@ -1,225 +1,248 @@
-"""Attention along trees of nodes (`fusion_model.encoders.incremental.trees`), and sums along them.
+"""Attention along trees of nodes (`fusion_model.encoders.incremental.trees`), and means along them.
 
-Whole sentences share padded grids. Texts that go on from a stream's past read keys and values
-where they lie: a sequence's slots follow one another wherever possible, so that on the CPU a step
-copies nothing of the past, and no sequence is padded to another's length. On a GPU, where calls
-cost more than bytes, they share a grid, too.
+Whole texts and trees of them lie one after the other as nodes. Those of similar size share a
+padded bucket, whatever their exact size, and one call. On the CPU, PyTorch's kernel is slow where
+a row of scores is no multiple of the processor's vectors: here keys are padded to one. Texts that
+go on read keys and values where they are cached.
 
-Notation: as in `fusion_model.encoders.attention`; a tree has P past nodes.
+Notation: M nodes in all; N trees in a bucket, Q query rows and K keys of each; A heads of width d,
+E = A d.
 """
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusion_model.encoders.attention import (
-    LANES,
-    attend,
-    in_grid,
-    make_grids,
-    of_grid,
-    similar,
-    width_of,
-)
-from fusion_model.encoders.incremental.trees import Grid, Tree
+from fusion_model.encoders.incremental.cache import Entry
+from fusion_model.encoders.incremental.trees import FlatTree, Tree
 from fusion_model.encoders.layers import EncoderLayers
-from fusion_model.encoders.transfers import sent
 
-if TYPE_CHECKING:
-    from fusion_model.encoders.incremental.cache import NodePool
+LANES = 16  # float32 numbers in a vector
 
 
-def coarse(past: int) -> int:
-    """Places for a past on a GPU: few sizes occur, so that passes are replayed (`Graphs`)."""
-    return 2 ** max(past - 1, LANES - 1).bit_length() if past else 0
-
-
-class AlongTrees:
-    """Attention within trees that lie one after the other, with their past.
-
-    Args:
-        trees: largest first, past included.
-        plans: what is computed of each.
-        positions: of each node, [M].
-        layers: the encoder's.
-        dtype: of queries, keys and values.
-        pool: holds the trees' past; gets keys and values of trees that name slots.
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbours of similar size.
 
     Attributes:
-        starts: the first node of each tree.
-        seen: how many nodes each node sees, [M].
+        rows: of all query rows, the bucket's.
+        queries: the query row in each place, [N, Q]; padding names any.
+        keys: the node in each place, [N, K]; padding names any.
+        places: where the query rows lie in the flattened bucket, [R].
+        sees: which keys each query reads, at least one, [N, Q, K] bool.
+    """
+
+    rows: slice
+    queries: Tensor
+    keys: Tensor
+    places: Tensor
+    sees: Tensor
+
+    def result(self, found: Tensor) -> Tensor:
+        """Without the padding: [N, Q, …] -> [R, …]."""
+        return found.flatten(0, 1).index_select(0, self.places)
+
+
+def in_bucket(nodes: Tensor, places: Tensor) -> Tensor:
+    """Nodes [M, …] in the places [N, L] of a bucket: [N, L, …]."""
+    return nodes.index_select(0, places.flatten()).view(*places.shape, *nodes.shape[1:])
+
+
+def similar(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, end) of neighbours that share a bucket: little of it is padding."""
+    found, first = [], 0
+    for text, size in enumerate(sizes):
+        if size > width_of(sizes[first]) or 4 * width_of(size) < 3 * width_of(sizes[first]):
+            found.append((first, text))
+            first = text
+    return [*found, (first, len(sizes))] if sizes else found
+
+
+def width_of(keys: int) -> int:
+    """Keys with padding."""
+    return -(-keys // LANES) * LANES
+
+
+def make_buckets(
+    trees: Sequence[FlatTree], asking: Sequence[Sequence[int]], device: torch.device
+) -> list[Bucket]:
+    """Buckets of all trees, which lie one after the other.
+
+    Args:
+        asking: the nodes of each tree that ask; their query rows lie one after the other, too.
+    """
+    sizes = [len(tree.tokens) for tree in trees]
+    starts = np.cumsum([0, *sizes])
+    rows = np.cumsum([0, *map(len, asking)])
+    found = []
+    for first, end in similar(sizes):
+        most, width = max(map(len, asking[first:end])), width_of(max(sizes[first:end]))
+        sees = np.zeros((end - first, most, width), dtype=bool)
+        sees[:, :, 0] = True  # padding has to see something
+        for own, tree, nodes in zip(sees, trees[first:end], asking[first:end], strict=True):
+            own[: len(nodes), : len(tree.tokens)] = tree.sees[nodes]
+        counts = np.diff(rows[first : end + 1])
+        inside = np.arange(most) < counts[:, None]
+        parts = (
+            np.where(inside, rows[first:end, None] + np.arange(most), rows[first]),
+            np.minimum(starts[first:end, None] + np.arange(width), starts[-1] - 1),
+            np.flatnonzero(inside),
+            sees,
+        )
+        on_device = (torch.from_numpy(part).to(device) for part in parts)
+        found.append(Bucket(slice(rows[first], rows[end]), *on_device))
+    return found
+
+
+class TreeAttention:
+    """Attention within trees that lie one after the other.
+
+    Args:
+        trees: largest first.
+        positions: of each node, [M].
+        layers: the encoder's.
+        rows: of the last layer that is computed these nodes ask only, rising, [R].
+    """
+
+    def __init__(
+        self,
+        trees: Sequence[FlatTree],
+        positions: Tensor,
+        layers: EncoderLayers,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        self._trees, self._positions, self._layers = trees, positions, layers
+        sizes = [len(tree.tokens) for tree in trees]
+        self._all = self._with_bias([range(size) for size in sizes], torch.arange(sum(sizes)))
+        self._few = []
+        if rows is not None:
+            ends = np.cumsum(sizes)
+            of_trees = np.split(rows, np.searchsorted(rows, ends[:-1]))
+            starts = ends - sizes
+            asking = [own - start for own, start in zip(of_trees, starts, strict=True)]
+            self._few = self._with_bias(asking, torch.from_numpy(rows))
+
+    def _with_bias(
+        self, asking: Sequence[Sequence[int]], nodes: Tensor
+    ) -> list[tuple[Bucket, Tensor]]:
+        """Buckets, each with what is added to its scores, [N, 1 or A, Q, K]: -inf where a key is
+        hidden. `nodes` [R] are those that ask."""
+        at, found = self._positions, []
+        for bucket in make_buckets(self._trees, asking, at.device):
+            bias = torch.zeros(bucket.sees.shape, device=at.device)
+            bias = bias.masked_fill_(~bucket.sees, -torch.inf)[:, None]
+            asked = nodes.to(at.device)[bucket.queries]
+            relative = self._layers.position_bias(at[asked], at[bucket.keys])
+            bias = bias if relative is None else bias + relative
+            found.append((bucket, bias.to(self._layers.dtype)))
+        return found
+
+    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `EncoderLayers.run`; nodes after the last tree are padding."""
+        out = torch.zeros_like(query)
+        for bucket, bias in self._all if len(query) == len(key) else self._few:
+            q = in_bucket(query, bucket.queries).transpose(1, 2)
+            k, v = (in_bucket(part, bucket.keys).transpose(1, 2) for part in (key, value))
+            found = F.scaled_dot_product_attention(q, k, v, bias)
+            out[bucket.rows] = bucket.result(found.transpose(1, 2))
+        return out
+
+    def mean(self, number: int, output: Tensor) -> Tensor:
+        """Of a layer's output [M, E], over what each text's end sees, [texts, E] float32."""
+        found = []
+        ends = [tree.nodes["mean"] for tree in self._trees]
+        for bucket in make_buckets(self._trees, ends, output.device):
+            sees = bucket.sees.float()
+            mean = sees @ in_bucket(output, bucket.keys).float() / sees.sum(-1, keepdim=True)
+            found.append(bucket.result(mean))
+        return torch.cat(found)
+
+
+class CachedAttention:
+    """Attention of trees that go on from cached texts. The entries get what is computed on the way
+    to each tree's deepest node; see `TreeAttention`.
+
+    Args:
+        trees, flats: each, and its nodes.
+        entries: of each tree, with room for these.
     """
 
     def __init__(
         self,
         trees: Sequence[Tree],
-        plans: Sequence[Grid],
+        flats: Sequence[FlatTree],
         positions: Tensor,
         layers: EncoderLayers,
-        dtype: torch.dtype,
-        pool: "NodePool | None",
+        entries: Sequence[Entry],
     ) -> None:
-        self._trees, self._plans, self._pool = trees, plans, pool
-        self._layers, self._dtype, self._positions = layers, dtype, positions
-        self._sizes = [len(plan.tokens) for plan in plans]
-        self.starts = [0, *itertools.accumulate(self._sizes)][:-1]
-        seen = np.concatenate(
-            [plan.sees.sum(1) + len(tree.past) for tree, plan in zip(trees, plans, strict=True)]
-        )
-        device = positions.device
-        self.seen = sent(torch.from_numpy(seen), device)
-        if pool is not None:
-            self._slots, self._nodes = pool.targets(trees, self.starts)
-            pool.positions[self._slots] = positions[self._nodes]
-            last = [tree.past[-1] if tree.past else -1 for tree in trees]
-            self._before = sent(torch.tensor(np.repeat(last, self._sizes)), device)
-        # Where calls cost more than bytes, a stream's sequences share one grid of few sizes.
-        self._calls = pool is not None and (device.type != "cpu" or pool.graphs is not None)
-        self._each = pool is not None and not self._calls and all(t.past for t in trees)
-        if self._each:
-            self._paths = [self._path(number) for number in range(len(trees))]
-        else:
-            self._past: list[Tensor] = []
-            self._sees: list[Tensor] = []
-            totals = [len(t.past) + size for t, size in zip(trees, self._sizes, strict=True)]
-            groups = [(0, len(trees))] if self._calls else similar(totals)
-            self._grids = make_grids(groups, self._sizes, self._sizes, self._bias)
+        self._trees, self._flats, self._entries = trees, flats, entries
+        ends = list(itertools.accumulate(len(flat.tokens) for flat in flats))
+        self._rows = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        self._kept: list[list[int] | slice] = []
+        self._sees: list[Tensor] = []
+        self._bias: list[Tensor | None] = []
+        for tree, flat, own in zip(trees, flats, self._rows, strict=True):
+            kept = tree.deepest()
+            in_a_row = kept == [*range(len(kept))]
+            self._kept.append(slice(len(kept)) if in_a_row else kept)
+            sees = torch.from_numpy(np.pad(flat.sees, ((0, 0), (tree.past, 0)), constant_values=1))
+            self._sees.append(sees.to(positions.device))
+            bias = None if sees.all() else torch.zeros(sees.shape)
+            if bias is not None:
+                bias = bias.masked_fill_(~sees, -torch.inf).to(positions.device)
+            if layers.relative is not None:
+                bias = self._relative(tree, positions[own], layers, bias)
+            self._bias.append(None if bias is None else bias.to(layers.dtype))
+
+    def _relative(
+        self, tree: Tree, at: Tensor, layers: EncoderLayers, bias: Tensor | None
+    ) -> Tensor:
+        head = len(self._entries[len(self._bias)].head) if tree.past else 0
+        behind = range(tree.depth - (tree.past - head), tree.depth) if tree.past else ()
+        past = torch.tensor([*range(head), *behind], dtype=at.dtype, device=at.device)
+        relative = layers.position_bias(at[None], torch.cat([past, at])[None])
+        assert relative is not None
+        return relative[0] if bias is None else relative[0] + bias
 
     def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `EncoderLayers.run`; nodes after the last tree are padding."""
-        pool = self._pool
-        if pool is not None:
-            pool.keys[number][self._slots] = key[self._nodes]
-            pool.values[number][self._slots] = value[self._nodes]
+        """See `EncoderLayers.run`."""
         out = torch.zeros_like(query)
-        if self._each:
-            assert pool is not None
-            for path in self._paths:
-                path.attend(pool.keys[number], pool.values[number], query, key, value, out)
-            return out
-        for at, grid in enumerate(self._grids):
-            keys, values = in_grid(key, grid.keys), in_grid(value, grid.keys)
-            if pool is not None:
-                keys = torch.cat([in_grid(pool.keys[number], self._past[at]), keys], dim=1)
-                values = torch.cat([in_grid(pool.values[number], self._past[at]), values], dim=1)
-            found = attend(in_grid(query, grid.queries), keys, values, grid.bias)
-            out[grid.rows[0] : grid.rows[1]] = of_grid(found, grid)
+        for i, entry in enumerate(self._entries):
+            own = self._rows[i]
+            all_keys = self._with_past(i, entry.states[2 * number], key)
+            all_values = self._with_past(i, entry.states[2 * number + 1], value)
+            parts = query[own], all_keys, all_values
+            q, k, v = (part.transpose(0, 1)[None] for part in parts)
+            found = F.scaled_dot_product_attention(q, k, v, self._bias[i])
+            out[own] = found[0].transpose(0, 1)
         return out
 
-    def tensors(self) -> list[Tensor]:
-        """All that a pass over grids reads and that differs from pass to pass."""
-        own = [] if self._pool is None else [self._slots, self._nodes, self._before]
-        for grid, past, sees in zip(self._grids, self._past, self._sees, strict=True):
-            own += [grid.queries, grid.keys, grid.places, grid.bias, past, sees]
-        return own
+    def _with_past(self, i: int, held: Tensor, new: Tensor) -> Tensor:
+        """Keys or values that a tree's nodes see; those that are kept are written now."""
+        past, new = self._trees[i].past, new[self._rows[i]]
+        kept = new[self._kept[i]]
+        held[past : past + len(kept)] = kept
+        if len(kept) == len(new):  # one path: it now lies behind its past
+            return held[: past + len(new)]
+        return torch.cat([held[:past], new])
 
-    def sums(self, output: Tensor, number: int) -> Tensor:
-        """Of a layer's output [M, E], over what each node sees, [M, E] float32.
-
-        Args:
-            number: of the layer among those whose sums the pool keeps.
-        """
-        output, count = output.float(), sum(self._sizes)
-        if self._each:
-            total = output[:count].clone()
-            for start, size, plan in zip(self.starts, self._sizes, self._plans, strict=True):
-                if size > 1:
-                    own = output[start : start + size]
-                    total[start : start + size] = torch.from_numpy(plan.sees).float() @ own
-        else:
-            total = output.new_empty(count, output.shape[1])
-            for grid, sees in zip(self._grids, self._sees, strict=True):
-                found = sees @ in_grid(output, grid.keys)
-                total[grid.rows[0] : grid.rows[1]] = of_grid(found, grid)
-        if self._pool is not None:
-            before = self._pool.sums[self._before, number]
-            total += torch.where(self._before[:, None] >= 0, before, 0)
-            self._pool.sums[self._slots, number] = total[self._nodes]
-        return total
-
-    def _bias(self, first: int, end: int, most: int, width: int) -> Tensor:
-        """See `make_grids`; notes what the trees of this grid see, and their past."""
-        trees, plans = self._trees[first:end], self._plans[first:end]
-        past = max(len(tree.past) for tree in trees)
-        past = coarse(past) if self._calls else width_of(past)
-        sees = np.zeros((len(trees), most, past + width), dtype=bool)
-        slots = np.zeros((len(trees), past), dtype=np.int64)
-        at = np.zeros((len(trees), width), dtype=np.int64)
-        for row, (tree, plan) in enumerate(zip(trees, plans, strict=True)):
-            size = len(plan.tokens)
-            sees[row, :size, : len(tree.past)] = True
-            sees[row, :size, past : past + size] = plan.sees
-            sees[row, size:, past] = True  # padding has to see something
-            slots[row, : len(tree.past)] = tree.past
-            at[row, :size] = plan.positions
-        device = self._positions.device
-        own = sent(torch.from_numpy(sees), device)
-        keys_at = sent(torch.from_numpy(at), device)
-        queries_at = keys_at[:, :most]
-        self._past.append(sent(torch.from_numpy(slots), device))
-        if self._pool is not None:
-            keys_at = torch.cat([self._pool.positions[self._past[-1]], keys_at], dim=1)
-        self._sees.append(own[:, :, past:].float())
-        bias = torch.zeros(own.shape, device=device).masked_fill_(~own, -torch.inf)[:, None]
-        relative = self._layers.position_bias(queries_at, keys_at)
-        return (bias if relative is None else bias + relative).to(self._dtype)
-
-    def _path(self, number: int) -> "_Path":
-        tree, plan = self._trees[number], self._plans[number]
-        start, size = self.starts[number], self._sizes[number]
-        kept = len(tree.slots)
-        bias = None
-        if size > 1:
-            sees = np.concatenate([np.ones((size, len(tree.past)), dtype=bool), plan.sees], axis=1)
-            bias = torch.zeros(sees.shape).masked_fill_(~torch.from_numpy(sees), -torch.inf)
-        assert self._pool is not None
-        at = torch.tensor(plan.positions)[None]
-        past_at = self._pool.positions[torch.tensor(tree.past)][None]
-        relative = self._layers.position_bias(at, torch.cat([past_at, at], dim=1))
-        if relative is not None:
-            bias = relative[0] if bias is None else relative[0] + bias
-        return _Path(
-            [*tree.past, *tree.slots],
-            (start, start + size),
-            size - kept,
-            None if bias is None else bias.to(self._dtype),
-        )
-
-
-class _Path:
-    """One tree and its past, read where they lie.
-
-    Args:
-        slots: of the past and of the nodes that are kept.
-        nodes: the tree's first node, and the one after its last.
-        others: how many of them, at the end, have no slot.
-        bias: [Q, K] or [A, Q, K]; None where all see all.
-    """
-
-    def __init__(
-        self, slots: list[int], nodes: tuple[int, int], others: int, bias: Tensor | None
-    ) -> None:
-        self._in_a_row = slots[-1] - slots[0] + 1 == len(slots) and slots == sorted(slots)
-        self._run = slice(slots[0], slots[-1] + 1)
-        self._slots = torch.tensor([] if self._in_a_row else slots, dtype=torch.int64)
-        self._nodes, self._others, self._bias = nodes, others, bias
-
-    def attend(
-        self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor
-    ) -> None:
-        """Write this tree's part of `out`; `keys` and `values` are the pool's."""
-        first, end = self._nodes
-        parts = query[first:end], self._all(keys, key), self._all(values, value)
-        q, k, v = (part.transpose(0, 1)[None] for part in parts)
-        found = F.scaled_dot_product_attention(q, k, v, self._bias)
-        out[first:end] = found[0].transpose(0, 1)
-
-    def _all(self, held: Tensor, new: Tensor) -> Tensor:
-        part = held[self._run] if self._in_a_row else held.index_select(0, self._slots)
-        end = self._nodes[1]
-        return torch.cat([part, new[end - self._others : end]]) if self._others else part
+    def mean(self, number: int, output: Tensor) -> Tensor:
+        """As `TreeAttention.mean`; `number` is the layer's among those whose sums are kept."""
+        found = []
+        for tree, flat, entry, own, sees, kept in zip(
+            *(self._trees, self._flats, self._entries, self._rows, self._sees, self._kept),
+            strict=True,
+        ):
+            total = sees[:, tree.past :].float() @ output[own].float()
+            if tree.past:
+                total += entry.sums[tree.past - 1, number]
+            new = total[kept]
+            entry.sums[tree.past : tree.past + len(new), number] = new
+            ends = flat.nodes["mean"]
+            found.append(total[ends] / sees[ends].sum(-1, keepdim=True))
+        return torch.cat(found)

@@ -1,11 +1,44 @@
 """Texts that begin alike as one tree of tokens: each node is encoded once. Needs no PyTorch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 NODES_PER_TREE = 512
+
+
+class Query(NamedTuple):
+    """A node that sees a text, and that none sees: a pooling reads it.
+
+    Attributes:
+        token: its token.
+        at_start: it takes position 0, not the one after the text.
+        own: where the node stands in a head that serves in its place, where a text is its head
+            alone; None if none does.
+    """
+
+    token: int
+    at_start: bool
+    own: int | None
+
+
+@dataclass(frozen=True)
+class FlatTree:
+    """A tree's nodes: the head, the others, then the queries.
+
+    Attributes:
+        tokens, positions: of each node, [L].
+        sees: [L, L] bool, besides the past: which nodes (columns) each node reads.
+        nodes: for `mean` and `last`, and each query, the node of each text that is read:
+            for `mean` the one that sees all of the text, for `last` that of its last token.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    sees: np.ndarray
+    nodes: dict[str, list[int]]
 
 
 @dataclass
@@ -13,25 +46,25 @@ class Tree:
     """New nodes of texts that begin alike.
 
     Attributes:
-        head: tokens that see one another, and that all later nodes see; empty where `past` is not.
-        past: slots of nodes that were computed before; every node sees them all.
+        head: tokens that see one another, and that all later nodes see; none where there is a
+            past.
+        past: how many nodes were computed before; every node sees them all.
         depth: position of the first node after the head or the past.
         tokens, parents: of each node; parent -1 is the head or the past.
         ends: the node that each text ends at, -1 for the head's own.
-        slots: where head and nodes are to be kept, if they are.
-        copies: (slot, node) of further places.
     """
 
     head: list[int]
-    past: list[int]
+    past: int
     depth: int
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
     _latest: tuple[list[int], int] = ([], -1)
+
+    def __len__(self) -> int:
+        return len(self.head) + len(self.tokens)
 
     def find(self, tail: list[int]) -> tuple[int, int]:
         """How many of these tokens, from the first on, are there already; the last one's node."""
@@ -46,13 +79,17 @@ class Tree:
             count, node = count + 1, found
         return count, node
 
-    def add(self, tail: list[int], found: tuple[int, int] | None = None) -> None:
-        """A text that goes on from the head or the past with these tokens.
+    def add(self, tail: list[int]) -> bool:
+        """Add a text that goes on from the head or the past with these tokens.
 
-        Args:
-            found: what `find` says, if it was asked.
+        Returns:
+            False, with nothing added, where it begins otherwise than the others, or the tree is
+            full.
         """
-        count, node = found or self.find(tail)
+        count, node = self.find(tail)
+        full = len(self.tokens) + len(tail) - count > NODES_PER_TREE
+        if self.ends and (full or (self.tokens and 2 * count < len(tail))):
+            return False
         for token in tail[count:]:
             self._children[node, token] = len(self.tokens)
             self.tokens.append(token)
@@ -60,101 +97,85 @@ class Tree:
             node = len(self.tokens) - 1
         self.ends.append(node)
         self._latest = tail, node
+        return True
 
-    def deepest_first(self) -> Iterator[int]:
-        """All nodes, parents first, each followed by its child with the longest text below."""
-        height = [0] * len(self.tokens)
-        below: dict[int, list[int]] = {}
-        for node in reversed(range(len(self.tokens))):
-            parent = self.parents[node]
-            below.setdefault(parent, []).append(node)
-            if parent >= 0:
-                height[parent] = max(height[parent], height[node] + 1)
-        waiting = sorted(below.get(-1, ()), key=lambda node: height[node])
-        while waiting:
-            node = waiting.pop()
-            yield node
-            waiting += sorted(below.get(node, ()), key=lambda child: height[child])
+    def deepest(self) -> list[int]:
+        """All that is computed on the way to the deepest node: the head, and nodes behind it."""
+        depths = self._depths()
+        node = max(range(len(depths)), key=depths.__getitem__, default=-1)
+        path = []
+        while node >= 0:
+            path.append(len(self.head) + node)
+            node = self.parents[node]
+        return [*range(len(self.head)), *reversed(path)]
 
-    def __len__(self) -> int:
-        return len(self.head) + len(self.tokens)
+    def _depths(self) -> list[int]:
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(self.depth if parent < 0 else depths[parent] + 1)
+        return depths
 
-    def grid(self, queries: Sequence[tuple[int, bool]]) -> "Grid":
+    def flat(self, queries: Mapping[str, Query], after: int) -> FlatTree:
         """All that is computed of this tree.
 
         Args:
-            queries: for each, its token, and whether its position is 0 or that after the text.
+            queries: by pooling.
+            after: special tokens at the head's end.
         """
-        head, size = len(self.head), len(self) + len(queries) * len(self.ends)
-        sees = np.zeros((size, size), dtype=bool)
+        head, depths, query_ends = len(self.head), self._depths(), []
+        tokens, positions = [*self.head, *self.tokens], [*range(head), *depths]
+        nodes = {"mean": [head + end for end in self.ends]}
+        nodes["last"] = [node - after * (node < head) for node in nodes["mean"]]
+        for name, query in queries.items():
+            nodes[name] = []
+            for end in self.ends:
+                if end < 0 and query.own is not None:
+                    nodes[name].append(range(head)[query.own])
+                    continue
+                nodes[name].append(len(tokens))
+                place = depths[end] + 1 if end >= 0 else self.depth
+                tokens.append(query.token)
+                positions.append(0 if query.at_start else place)
+                query_ends.append(end)
+        sees = np.zeros((len(tokens), len(tokens)), dtype=bool)
         sees[:, :head] = True
         np.fill_diagonal(sees, True)
-        depths: list[int] = []
-        for node, parent in enumerate(self.parents):
-            depths.append(self.depth if parent < 0 else depths[parent] + 1)
+        for node, parent in enumerate([*self.parents, *query_ends], start=head):
             if parent >= 0:
-                sees[head + node] |= sees[head + parent]
-        tokens, positions = [*self.head, *self.tokens], [*range(head), *depths]
-        for token, at_start in queries:
-            for end in self.ends:
-                if end >= 0:
-                    sees[len(tokens)] |= sees[head + end]
-                tokens.append(token)
-                positions.append(0 if at_start else self.depth if end < 0 else depths[end] + 1)
-        return Grid(tokens, positions, sees)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A tree's nodes: the head, the others, then for each query one node a text.
-
-    Attributes:
-        tokens, positions: of each node.
-        sees: [L, L] bool, besides the past: which nodes (columns) each node reads.
-    """
-
-    tokens: list[int]
-    positions: list[int]
-    sees: np.ndarray
+                sees[node] |= sees[head + parent]
+        return FlatTree(tokens, positions, sees, nodes)
 
 
 def grow_trees(
-    texts: Sequence[tuple[list[int], list[int]]], depth: int
+    texts: Sequence[tuple[list[int], list[int]]], after: int
 ) -> Iterator[tuple[list[int], Tree]]:
     """Trees, each with the places of its texts; neighbours that begin alike share one.
 
     Args:
         texts: head and tail of each.
-        depth: special tokens at a head's end, whose positions the next tokens take.
+        after: special tokens at a head's end, whose positions the next tokens take.
     """
     tree: Tree | None = None
     rows: list[int] = []
     for row, (head, tail) in enumerate(texts):
-        found = (0, -1)
-        if tree is not None:
-            found = tree.find(tail)
-            shared = found[0]
-            apart = tree.tokens and 2 * shared < len(tail)
-            full = len(tree.tokens) + len(tail) - shared > NODES_PER_TREE
-            if apart or full or tree.head != head:
+        if tree is None or tree.head != head or not tree.add(tail):
+            if tree is not None:
                 yield rows, tree
-                tree, found = None, (0, -1)
-        if tree is None:
-            tree, rows = Tree(head, [], len(head) - depth), []
-        tree.add(tail, found)
+            tree, rows = Tree(head, 0, len(head) - after), []
+            tree.add(tail)
         rows.append(row)
     if tree is not None:
         yield rows, tree
 
 
 def similar_sizes(
-    trees: Iterator[tuple[list[int], Tree]], budget: int
+    trees: Iterable[tuple[list[int], Tree]], budget: int
 ) -> Iterator[tuple[list[int], list[Tree]]]:
     """Batches of up to `budget` nodes, largest trees first, with the places of their texts."""
     rows: list[int] = []
     batch: list[Tree] = []
     size = 0
-    for places, tree in sorted(trees, key=lambda pair: -len(pair[1]) - len(pair[1].past)):
+    for places, tree in sorted(trees, key=lambda pair: -len(pair[1])):
         if batch and size + len(tree) > budget:
             yield rows, batch
             rows, batch, size = [], [], 0
