@@ -65,7 +65,7 @@ class _Quantized:
         for number, node in enumerate(graph.node):
             new = _Nodes(f"int8_{number}")
             if node.op_type == "MatMul" and self._matrix(node.input[1]) is not None:
-                self._product(new, *node.input, out=node.output[0])
+                self._product(new, node.input[0], node.input[1], node.output[0])
             elif node.op_type == "LSTM":
                 self._lstm(new, node)
             else:
