@@ -11,12 +11,14 @@ import tokenizers
 import torch
 import transformers
 from fusion_model.export.graphs.encoder import export_encoder
+from fusion_model.export.graphs.incremental import WORDS, incremental_graph
 from fusion_model.export.graphs.language import sequence_graph, step_graph
 from fusion_model.export.graphs.quantize import quantize
 from fusion_model.export.graphs.weights import save_graphs
 from fusion_model.export.manifest import (
     ENCODER,
     ENCODER_TOKENIZER,
+    ENCODER_WEIGHTS,
     MANIFEST,
     OLDEST_RUNTIME,
     OPSETS,
@@ -26,7 +28,7 @@ from fusion_model.export.manifest import (
     WEIGHTS,
     write_manifest,
 )
-from fusion_model.export.runtime.encoder import OnnxEncoder
+from fusion_model.export.runtime.encoder import open_encoder
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.session import open_session, runtime
 from fusion_model.export.runtime.steps import Steps
@@ -35,9 +37,9 @@ from fusion_model.export.verify import check_encoder, check_graph, check_parity,
 
 import fusion_model
 from fusion_model.data.text import read_text, split_sentences
-from fusion_model.encoders import load_encoder
+from fusion_model.encoders import TextEncoder, load_encoder
 from fusion_model.encoders.controls import BAGS
-from fusion_model.encoders.incremental.encoder import IncrementalEncoder
+from fusion_model.encoders.policies import parse_policy
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import EncoderError, ExportError
 from fusion_model.files import replacing
@@ -95,8 +97,10 @@ def export_model(
         network.generation_config.save_pretrained(work)
         lm.tokenizer.save_pretrained(work)
         facts = {name: getattr(network.config, name) for name in FACTS}
-        verified = _write_graphs(lm, facts, work, precision, opset)
-        described = _write_encoder(source, work, opset) if encoder else None
+        described = _write_encoder(source, work, precision, opset) if encoder else None
+        whole = {"encoder": described, "model": facts}
+        exported = open_encoder(work, whole, "cpu", 1) if described else None
+        verified = _write_graphs(lm, exported, facts, work, precision, opset)
         contents = {
             "model": facts,
             "tokenizer": describe_tokenizer(lm.tokenizer),
@@ -138,7 +142,12 @@ def _check_request(out: Path, precision: str, opset: int) -> None:
 
 
 def _write_graphs(
-    lm: FusionLM, facts: dict[str, Any], folder: Path, precision: str, opset: int
+    lm: FusionLM,
+    encoder: TextEncoder | None,
+    facts: dict[str, Any],
+    folder: Path,
+    precision: str,
+    opset: int,
 ) -> dict[str, Any]:
     dtype = np.float16 if precision == "fp16" else np.float32
     graphs = {}
@@ -152,38 +161,52 @@ def _write_graphs(
     steps = Steps(open_session(folder / STEP, "cpu", 1), facts, "cpu", None)
     text = None
     if precision == "int8" and (lm.planner is not None or lm.model.config.fusion == "none"):
-        text = check_text(lm, sequences, split_sentences(read_text(TEXT)))
+        text = check_text(lm, sequences, encoder, split_sentences(read_text(TEXT)))
     parity = check_parity(lm.model, sequences, steps, precision)
     checks = ["onnx.checker", "shape inference"]
     return {"nodes": nodes, "parity": parity, "text": text, "checks": checks}
 
 
-def _write_encoder(encoder: Any, folder: Path, opset: int) -> dict[str, Any] | None:
+def _write_encoder(encoder: Any, folder: Path, precision: str, opset: int) -> dict[str, Any] | None:
     if encoder is None:
         return None
     if not isinstance(encoder, HFEncoder):
         encoder.save(folder)
         kind = "bag" if encoder.name in BAGS else "zeros"
         return {"kind": kind, "dim": encoder.dim, "policy": encoder.policy}
-    if isinstance(encoder, IncrementalEncoder):
-        raise ExportError(
-            "the encoder of a model trained with policy 'incremental' cannot be exported yet: "
-            "export without --encoder, and pass prefix embeddings yourself"
-        )
     if encoder.model.dtype != torch.float32 or encoder.model.device.type != "cpu":
         encoder = load_encoder(encoder.name, encoder.pooling, policy=encoder.policy)
-    export_encoder(encoder, folder / ENCODER, opset)
+    incremental = parse_policy(encoder.policy).name == "incremental"
+    names = {p.name for p in encoder.read}
+    graph = None
+    if incremental or "mask" not in names:  # of an exact text, the mask is a second pass
+        layers = sorted({p.layer for p in encoder.read})
+        graph = incremental_graph(encoder.model, layers, "pooler" in names, opset)
+    if graph is None:
+        if incremental:
+            raise ExportError(
+                f"the encoder {encoder.name} has an activation that no ONNX operator is known for "
+                "here: export without --encoder, and pass prefix embeddings yourself"
+            )
+        export_encoder(encoder, folder / ENCODER, opset)
+        words = None
+    else:
+        graph = quantize(graph) if precision == "int8" else graph
+        words = save_graphs({folder / ENCODER: graph}, folder / ENCODER_WEIGHTS)[WORDS]
     onnx.checker.check_model(str(folder / ENCODER), full_check=True)
     tokenizer = encoder.tokenizer
     tokenizer.backend_tokenizer.save(str(folder / ENCODER_TOKENIZER))
     described = {
-        "kind": "onnx",
+        "kind": "onnx" if graph is None else "trees",
         **{name: getattr(encoder, name) for name in ENCODER_FACTS},
-        "precision": "fp32",
+        "depth": encoder.depth,
+        "vocabulary": len(encoder.model.get_input_embeddings().weight),
+        "words": words,  # where their table begins in the file of weights
+        "precision": "int8" if graph is not None and precision == "int8" else "fp32",
         "tokenizer": describe_tokenizer(tokenizer),
     }
-    difference = check_encoder(encoder, OnnxEncoder(folder, described, "cpu", 1), SAMPLE)
-    return described | {"max_relative_difference": difference}
+    exported = open_encoder(folder, {"encoder": described, "model": {}}, "cpu", 1)
+    return described | {"max_relative_difference": check_encoder(encoder, exported, SAMPLE)}
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 SEQUENCE, STEP, ENCODER = "model.onnx", "step.onnx", "encoder.onnx"
 WEIGHTS = "weights.bin"  # of both graphs
+ENCODER_WEIGHTS = "encoder_weights.bin"
 TOKENIZER, ENCODER_TOKENIZER = "tokenizer.json", "encoder_tokenizer.json"
 PRECISIONS = ("fp32", "fp16", "int8")
 # Below 20 there is no Gelu operator; from 22 on, CUDA kernels may not be matched to LSTM.

@@ -7,21 +7,24 @@ own float32 is, and a little more.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from fusion_model.export.runtime.encoder import OnnxEncoder
 from fusion_model.export.runtime.generation import log_softmax
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.steps import Steps
 
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document
+from fusion_model.encoders import TextEncoder
+from fusion_model.encoders.policies import parse_policy
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import ExportError
 from fusion_model.language_model import FusionLM
 from fusion_model.model import FusionLMForCausalLM
+from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.scoring import next_tokens
 
 # In nats. float32 is held to the worst of all tokens of the vocabulary; fewer bits to the mean over
@@ -190,8 +193,13 @@ def step_log_probs(steps: Steps, ids: np.ndarray, e: np.ndarray | None) -> np.nd
     return log_softmax(np.stack(logits, axis=1))
 
 
-def check_text(lm: FusionLM, sequences: Sequences, sentences: Sequence[str]) -> dict[str, float]:
-    """The sequence graph against PyTorch on real text with its own embeddings.
+def check_text(
+    lm: FusionLM, sequences: Sequences, encoder: TextEncoder | None, sentences: Sequence[str]
+) -> dict[str, float]:
+    """What is exported against PyTorch on real text with its own embeddings.
+
+    Args:
+        encoder: the exported one; None if it is not, then both sides have PyTorch's vectors.
 
     Returns:
         The ratio of perplexities, the mean and the greatest error of a token in nats, and how
@@ -201,14 +209,18 @@ def check_text(lm: FusionLM, sequences: Sequences, sentences: Sequence[str]) -> 
         ExportError: the perplexity is more than `TEXT_LIMIT` off.
     """
     corpus = Corpus.from_documents([Document("text", list(sentences))], lm.tokenizer)
-    batches = lm.encode_corpus(corpus)
+    batches = exported = lm.encode_corpus(corpus)
+    if encoder is not None and lm.planner is not None:
+        config = lm.model.config
+        planner = PrefixPlanner(encoder, lm.tokenizer, config.view, config.shares_vocabulary)
+        exported = FusionLM(lm.model, lm.tokenizer, planner).encode_corpus(corpus)
     parts = []
     for indices in batches.plan(2048):
         ids, e, lengths = batches.batch(indices)
         targets = next_tokens(ids, lengths)
         exact, _, _ = lm.log_probs(ids[:, :-1], targets, e, None, None)
-        boundary = np.zeros(1, dtype=np.int64)
-        found, _, _ = sequences.run(ids[:, :-1], np.maximum(targets, 0), e, boundary)
+        given = np.maximum(targets, 0), exported.batch(indices).prefix_embeds
+        found, _, _ = sequences.run(ids[:, :-1], *given, np.zeros(1, dtype=np.int64))
         parts.append(found[targets >= 0].astype(np.float64) - exact)
     errors = np.concatenate(parts)
     ratio = float(np.exp(-errors.mean()))
@@ -222,18 +234,25 @@ def check_text(lm: FusionLM, sequences: Sequences, sentences: Sequence[str]) -> 
             "tokens": len(errors)}  # fmt: skip
 
 
-def check_encoder(encoder: HFEncoder, exported: OnnxEncoder, texts: Sequence[str]) -> float:
+def check_encoder(encoder: HFEncoder, exported: Any, texts: Sequence[str]) -> float:
     """Greatest difference of vectors of texts, relative to the greatest component.
 
     Raises:
-        ExportError: more than 1e-4.
+        ExportError: more than 1e-4 in float32, or 0.5 in int8, whose worth the text shows.
     """
     inputs = encoder.inputs_from_texts(texts)
     if exported.inputs_from_texts(texts) != inputs:
         raise ExportError(f"the tokenizer of {encoder.name} does not come out the same: keep it")
-    expected = encoder.encode(inputs).numpy()
-    difference = float(np.abs(exported.encode(inputs) - expected).max() / np.abs(expected).max())
-    if not difference <= 1e-4:
+    if parse_policy(encoder.policy).name == "incremental":
+        inputs = [encoder.incremental_input(None, own) for own in inputs]
+    expected = np.asarray(encoder.encode(inputs))
+    found = [exported.encode(inputs)]
+    if hasattr(exported, "stream"):
+        stream = exported.stream()
+        found.append(np.concatenate([stream.encode([own]) for own in inputs]))
+    difference = max(float(np.abs(v - expected).max() / np.abs(expected).max()) for v in found)
+    limit = 0.5 if getattr(exported, "precision", "fp32") == "int8" else 1e-4
+    if not difference <= limit:
         raise ExportError(
             f"the exported encoder's vectors differ from PyTorch's by {difference:.2g} of their "
             "size: export without --encoder"

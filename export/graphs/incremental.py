@@ -17,7 +17,7 @@ from fusion_model.export.graphs.builder import Graph
 from onnx import TensorProto, helper
 from torch import nn
 
-from fusion_model.encoders.layers import ARCHITECTURES
+from fusion_model.encoders.layers import ARCHITECTURES, check_architecture
 
 INT, BOOL = TensorProto.INT64, TensorProto.BOOL
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,25 +27,39 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "GELUTanh": ("Gelu", {"approximate": "tanh"}),
     "ReLU": ("Relu", {}),
 }
+WORDS = "words"
+ACTIVATION = 6  # its place among the names of a layer's parts
 HIDDEN = -1e30  # added to the scores of what a node does not see
 
 
 def incremental_graph(
     model: Any, wanted: Sequence[int], with_pooler: bool, opset: int
-) -> onnx.ModelProto:
+) -> onnx.ModelProto | None:
     """The layers that poolings read, of all nodes.
 
     Inputs: `input_ids` and `positions` [N, L] int64, positions counted from 0; `seen_positions`
     [N, P + L] int64 and `sees` [N, L, P + L] bool, the past first; `past` [2 K, N, P, E], keys and
-    values of each of the K layers in turn; `static_ids` [S] int64.
+    values of each of the K layers in turn.
     Outputs: `layer_i` [N, L, E] for each wanted layer i; `states` [2 K, N, L, E], the new nodes'
-    part of the past; `static` [S, E], rows of the table of tokens; `pooled` [N, L, E] if asked for.
+    part of the past; `pooled` [N, L, E] if asked for. The table of tokens is the weight `words`.
 
     Args:
         model: of transformers, float32.
         wanted: layers, rising; those above the last are left out.
         with_pooler: give `pooled`, which reads the last layer.
+
+    Returns:
+        None for an architecture or an activation that is not known here.
     """
+    try:
+        check_architecture(model.config)
+    except ValueError:
+        return None
+    where, names = ARCHITECTURES[model.config.model_type]
+    activation = names[ACTIVATION]
+    kinds = {type(_attribute(layer, activation)).__name__ for layer in model.get_submodule(where)}
+    if kinds - set(ACTIVATIONS):
+        return None
     return _Encoder(model, opset).build(list(wanted), with_pooler)
 
 
@@ -64,9 +78,7 @@ class _Encoder:
         seen_positions = g.input("seen_positions", ["trees", "seen"], INT)
         sees = g.input("sees", ["trees", "nodes", "seen"], BOOL)
         past = g.input("past", [2 * depth, "trees", "past", width])
-        words = g.weight("words", self._array(self._model.get_input_embeddings().weight))
-        static = g.op("Gather", words, g.input("static_ids", ["texts"], INT))
-        g.output(static, "static", ["texts", width])
+        words = g.weight(WORDS, self._array(self._model.get_input_embeddings().weight))
         hidden = self._embed(words, ids, positions)
         bias = self._bias(sees, positions, seen_positions)
         held = [f"past_{row}" for row in range(2 * depth)]
@@ -175,10 +187,7 @@ class _Encoder:
         return self.graph.op("Transpose", self.graph.op("Reshape", past, shape), perm=[0, 2, 1, 3])
 
     def _activation(self, x: str, activation: Any) -> str:
-        kind = type(activation).__name__
-        if kind not in ACTIVATIONS:
-            raise ValueError(f"the activation {kind} has no ONNX operator here")
-        operator, attributes = ACTIVATIONS[kind]
+        operator, attributes = ACTIVATIONS[type(activation).__name__]
         return self.graph.op(operator, x, **attributes)
 
 

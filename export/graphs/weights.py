@@ -11,7 +11,7 @@ SMALL = 1024  # bytes; what is smaller stays in the graph, where shape inference
 PAGE = 4096  # bytes; from such offsets a runtime can map the file
 
 
-def save_graphs(models: Mapping[Path, onnx.ModelProto], weights: Path) -> None:
+def save_graphs(models: Mapping[Path, onnx.ModelProto], weights: Path) -> dict[str, int]:
     """Write the graphs, and equal weights of them once, as ONNX external data.
 
     So a graph's size has no limit, though one ONNX file holds 2 GB. The models are changed: their
@@ -19,7 +19,11 @@ def save_graphs(models: Mapping[Path, onnx.ModelProto], weights: Path) -> None:
 
     Args:
         models: by the path to write, all in the folder of `weights`.
+
+    Returns:
+        Where in the file each weight begins.
     """
+    found: dict[str, int] = {}
     offsets: dict[bytes, int] = {}
     with open(weights, "wb") as file:
         for path, model in models.items():
@@ -32,9 +36,11 @@ def save_graphs(models: Mapping[Path, onnx.ModelProto], weights: Path) -> None:
                     file.write(b"\0" * (-file.tell() % PAGE))
                     offsets[key] = file.tell()
                     file.write(data)
+                found[tensor.name] = offsets[key]
                 place = {"location": weights.name, "offset": offsets[key], "length": len(data)}
                 tensor.ClearField("raw_data")
                 tensor.data_location = TensorProto.EXTERNAL
                 for name, value in place.items():
                     tensor.external_data.add(key=name, value=str(value))
             path.write_bytes(model.SerializeToString())
+    return found

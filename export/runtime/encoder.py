@@ -11,6 +11,7 @@ import numpy as np
 from fusion_model.export.manifest import ENCODER, ENCODER_TOKENIZER
 from fusion_model.export.runtime.session import open_session
 from fusion_model.export.runtime.tokenizer import TextTokenizer
+from fusion_model.export.runtime.trees import TreeEncoder
 
 from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.batching import equal_lengths
@@ -72,7 +73,7 @@ def open_encoder(folder: Path, manifest: dict[str, Any], device: str, threads: i
     Raises:
         ExportError: the model was exported without it.
     """
-    described, name = manifest["encoder"], manifest["model"]["encoder"]
+    described, name = manifest["encoder"], manifest["model"].get("encoder")
     if described is None:
         raise ExportError(
             f"{folder} was exported without its encoder ({name}): export again with --encoder, or "
@@ -83,4 +84,5 @@ def open_encoder(folder: Path, manifest: dict[str, Any], device: str, threads: i
         return ZeroEncoder(described["dim"], policy)
     if described["kind"] == "bag":
         return BagEncoder.load(name, folder, policy)
-    return OnnxEncoder(folder, described, device, threads)
+    kind = TreeEncoder if described["kind"] == "trees" else OnnxEncoder
+    return kind(folder, described, device, threads)

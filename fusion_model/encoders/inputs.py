@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusion_model.encoders.incremental.trees import Query
 from fusion_model.encoders.policies import HOLDING, parse_policy
 from fusion_model.encoders.pooling import Pooling, parse_pooling
 from fusion_model.errors import EncoderError
@@ -155,6 +156,16 @@ class TokenInputs:
         pairs = zip(np.frombuffer(first, "<i4"), np.frombuffer(ids, "<i4"), strict=False)
         differ = (at for at, (a, b) in enumerate(pairs) if a != b)
         return EncoderInput(ids, next(differ, len(ids) // 4))
+
+    @property
+    def queries(self) -> dict[str, Query]:
+        """What reads a text in place of the nodes that only a head has."""
+        first = Query(self.specials[0], at_start=True, own=0)
+        end = Query(self.specials[self.before], at_start=False, own=-self.after)
+        found = {"cls": first, "pooler": first, "sep": end}
+        if parse_policy(self.policy).name == "incremental":
+            found["mask"] = Query(self.tokenizer.mask_token_id, at_start=False, own=None)
+        return found
 
     def split(self, given: EncoderInput) -> tuple[list[int], list[int]]:
         """The head, which is read all to all, with special tokens, and the tokens after it."""

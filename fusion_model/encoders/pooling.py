@@ -1,5 +1,6 @@
 """How a text's vectors become one: the names of poolings, parsed."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fusion_model.errors import EncoderError
@@ -13,6 +14,19 @@ class Pooling(NamedTuple):
 
     name: str
     layer: int = LAST
+
+
+def read_of(poolings: Sequence[Pooling], depth: int) -> list[Pooling]:
+    """Those that the layers are run for, all but `static`, each with its layer's number.
+
+    Args:
+        depth: the encoder's layers.
+    """
+    return [
+        p._replace(layer=depth if p.layer == LAST else p.layer)
+        for p in poolings
+        if p.name != "static"
+    ]
 
 
 def parse_pooling(pooling: str) -> tuple[Pooling, ...]:

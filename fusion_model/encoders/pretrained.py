@@ -23,10 +23,10 @@ from transformers import AutoModel, AutoTokenizer
 from fusion_model.devices import resolve_dtype
 from fusion_model.encoders import batching
 from fusion_model.encoders.incremental.passes import TreePass
-from fusion_model.encoders.incremental.trees import Query, Tree, grow_trees, similar_sizes
+from fusion_model.encoders.incremental.trees import Tree, grow_trees, similar_sizes
 from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
 from fusion_model.encoders.layers import EncoderLayers
-from fusion_model.encoders.pooling import LAST, Pooling, parse_pooling
+from fusion_model.encoders.pooling import Pooling, parse_pooling, read_of
 from fusion_model.errors import EncoderError
 from fusion_model.progress import note
 
@@ -64,11 +64,7 @@ class HFEncoder(TokenInputs):
                 raise EncoderError(
                     f"{name} has {self.depth} layers: there is no {p.name}@{p.layer}"
                 )
-        self.read = [
-            p._replace(layer=self.depth if p.layer == LAST else p.layer)
-            for p in self.poolings
-            if p.name != "static"
-        ]
+        self.read = read_of(self.poolings, self.depth)
         self.deepest: int = max((p.layer for p in self.read), default=0)
         self._layers: EncoderLayers | None = None
         self._tried = False
@@ -134,8 +130,9 @@ class HFEncoder(TokenInputs):
             )
         return out if len(places) == len(inputs) else out[inverse]
 
-    def with_static(self, inputs: Sequence[EncoderInput], read: Tensor) -> Tensor:
+    def with_static(self, inputs: Sequence[EncoderInput], read: Tensor | np.ndarray) -> Tensor:
         """Vectors [N, dim] of what was `read` of them, [N, P E] float32, and of `static`."""
+        read = torch.as_tensor(read)
         if len(self.read) == len(self.poolings):
             return read
         last = np.frombuffer(b"".join(map(self.last_id, inputs)), dtype="<i4")
@@ -243,16 +240,9 @@ class HFEncoder(TokenInputs):
                 trees = [
                     Tree(self._with_mask(tree.head), 0, tree.depth + 1, ends=[-1]) for tree in trees
                 ]
-            found = TreePass(layers, read, self._queries, self.after).run(trees)
+            found = TreePass(layers, read, self.queries, self.after).run(trees)
             columns |= zip(own, found, strict=True)
         return torch.cat([columns[p] for p in self.read], dim=1)
-
-    @property
-    def _queries(self) -> dict[str, Query]:
-        """What reads a text in place of the nodes that only a head has."""
-        first = Query(self.specials[0], at_start=True, own=0)
-        end = Query(self.specials[self.before], at_start=False, own=-self.after)
-        return {"cls": first, "pooler": first, "sep": end}
 
     def _with_mask(self, ids: list[int]) -> list[int]:
         end = len(ids) - self.after

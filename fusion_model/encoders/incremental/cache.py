@@ -7,9 +7,12 @@ Notation: as in `fusion_model.encoders.layers`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
+
+Array = Any
+"""PyTorch's or NumPy's."""
 
 MAX_BYTES = 256 * 2**20
 WORD = 8  # nodes that are given up in place: most likely a word that is now split otherwise
@@ -21,27 +24,27 @@ class Entry:
 
     Attributes:
         head, tail: its tokens; the head's with special tokens.
-        states: keys, then values, of each layer, [2 * depth, room, A, d].
+        states: keys, then values, of each layer, [2 * depth, room, …].
         sums: of each `mean` layer, over all up to each node, [room, means, E] float32.
     """
 
     head: list[int]
     tail: list[int]
-    states: Tensor
-    sums: Tensor
+    states: Array
+    sums: Array
 
     def make_room(self, size: int) -> None:
         """For so many nodes."""
         room = len(self.sums)
         if size > room:
-            more = max(size, 2 * room) - room
-            self.states = F.pad(self.states, (0, 0, 0, 0, 0, more))
-            self.sums = F.pad(self.sums, (0, 0, 0, 0, 0, more))
+            more = max(size, 2 * room)
+            self.states, self.sums = grown(self.states, 1, more), grown(self.sums, 0, more)
 
     def copy(self, tail: list[int]) -> "Entry":
         """With the head and these first tokens of the tail."""
         end = len(self.head) + len(tail)
-        return Entry(self.head, tail, self.states[:, :end].clone(), self.sums[:end].clone())
+        states, sums = grown(self.states[:, :end], 1, end), grown(self.sums[:end], 0, end)
+        return Entry(self.head, tail, states, sums)
 
 
 class TextCache:
@@ -55,7 +58,7 @@ class TextCache:
         entries: the latest used last.
     """
 
-    def __init__(self, states: Tensor, sums: Tensor, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, states: Array, sums: Array, max_bytes: int = MAX_BYTES) -> None:
         self._states, self._sums, self._max_bytes = states, sums, max_bytes
         self.entries: list[Entry] = []
 
@@ -98,6 +101,14 @@ class TextCache:
         while total > self._max_bytes:
             gone = self.entries.pop(0)
             total -= gone.states.nbytes + gone.sums.nbytes
+
+
+def grown(array: Array, axis: int, size: int) -> Array:
+    """A copy with room for so many along an axis."""
+    shape = [*array.shape[:axis], size, *array.shape[axis + 1 :]]
+    new = array.new_zeros(shape) if hasattr(array, "new_zeros") else np.zeros(shape, array.dtype)
+    new[(*[slice(None)] * axis, slice(array.shape[axis]))] = array
+    return new
 
 
 def common(a: list[int], b: list[int]) -> int:

@@ -1,0 +1,183 @@
+"""A pretrained encoder over trees of nodes (`fusion_model.export.graphs.incremental`), in NumPy.
+
+Notation: N trees of up to L nodes, P nodes of the past each, K layers, E width, R poolings that
+are read (all but `static`).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fusion_model.export.manifest import ENCODER, ENCODER_TOKENIZER, ENCODER_WEIGHTS
+from fusion_model.export.runtime.session import open_session
+from fusion_model.export.runtime.tokenizer import TextTokenizer
+
+from fusion_model.encoders.incremental.cache import Entry
+from fusion_model.encoders.incremental.stream import Stream
+from fusion_model.encoders.incremental.trees import FlatTree, Tree, grow_trees
+from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
+from fusion_model.encoders.policies import parse_policy
+from fusion_model.encoders.pooling import Pooling, read_of
+from fusion_model.errors import EncoderError
+
+BUDGET = {"cpu": 2048, "cuda": 65536}  # nodes at once
+
+
+class TreeEncoder(TokenInputs):
+    """`encoder.onnx` of an export: exact and incremental texts, whole or as they grow.
+
+    Args:
+        folder: of the export.
+        described: the manifest's part on the encoder.
+        device, threads: see `fusion_model.export.runtime.session.open_session`.
+    """
+
+    def __init__(self, folder: Path, described: dict[str, Any], device: str, threads: int) -> None:
+        tokenizer = TextTokenizer(folder / ENCODER_TOKENIZER, described["tokenizer"])
+        parts = (described[key] for key in ("name", "pooling", "window", "policy"))
+        name, pooling, window, policy = parts
+        super().__init__(name, tokenizer, pooling, window, policy)
+        self.dim: int = described["dim"]
+        self.content_sha256: str = described["content_sha256"]
+        self.read = read_of(self.poolings, described["depth"])
+        self.budget = BUDGET[device]
+        self._width = self.dim // len(self.poolings)
+        self._deepest = max((p.layer for p in self.read), default=0)
+        self._means = sorted({p.layer for p in self.read if p.name == "mean"})
+        shape = described["vocabulary"], self._width
+        weights = folder / ENCODER_WEIGHTS
+        self._words = np.memmap(weights, "<f4", "r", described["words"], shape)
+        self._session = open_session(folder / ENCODER, device, threads)
+        self.precision: str = described["precision"]
+        if parse_policy(policy).name == "incremental":
+            self.stream = lambda: Stream(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """Content, pooling and precision, as PyTorch's encoders have it."""
+        dtype = {"fp32": "float32"}.get(self.precision, self.precision)
+        incremental = parse_policy(self.policy).name == "incremental"
+        own = f"hf:{self.content_sha256}:{self.pooling}:{dtype}"
+        return f"{own}:incremental" if incremental else own
+
+    def encode(
+        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
+    ) -> np.ndarray:
+        """Vectors, [N, dim] float32, in the order of `inputs`; duplicates run once.
+
+        Raises:
+            EncoderError: NaN or infinity.
+        """
+        places = {given: i for i, given in enumerate(dict.fromkeys(inputs))}
+        unique = list(places)
+        read = np.empty((len(unique), len(self.read) * self._width), dtype=np.float32)
+        done = 0
+        texts = [self.split(given) for given in unique] if self.read else []
+        for rows, trees in _similar(grow_trees(texts, self.after), self.budget):
+            read[rows] = self.run(trees)
+            done += len(rows)
+            if progress:
+                progress(done, len(unique))
+        out = self.with_static(unique, read)
+        if not np.isfinite(out).all():
+            raise EncoderError(f"{self.name} gave NaN or infinity: export its model again")
+        return out[[places[given] for given in inputs]]
+
+    def empty(self) -> tuple[np.ndarray, np.ndarray]:
+        """States [2 K, 0, E] and sums [0, means, E] of a text without nodes."""
+        states = np.zeros((2 * self._deepest, 0, self._width), dtype=np.float32)
+        return states, np.zeros((0, len(self._means), self._width), dtype=np.float32)
+
+    def with_static(self, inputs: Sequence[EncoderInput], read: np.ndarray) -> np.ndarray:
+        """Vectors [N, dim] of what was `read` of them, [N, R E], and of `static`."""
+        if len(self.read) == len(self.poolings):
+            return read
+        static = self._words[np.frombuffer(b"".join(map(self.last_id, inputs)), dtype="<i4")]
+        parts = iter(np.split(read, max(len(self.read), 1), axis=1))
+        columns = [static if p.name == "static" else next(parts) for p in self.poolings]
+        return np.concatenate(columns, axis=1)
+
+    def run(self, trees: Sequence[Tree], entries: Sequence[Entry] = ()) -> np.ndarray:
+        """What the poolings read of the trees' texts, tree after tree, [texts, R E].
+
+        Args:
+            entries: the cached text that each tree goes on from, and that gets its nodes.
+        """
+        flats = [tree.flat(self.queries, self.after) for tree in trees]
+        pasts = [entry.states[:, : tree.past] for tree, entry in zip(trees, entries, strict=False)]
+        names = sorted({_output(p) for p in self.read} | ({"states"} if entries else set()))
+        feed = self._feed(flats, pasts, trees, entries)
+        found = dict(zip(names, self._session.run(names, feed), strict=True))
+        rows = []
+        for i, (tree, flat) in enumerate(zip(trees, flats, strict=True)):
+            entry = entries[i] if entries else None
+            kept = tree.deepest() if entry is not None else []
+            if entry is not None:
+                entry.states[:, tree.past : tree.past + len(kept)] = found["states"][:, i, kept]
+            columns = []
+            for p in self.read:
+                output, nodes = found[_output(p)][i], flat.nodes[p.name]
+                if p.name != "mean":
+                    columns.append(output[nodes])
+                    continue
+                total = flat.sees @ output[: len(flat.tokens)]
+                if entry is not None:
+                    layer = self._means.index(p.layer)
+                    total += entry.sums[tree.past - 1, layer] if tree.past else 0
+                    entry.sums[tree.past : tree.past + len(kept), layer] = total[kept]
+                count = flat.sees[nodes].sum(axis=1, keepdims=True) + tree.past
+                columns.append(total[nodes] / count)
+            rows.append(np.concatenate(columns, axis=1))
+        return np.concatenate(rows).astype(np.float32, copy=False)
+
+    def _feed(
+        self,
+        flats: Sequence[FlatTree],
+        pasts: Sequence[np.ndarray],
+        trees: Sequence[Tree],
+        entries: Sequence[Entry],
+    ) -> dict[str, np.ndarray]:
+        """The graph's inputs; what lies behind a tree's nodes is padding that nothing reads."""
+        count, most = len(flats), max((len(flat.tokens) for flat in flats), default=0)
+        behind = max((past.shape[1] for past in pasts), default=0)
+        ids, positions = np.zeros((2, count, most), dtype=np.int64)
+        seen_positions = np.zeros((count, behind + most), dtype=np.int64)
+        sees = np.zeros((count, most, behind + most), dtype=bool)
+        past = np.zeros((2 * self._deepest, count, behind, self._width), dtype=np.float32)
+        for i, flat in enumerate(flats):
+            size = len(flat.tokens)
+            ids[i, :size], positions[i, :size] = flat.tokens, flat.positions
+            sees[i, :size, behind : behind + size] = flat.sees
+            if i < len(pasts):
+                held, tree = pasts[i].shape[1], trees[i]
+                past[:, i, :held], sees[i, :size, :held] = pasts[i], True
+                head = len(entries[i].head) if held else 0
+                after_head = range(tree.depth - (held - head), tree.depth)
+                seen_positions[i, :held] = [*range(head), *after_head] if held else []
+        seen_positions[:, behind:] = positions
+        return {"input_ids": ids, "positions": positions, "seen_positions": seen_positions,
+                "sees": sees, "past": past}  # fmt: skip
+
+
+def _output(pooling: Pooling) -> str:
+    return "pooled" if pooling.name == "pooler" else f"layer_{pooling.layer}"
+
+
+def _similar(
+    trees: Iterable[tuple[list[int], Tree]], budget: int
+) -> Iterator[tuple[list[int], list[Tree]]]:
+    """Batches of trees of similar size, largest first, with the places of their texts: at most
+    `budget` nodes with padding, or one tree."""
+    rows: list[int] = []
+    batch: list[Tree] = []
+    for places, tree in sorted(trees, key=lambda pair: -len(pair[1])):
+        if batch:
+            largest = len(batch[0])
+            if (len(batch) + 1) * largest > budget or 4 * len(tree) < 3 * largest - 16:
+                yield rows, batch
+                rows, batch = [], []
+        rows += places
+        batch.append(tree)
+    if batch:
+        yield rows, batch
