@@ -1,14 +1,19 @@
-"""Devices and dtypes by name."""
+"""Devices and dtypes by name. PyTorch is imported when one is asked for: an export needs none."""
 
-import torch
+from typing import TYPE_CHECKING
 
-from fusion_model.errors import EncoderError
+from fusion_model.errors import EncoderError, FusionLMError
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
-def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
+def resolve_dtype(dtype: str, device: "torch.device | str") -> "torch.dtype":
     """`auto` is bfloat16 where the processor multiplies it in hardware, else float32."""
+    import torch
+
     if dtype not in DTYPES:
         raise EncoderError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if dtype != "auto":
@@ -22,9 +27,8 @@ def resolve_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
 
 
 def resolve_device(name: str) -> str:
+    """`auto` is a GPU where there is one; any other is tried."""
     import torch
-
-    from fusion_model.errors import FusionLMError
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
