@@ -10,7 +10,7 @@ import torch
 from conftest import SENTENCES
 from fusion_model.benchmarks.measure import records as results
 from fusion_model.benchmarks.measure import timing
-from fusion_model.benchmarks.measure.counts import Counts, of_case
+from fusion_model.benchmarks.measure.counts import Counts
 from fusion_model.benchmarks.measure.machine import Ceilings, describe
 from fusion_model.benchmarks.page import charts
 from fusion_model.benchmarks.page.page import page
@@ -18,7 +18,7 @@ from fusion_model.benchmarks.suite import bench, gate, on_text, recurrence
 from fusion_model.benchmarks.suite import cases as case_data
 from fusion_model.benchmarks.suite import run as suite
 from fusion_model.benchmarks.suite.cases import EAGER, Case, cases
-from fusion_model.benchmarks.suite.work import Context, Unavailable, Work, WrongResult
+from fusion_model.benchmarks.suite.work import Context, Unavailable, Work, WrongResult, of_case
 from fusion_model.kernels import BACKENDS
 from test_cli import fails, run
 
