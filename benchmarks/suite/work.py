@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fusion_model.benchmarks.measure.counts import SIZE, Counts, lstm, matmul
 from fusion_model.benchmarks.suite.cases import Case
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Unavailable(Exception):
@@ -102,16 +104,17 @@ class Context:
     new_tokens: int = 32
     cache: dict[Any, Any] = field(default_factory=dict)
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, make: Callable[[], T]) -> T:
         """Make something once; a reason not to be able to is kept, too."""
         if key not in self.cache:
             try:
                 self.cache[key] = make()
             except Unavailable as reason:
                 self.cache[key] = reason
-        if isinstance(self.cache[key], Unavailable):
-            raise self.cache[key]
-        return self.cache[key]
+        found: T = self.cache[key]
+        if isinstance(found, Unavailable):
+            raise found
+        return found
 
     def forget(self) -> None:
         """Give up what belongs to one group."""

@@ -83,7 +83,7 @@ def _latency(lm: "FusionLM") -> Sequence[str]:
     from fusion_model.benchmarks.profile.latency import profile, summary
 
     engine, words = TorchEngine(lm), len(PROMPT.split())
-    found = profile(engine, [SENTENCE], runs=1, tokens=TOKENS, prompt_words=words, score_batches=1)
+    found = profile(engine, [SENTENCE], runs=1, tokens=TOKENS, prompt_words=words)
     figures = summary(found, 1)["generation"]
     parts, spread = figures["token_parts_ms"], figures["token_ms"]
     times = spread["p50"], spread["p99"], parts[ENCODER], parts[LSTM] + parts[VOCABULARY]
