@@ -205,9 +205,10 @@ def table(results: dict[str, Any]) -> str:
 
 def plot_generation(results: dict[str, Any], path: Path) -> None:
     """Time of a token's prefix against its position."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
     for policy, times in results["generation"].items():
         smooth = [float(np.median(times[max(i - 5, 0) : i + 6])) for i in range(len(times))]
         axes.plot(range(6, 6 + len(smooth)), smooth, label=policy)
@@ -218,7 +219,6 @@ def plot_generation(results: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False)
     axes.set_title(where(results["machine"]), fontsize=9)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def measure(part: str, text: str, device: str, quick: bool) -> Any:

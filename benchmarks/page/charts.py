@@ -100,7 +100,7 @@ def inline(svg: str) -> str:
 
 def _logarithmic(axes: Axes, which: str, text: Callable[[float], str] = number) -> None:
     """The axis `x` or `y`: ticks at powers of ten, with digits between where there are few."""
-    axes.set(**{f"{which}scale": "log"})  # type: ignore[arg-type]
+    axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()
     spread = np.log10(high / low)
@@ -173,7 +173,8 @@ def distributions(rows: Mapping[str, Sequence[float]], x_title: str) -> str:
         shown = [t for t in times if t <= top]
         alpha = 0.3 if len(times) > 40 else 0.9
         chart.axes.plot(shown, [i] * len(shown), "|", ms=12, alpha=alpha, color=COLOURS[name])
-        for q, style, width in ((50, "-", 2.0), (90, "-", 1.2), (99, ":", 1.2)):
+        marks: Any = ((50, "-", 2.0), (90, "-", 1.2), (99, ":", 1.2))
+        for q, style, width in marks:
             value = float(np.percentile(times, q, method="inverted_cdf"))
             if value <= top:
                 mark = chart.axes.vlines(

@@ -51,29 +51,30 @@ def bench(
     shape = {name: value for name, value in own.items() if value is not None}
     suite = "quick" if quick else "full"
     chosen = chosen_cases(suite, only or [], shape, backend, model)
-    outcome = run(
+    keep = results or kept.home()
+    first, records = run(
         chosen,
         suite,
         model or "fusion-lm-small",
         text or [],
         resolve_device(device),
-        results or kept.home(),
+        keep,
         shlex.join(["fusion-lm", *sys.argv[1:]]),
     )
     console = Console()
-    for shown in tables(outcome.records):
+    for shown in tables(records):
         console.print(shown, "")
-    for line in remarks(outcome.records):
+    for line in remarks(records):
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
-    for name, meaning in glossary(outcome.records).items():
+    for name, meaning in glossary(records).items():
         console.print(f"{name}: {meaning}", style="dim", highlight=False, soft_wrap=True)
-    print(where(outcome.run["machine"]))
-    if outcome.kept:
-        print(f"appended to {outcome.kept}")
+    print(where(first["machine"]))
+    if keep:
+        print(f"appended to {kept.file_of(keep, first)}")
     if report:
-        write_report(report, outcome.run, outcome.records)
+        write_report(report, first, records)
         print(f"report: {report}")
-    if any(r["kind"] == "wrong" for r in outcome.records):
+    if any(r["kind"] == "wrong" for r in records):
         raise FusionLMError("a backend gave wrong results, see above")
 
 
