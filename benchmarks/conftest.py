@@ -1,6 +1,7 @@
 """Shared by the suites: which cases, what machine this is, and where results go."""
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from fusion_model.benchmarks.measure.counts import SIZE
 from fusion_model.benchmarks.measure.machine import Ceilings, describe, measure_ceilings
 from fusion_model.benchmarks.suite.bench import BUDGETS, context_of
 from fusion_model.benchmarks.suite.cases import SUITES, cases
-from fusion_model.benchmarks.suite.run import with_speedups
 from fusion_model.benchmarks.suite.work import Context
 from transformers.utils import logging
 
@@ -34,8 +34,10 @@ def suite_of(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases(suite_of(metafunc.config)), ids=str)
+    if "group" in metafunc.fixturenames:
+        chosen = cases(suite_of(metafunc.config))
+        groups = {name: list(members) for name, members in groupby(chosen, lambda c: c.group)}
+        metafunc.parametrize("group", groups.values(), ids=groups)
 
 
 def pytest_benchmark_update_machine_info(
@@ -73,4 +75,4 @@ def records(request: pytest.FixtureRequest, ceilings: Ceilings) -> Iterator[list
         command = "pytest " + " ".join(map(str, request.config.invocation_params.args))
         suite = suite_of(request.config)
         first = results.run_line(describe(DEVICE), ceilings, suite=suite, command=command)
-        list(results.append(folder, first, with_speedups(found)))
+        list(results.append(folder, first, found))

@@ -64,8 +64,24 @@ def measure_encoding(
     texts = [t.strip() for s in corpus.sentences for t in prefix_texts(tokenizer, s[1:-1])]
     step = max(len(texts) // (40 if quick else ONE_AT_A_TIME), 1)
     few = texts[::step]
+    rows = []
+
+    def add(
+        way: str,
+        call: Callable[[], Any],
+        pooling: str = "mean",
+        count: int = len(texts),
+        tokens: Sequence[int] = (),
+    ) -> None:
+        """`tokens` is filled by the call."""
+        seconds, peak, working = _timed(call, device)
+        note(f"{way} {pooling}: {count / seconds:.0f} prefixes/s")
+        row = {"way": way, "pooling": pooling, "prefixes_per_second": count / seconds}
+        row["tokens_per_prefix"] = sum(tokens) / count if tokens else None
+        rows.append(row | {"peak_mb": peak, "working_mb": working})
+
     alone = one_at_a_time(dtype, device)
-    rows = [_row("one at a time", "mean", len(few), None, *_timed(partial(alone, few), device))]
+    add("one at a time", partial(alone, few), count=len(few))
     expected = alone(few)
     for size in BATCHES:
         try:
@@ -74,28 +90,23 @@ def measure_encoding(
             note(str(error))
             break
         _agree(theirs(few), expected, dtype)
-        way = f"sentence-transformers, batch {size}"
-        rows.append(_row(way, "mean", len(texts), None, *_timed(partial(theirs, texts), device)))
+        add(f"sentence-transformers, batch {size}", partial(theirs, texts))
     previous: list[Sequence[int]] = [(), *corpus.sentences[:-1]]
     for policy, pooling in POLICIES:
         encoder = load_encoder("minilm", pooling, dtype=dtype, policy=policy, device=device)
         assert isinstance(encoder, HFEncoder)
         planner = PrefixPlanner(encoder, tokenizer)
-        encode = partial(_encode, planner, corpus.sentences, previous)
+
+        def encode(planner: PrefixPlanner = planner) -> torch.Tensor:
+            found: torch.Tensor = planner.encoder.encode(planner.inputs(corpus.sentences, previous))
+            return found
+
         if policy == "every":
             _agree(encode()[::step], expected, dtype)
         encoder.encode(planner.inputs(corpus.sentences[:1]))  # the trial of the first batch
         with counted_tokens(encoder) as tokens:
-            timed = _timed(encode, device)
-        rows.append(_row(policy, pooling, len(texts), sum(tokens), *timed))
+            add(policy, encode, pooling, tokens=tokens)
     return rows
-
-
-def _encode(
-    planner: PrefixPlanner, sentences: list[list[int]], previous: list[Sequence[int]]
-) -> torch.Tensor:
-    found: torch.Tensor = planner.encoder.encode(planner.inputs(sentences, previous))
-    return found
 
 
 def measure_generation(text: str, tokens: int, device: str = "cpu") -> dict[str, list[float]]:
@@ -161,26 +172,6 @@ def _status(name: str) -> float | None:
     return int(line.split()[1]) / 1024
 
 
-def _row(
-    way: str,
-    pooling: str,
-    prefixes: int,
-    tokens: int | None,
-    seconds: float,
-    peak: float | None,
-    working: float | None,
-) -> dict[str, Any]:
-    note(f"{way} {pooling}: {prefixes / seconds:.0f} prefixes/s")
-    return {
-        "way": way,
-        "pooling": pooling,
-        "prefixes_per_second": prefixes / seconds,
-        "tokens_per_prefix": None if tokens is None else tokens / prefixes,
-        "peak_mb": peak,
-        "working_mb": working,
-    }
-
-
 def table(results: dict[str, Any]) -> str:
     """Markdown: both dtypes side by side, ratios to the best of sentence-transformers.
 
@@ -214,9 +205,10 @@ def table(results: dict[str, Any]) -> str:
 
 def plot_generation(results: dict[str, Any], path: Path) -> None:
     """Time of a token's prefix against its position."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
     for policy, times in results["generation"].items():
         smooth = [float(np.median(times[max(i - 5, 0) : i + 6])) for i in range(len(times))]
         axes.plot(range(6, 6 + len(smooth)), smooth, label=policy)
@@ -227,7 +219,6 @@ def plot_generation(results: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False)
     axes.set_title(where(results["machine"]), fontsize=9)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def measure(part: str, text: str, device: str, quick: bool) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fusion_model.benchmarks.measure.machine import where
 from fusion_model.benchmarks.measure.records import measured, read
-from fusion_model.benchmarks.page.page import overview, standalone
+from fusion_model.benchmarks.page.page import overview
 from fusion_model.benchmarks.policies import table as policies_table
 
 from fusion_model.files import write_text
@@ -61,7 +61,7 @@ def table(results: dict[str, Any]) -> str:
 def plot(results: Path) -> str:
     """The overview of the last run of a file of results, as SVG."""
     _, records = read(results)[-1]
-    return standalone(overview(measured(records)))
+    return overview(measured(records))
 
 
 def caption(results: Path) -> str:

@@ -5,7 +5,6 @@ turns, so that whatever else the machine does hits all of them: ratios hold wher
 do not. Run with `pytest benchmarks/test_onnx.py --benchmark-enable`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from fusion_model.benchmarks.measure.timing import measure_in_turns
 from fusion_model.export.graphs.language import sequence_graph, step_graph
 from fusion_model.export.graphs.quantize import quantize
 from fusion_model.export.runtime.sequences import Sequences
@@ -24,7 +24,7 @@ from fusion_model.export.runtime.steps import Steps
 from fusion_model import FusionLMConfig, FusionLMForCausalLM
 
 OPSET, BATCH, LENGTH = 20, 16, 256
-TOKENS, ROUNDS = 150, 7
+BUDGET = 3.0  # seconds of each engine
 CONFIG = FusionLMConfig(fusion="concat", prefix_size=384)
 FACTS = {
     name: getattr(CONFIG, name)
@@ -57,30 +57,20 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def take_turns(benchmark: Any, engines: Engines, rounds: int, tokens: int) -> None:
-    """Run every engine once a round; medians, percentiles and ratios go to `extra_info`."""
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-
-    def one_round() -> None:
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine()
-            seconds[name].append(time.perf_counter() - start)
-
-    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=2)
-    if benchmark.stats is None:
-        return
+def take_turns(benchmark: Any, engines: Engines, tokens: int) -> None:
+    """Every engine in turn; medians, percentiles and ratios go to `extra_info`."""
+    budget = 0.0 if benchmark.disabled else BUDGET
+    timings = benchmark.pedantic(measure_in_turns, (engines, "cpu", budget), rounds=1)
     info = benchmark.extra_info
     info["onnxruntime"] = onnxruntime.__version__
-    middle = {name: float(np.median(times[2:])) for name, times in seconds.items()}
-    for name, times in seconds.items():
-        p50, p90, p99 = np.percentile(times[2:], [50, 90, 99]) * 1e3
+    for name, timing in timings.items():
+        p50, p90, p99 = (1e3 * timing.percentile(q) for q in (50, 90, 99))
         info[name] = {
-            "p50_ms": round(float(p50), 3),
-            "p90_ms": round(float(p90), 3),
-            "p99_ms": round(float(p99), 3),
-            "tokens_per_second": round(tokens / middle[name]),
-            "of_torch": round(middle[name] / middle["torch"], 3),
+            "p50_ms": round(p50, 3),
+            "p90_ms": round(p90, 3),
+            "p99_ms": round(p99, 3),
+            "tokens_per_second": round(1e3 * tokens / p50),
+            "of_torch": round(1e-3 * p50 / timings["torch"].percentile(50), 3),
         }
         print(f"\n{benchmark.name} {name}: {info[name]}", end="")
 
@@ -117,7 +107,7 @@ def test_one_token(benchmark: Any, model: FusionLMForCausalLM, graphs: Path, thr
             "onnx-fp32": onnx_engine("fp32"),
             "onnx-int8": onnx_engine("int8"),
         }
-    take_turns(benchmark, engines, TOKENS, 1)
+    take_turns(benchmark, engines, 1)
 
 
 @pytest.mark.benchmark(group="onnx-scoring")
@@ -142,4 +132,4 @@ def test_scoring(benchmark: Any, model: FusionLMForCausalLM, graphs: Path, threa
         "onnx-fp32": onnx_engine("fp32"),
         "onnx-int8": onnx_engine("int8"),
     }
-    take_turns(benchmark, engines, ROUNDS, BATCH * LENGTH)
+    take_turns(benchmark, engines, BATCH * LENGTH)

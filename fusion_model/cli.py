@@ -1,12 +1,13 @@
 """The command line. Each command imports what it needs, so that `--help` answers at once."""
 
-from fusion_model.commands import export, inference  # noqa: F401  (their commands)
+import importlib
+
 from fusion_model.commands.app import app, installed
 
-if installed("torch"):  # without it, only what runs an exported model is offered
-    from fusion_model.commands import benchmark, train  # noqa: F401
-
-from fusion_model.commands import experiment, kernels  # noqa: F401
+for _name in ("demo", "inference", "export", "train", "benchmark", "experiment", "kernels"):
+    # In the order of `--help`; without PyTorch, nothing is measured.
+    if _name != "benchmark" or installed("torch"):
+        importlib.import_module(f"fusion_model.commands.{_name}")
 
 
 def main() -> None:

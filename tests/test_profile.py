@@ -102,9 +102,7 @@ def test_each_stage_of_generation_gets_its_own_time(lm: fusion_model.FusionLM) -
     """Against a clock that only these stages move."""
     clock = Clock()
     engine = engines.TorchEngine(slowed(lm, clock))
-    found = latency.profile(
-        engine, SENTENCES, runs=2, tokens=4, score_batches=1, recorder=Recorder(clock)
-    )
+    found = latency.profile(engine, SENTENCES, runs=2, tokens=4, recorder=Recorder(clock))
     for plain, split in found.generation:
         # The first call encodes all prefixes of the prompt at once; then one a token.
         assert len(split.parts) == 5
@@ -122,9 +120,7 @@ def test_scoring_is_split_too(lm: fusion_model.FusionLM) -> None:
     engine = engines.TorchEngine(slowed(lm, clock))
     log_probs = clock.slow(lm.model.token_log_probs, 2.0)
     with replaced(lm.model, "token_log_probs", log_probs):
-        found = latency.profile(
-            engine, SENTENCES, runs=1, tokens=3, score_batches=2, recorder=Recorder(clock)
-        )
+        found = latency.profile(engine, SENTENCES, runs=2, tokens=3, recorder=Recorder(clock))
     for _, split in found.scoring:
         (parts,) = split.parts
         assert parts == pytest.approx(
@@ -145,7 +141,7 @@ def test_parts_add_up_to_the_whole_on_the_real_clock(lm: fusion_model.FusionLM) 
         return found
 
     with replaced(latency, "one_pass", timed):
-        latency.profile(engine, SENTENCES, runs=2, tokens=8, score_batches=2)
+        latency.profile(engine, SENTENCES, runs=2, tokens=8)
     split = [(wall, p) for wall, p in walls if p.parts]
     assert len(split) == 4
     for wall, p in split:
@@ -157,7 +153,7 @@ def test_parts_add_up_to_the_whole_on_the_real_clock(lm: fusion_model.FusionLM) 
 def test_profile_leaves_the_model_as_it_was(lm: fusion_model.FusionLM) -> None:
     before = lm.score(SENTENCES[0])
     attributes = set(vars(lm.model)), set(vars(lm.planner)), set(vars(lm.planner.encoder))
-    latency.profile(engines.TorchEngine(lm), SENTENCES, runs=1, tokens=3, score_batches=1)
+    latency.profile(engines.TorchEngine(lm), SENTENCES, runs=1, tokens=3)
     after = set(vars(lm.model)), set(vars(lm.planner)), set(vars(lm.planner.encoder))
     assert attributes == after
     assert lm.score(SENTENCES[0]) == before

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fusion_model.benchmarks.gpu import work as gpu_work
+from fusion_model.benchmarks.measure.timing import microseconds
 from fusion_model.kernels.check.cases import Named, Result
 from fusion_model.kernels.cuda_graphs import record
 from fusion_model.kernels.linear_cross_entropy import target_log_probs
@@ -27,25 +28,6 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 BYTES = 2  # of a number
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
-
-
-def microseconds(run: Callable[[], Any], rounds: int = 15) -> float:
-    """Median time of one call; calls are batched to a few milliseconds a round."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-
-    def once(calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1000 / calls
-
-    calls = max(1, min(200, int(3000 / max(once(1), 1.0))))
-    return sorted(once(calls) for _ in range(rounds))[rounds // 2]
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:

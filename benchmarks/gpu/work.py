@@ -5,10 +5,12 @@ were measured on this chip, and all its waits besides, one after the other. A wa
 a persistent launch, or, where every step is a launch, a node of a CUDA graph.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fusion_model.benchmarks.measure.counts import Counts
+from fusion_model.benchmarks.measure.machine import Ceilings, of_size
 from fusion_model.kernels.check.cases import Result
 
 
@@ -31,42 +33,43 @@ class Work:
     programs: int = 0
 
 
-def measured(rows: Iterable[Result]) -> dict[str, dict[Any, float]]:
-    """What the rows of `floors` say: kind to what it was measured for to rate or µs."""
-    found: dict[str, dict[Any, float]] = {}
-    for row in rows:
-        if "floor" in row and row["ok"]:
-            kind, of, value = row["floor"]
-            found.setdefault(kind, {})[of] = value
-    return found
+@dataclass(frozen=True)
+class Rates:
+    """What the rows of `floors` say of this chip.
 
+    Attributes:
+        ceilings: of its memory and its products.
+        barriers, nodes: (how many, µs of one), of programs and of a graph's nodes.
+    """
 
-def _at_least(figures: Mapping[Any, float], size: int) -> float | None:
-    """The figure of the smallest measured size that is no smaller; else of the largest."""
-    if not figures:
-        return None
-    return figures[min((s for s in figures if s >= size), default=max(figures))]
+    ceilings: Ceilings
+    barriers: Sequence[tuple[int, float]]
+    nodes: Sequence[tuple[int, float]]
 
+    @classmethod
+    def of_rows(cls, rows: Iterable[Result]) -> "Rates":
+        found = sorted(row["floor"] for row in rows if "floor" in row and row["ok"])
+        of = {k: [(n, x) for kind, n, x in found if kind == k] for k in ("barrier", "node")}
+        bandwidth = [(size, 1e9 * rate) for kind, size, rate in found if kind == "read"]
+        flops = {dtype: 1e12 * rate for kind, dtype, rate in found if kind == "product"}
+        return cls(Ceilings(flops, bandwidth), of["barrier"], of["node"])
 
-def floor(work: Work, rates: Mapping[str, Mapping[Any, float]]) -> float | None:
-    """µs of this work at the measured rates; None where one that it needs was not measured."""
-    read = _at_least(rates.get("read", {}), work.moved)
-    product = rates.get("product", {}).get(work.dtype)
-    if work.programs:
-        wait = _at_least(rates.get("barrier", {}), work.programs)
-    else:
-        wait = next(iter(rates.get("node", {}).values()), None)
-    if read is None or product is None or (wait is None and work.waits):
-        return None
-    return max(work.moved / read / 1e3, work.flops / product / 1e6) + work.waits * (wait or 0.0)
+    def floor(self, work: Work) -> float | None:
+        """µs of this work; None where a rate that it needs was not measured."""
+        waits = self.barriers if work.programs else self.nodes
+        known = self.ceilings.bandwidth and work.dtype in self.ceilings.flops
+        if not known or (work.waits and not waits):
+            return None
+        seconds, _ = self.ceilings.floor(Counts(work.flops, work.moved), work.dtype)
+        return 1e6 * seconds + (work.waits and work.waits * of_size(waits, work.programs))
 
 
 def give_floors(results: Mapping[str, list[Result]]) -> None:
     """Adds `floor_us` and `x_floor` to every timed row whose floor is known by now."""
-    rates = measured(row for rows in results.values() for row in rows)
+    rates = Rates.of_rows(row for rows in results.values() for row in rows)
     for rows in results.values():
         for row in rows:
-            least = floor(Work(**row["work"]), rates) if "work" in row else None
+            least = rates.floor(Work(**row["work"])) if "work" in row else None
             if least is not None and "us" in row:
                 row["floor_us"], row["x_floor"] = least, row["us"] / least
 

@@ -122,6 +122,11 @@ def _gpu_clock(device: str) -> int | None:
         return None
 
 
+def of_size(figures: Sequence[tuple[int, float]], size: float) -> float:
+    """The figure of the smallest measured size that is no smaller; else of the largest."""
+    return next((x for measured, x in figures if measured >= size), figures[-1][1])
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """Measured here and now.
@@ -136,10 +141,7 @@ class Ceilings:
 
     def bandwidth_at(self, size: float) -> float:
         """Bytes per second that a working set of `size` bytes can be read with."""
-        for largest, rate in self.bandwidth:
-            if size <= largest:
-                return rate
-        return self.bandwidth[-1][1]
+        return of_size(self.bandwidth, size)
 
     def floor(self, counts: Counts, dtype: str) -> tuple[float, str]:
         """Fewest seconds that this work can take, and what sets them."""

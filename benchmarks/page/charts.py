@@ -1,19 +1,49 @@
-"""Charts as inline SVG: colours come from the page's CSS, so light, dark and print all work.
+"""Charts of the page: matplotlib's SVG, dark on white; a mark tells its figures when pointed at."""
 
-Every mark has a `<title>`, which browsers show when pointed at.
-"""
-
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from io import StringIO
+from typing import Any
 
-WIDTH = 950
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-
-def colour(backend: str) -> str:
-    """CSS class of a backend."""
-    return "k-" + backend.replace(".", "-")
+WIDTH = 9.5  # inches
+COLOURS = {
+    "auto": "#1f6feb",
+    "fusion-lm": "#1f6feb",
+    "torch": "#4fa3d9",
+    "reference": "#0f8f83",
+    "triton": "#7a4fd0",
+    "eager": "#6b737c",
+    "compile": "#b87400",
+    "onnx": "#3d8b37",
+    "onnx-int8": "#7d8f00",
+    "published": "#c4432f",
+    "cuda-graph": "#bf3f8a",
+    "sentence-transformers": "#8a5a3c",
+    "flashrnn": "#b59f00",
+    "cudnn": "#444c8c",
+}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fusion-lm",  # the same results give the same file
+    "font.size": 10,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "0.88",
+    "legend.frameon": False,
+}
+NO_DATE: Any = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def number(x: float) -> str:
@@ -31,16 +61,60 @@ def milliseconds(x: float) -> str:
     return f"{x:.3g} ms" if x < 1000 else f"{x / 1e3:.3g} s"
 
 
-def _svg(height: float, parts: Sequence[str], label: str, width: int = WIDTH) -> str:
-    body = "".join(parts)
-    box = f'viewBox="0 0 {width} {height:g}" role="img" aria-label="{escape(label)}"'
-    return f"<svg {box}>{body}</svg>"
+class Chart:
+    """One pair of axes in the making; `svg` ends it. Sizes in inches."""
+
+    def __init__(self, width: float, height: float, x_title: str, y_title: str = "") -> None:
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.axes: Axes = self.figure.subplots()
+        self.axes.set(xlabel=x_title, ylabel=y_title)
+        self._tips: list[str] = []
+
+    def tip(self, artist: Artist, text: str) -> None:
+        """What pointing at a mark tells."""
+        artist.set_gid(f"tip-{len(self._tips)}-")
+        self._tips.append(text)
+
+    def rows(self, names: Sequence[str]) -> None:
+        """A row a name, the first on top."""
+        self.axes.set_yticks(range(len(names)), names)
+        self.axes.set_ylim(len(names) - 0.4, -0.6)
+        self.axes.tick_params(axis="y", length=0)
+        self.axes.grid(axis="y", visible=False)
+
+    def svg(self) -> str:
+        """The chart as a file of its own."""
+        file = StringIO()
+        self.figure.savefig(file, format="svg", metadata=NO_DATE)
+        svg = re.sub(r'<g id="(?!tip-)\w[\w.]*_\d+">', "<g>", file.getvalue())
+        for n, text in enumerate(self._tips):
+            svg = svg.replace(f'<g id="tip-{n}-">', f"<g><title>{escape(text)}</title>")
+        return svg
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
-    )
+def inline(svg: str) -> str:
+    """As it stands in an HTML page, which needs no header, namespaces or size."""
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg)
+    return svg[svg.index("<svg") :]
+
+
+def _logarithmic(axes: Axes, which: str, text: Callable[[float], str] = number) -> None:
+    """The axis `x` or `y`: ticks at powers of ten, with digits between where there are few."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    spread = np.log10(high / low)
+    digits = (1, 1.5, 2, 3, 4, 6, 8) if spread < 1.1 else (1, 2, 5) if spread < 2.2 else (1,)
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: text(x)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _label(axes: Axes, text: str, x: float, y: float, points: float) -> None:
+    """Text so many points to the right of a place, or to its left."""
+    side: Any = "left" if points > 0 else "right"
+    offset = {"xytext": (points, 0), "textcoords": "offset points"}
+    axes.annotate(text, (x, y), ha=side, va="center", **offset)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -54,217 +128,113 @@ class Bar:
     whisker: float | None = None
 
 
-def bars(rows: Sequence[Bar], label: str) -> str:
+@rc_context(STYLE)
+def bars(rows: Sequence[Bar], x_title: str) -> str:
     """Horizontal bars from zero; a thin line goes on to each whisker."""
-    left, right, pitch = 170, 170, 27
+    chart = Chart(WIDTH, 0.65 + 0.28 * len(rows), x_title)
     most = max(max(r.value, r.whisker or 0) for r in rows) or 1.0
-    shown = min(most, 2.2 * max(r.value for r in rows))  # one wild p99 must not flatten the rest
-    scale = (WIDTH - left - right) / shown
-    parts = []
+    shown = min(most, 2.2 * max(r.value for r in rows))  # one wild p90 must not flatten the rest
     for i, row in enumerate(rows):
-        y, end = i * pitch + 4, left + row.value * scale
-        parts.append(_text(left - 10, y + 13, row.name, "name", "end"))
-        parts.append(
-            f'<rect x="{left}" y="{y}" width="{max(end - left, 1):.1f}" height="18" rx="2" '
-            f'class="{colour(row.name)} fill"><title>{escape(row.tip)}</title></rect>'
-        )
-        reach = end
-        if row.whisker is not None and row.whisker > row.value:
-            reach = left + min(row.whisker, shown) * scale
-            parts.append(
-                f'<path d="M{end:.1f} {y + 9}H{reach:.1f}M{reach:.1f} {y + 5}v8" '
-                f'class="{colour(row.name)} line"/>'
-            )
-        parts.append(_text(reach + 8, y + 13, row.label, "value"))
-    return _svg(len(rows) * pitch + 4, parts, label)
+        (bar,) = chart.axes.barh(i, row.value, height=0.68, color=COLOURS[row.name])
+        chart.tip(bar, row.tip)
+        reach = min(max(row.value, row.whisker or 0), shown)
+        chart.axes.plot([row.value, reach], [i, i], color=COLOURS[row.name], marker="|")
+        _label(chart.axes, row.label, reach, i, 7)
+    chart.rows([r.name for r in rows])
+    chart.axes.set_xlim(0, 1.22 * shown)
+    chart.axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
+    return chart.svg()
 
 
-class Axis:
-    """A logarithmic axis from data to pixels."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float, pad: float = 0.06):
-        low, high = math.log10(min(values)), math.log10(max(values))
-        spread = max(high - low, 0.3)
-        self.low, self.high = low - pad * spread, high + pad * spread
-        self.start, self.end = start, end
-
-    def __call__(self, value: float) -> float:
-        share = (math.log10(value) - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        """Powers of ten, with 2 and 5 between where there are few."""
-        spread = self.high - self.low
-        digits = (1, 1.5, 2, 3, 4, 6, 8) if spread < 0.8 else (1, 2, 5) if spread < 2.2 else (1,)
-        powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-        found = [d * 10.0**p for p in powers for d in digits]
-        return [x for x in found if self.low <= math.log10(x) <= self.high]
-
-
-def _frame(x: Axis, y: Axis, xs: Sequence[float], x_title: str, y_title: str) -> list[str]:
-    parts = []
-    for tick in y.ticks():
-        at = y(tick)
-        parts.append(f'<path d="M{x.start:.1f} {at:.1f}H{x.end:.1f}" class="grid"/>')
-        parts.append(_text(x.start - 8, at + 4, number(tick), "tick", "end"))
-    for tick in xs:
-        parts.append(f'<path d="M{x(tick):.1f} {y.start:.1f}v5" class="axis"/>')
-        parts.append(_text(x(tick), y.start + 18, number(tick), "tick", "middle"))
-    parts.append(f'<path d="M{x.start:.1f} {y.start:.1f}H{x.end:.1f}" class="axis"/>')
-    parts.append(_text((x.start + x.end) / 2, y.start + 36, x_title, "tick", "middle"))
-    parts.append(_text(4, 12, y_title, "tick"))
-    return parts
-
-
-def _spread(ends: list[tuple[float, str]], gap: float, low: float, high: float) -> dict[str, float]:
-    """Heights of labels at the ends of lines, moved apart where they would overlap."""
-    ordered = sorted(ends)
-    placed: list[float] = []
-    for at, _ in ordered:
-        placed.append(max(at, placed[-1] + gap) if placed else max(at, low))
-    overflow = placed[-1] - high
-    if overflow > 0:
-        placed[-1] -= overflow
-        for i in reversed(range(len(placed) - 1)):
-            placed[i] = min(placed[i], placed[i + 1] - gap)
-    return {name: y for (_, name), y in zip(ordered, placed, strict=True)}
-
-
-def curves(series: dict[str, list[tuple[float, float]]], x_title: str, y_title: str) -> str:
-    """Lines over a logarithmic plane, each named at its right end."""
-    height, width = 250, 470
-    points = [point for line in series.values() for point in line]
-    x = Axis([p[0] for p in points], 56, width - 120)
-    y = Axis([p[1] for p in points], height - 44, 22)
-    xs = sorted({p[0] for p in points})
-    xs = [v for i, v in enumerate(xs) if i == 0 or x(v) - x(xs[i - 1]) > 20]
-    parts = _frame(x, y, xs, x_title, y_title)
-    ends = _spread([(y(line[-1][1]), n) for n, line in series.items()], 15, 22, height - 40)
-    for name, line in series.items():
-        path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in line)
-        parts.append(f'<path d="M{path}" class="{colour(name)} line"/>')
+@rc_context(STYLE)
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str) -> str:
+    """Lines over a logarithmic plane; the legend in the order in which they end."""
+    chart = Chart(5.4, 2.7, x_title, y_title)
+    for name, line in sorted(series.items(), key=lambda item: -item[1][-1][1]):
+        x, y = zip(*line, strict=True)
+        chart.axes.plot(x, y, color=COLOURS[name], label=name)
         for a, b in line:
-            tip = escape(f"{name}, {x_title} {number(a)}: {number(b)} {y_title}")
-            parts.append(
-                f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.4" class="{colour(name)} fill dot">'
-                f"<title>{tip}</title></circle>"
-            )
-        last = line[-1]
-        parts.append(
-            f'<path d="M{x(last[0]) + 5:.1f} {y(last[1]):.1f}L{x.end + 10:.1f} {ends[name]:.1f}" '
-            f'class="{colour(name)} leader"/>'
-        )
-        parts.append(_text(x.end + 14, ends[name] + 4, name, f"{colour(name)} label"))
-    return _svg(height, parts, f"{y_title} against {x_title}", width)
+            (dot,) = chart.axes.plot(a, b, "o", markersize=4, color=COLOURS[name])
+            chart.tip(dot, f"{name}, {x_title} {number(a)}: {number(b)} {y_title}")
+    _logarithmic(chart.axes, "x")
+    _logarithmic(chart.axes, "y")
+    chart.axes.set_xticks(sorted({x for line in series.values() for x, _ in line}), minor=False)
+    chart.axes.minorticks_off()
+    chart.figure.legend(loc="outside right center", fontsize=9)
+    return chart.svg()
 
 
-def distributions(rows: dict[str, Sequence[float]], label: str) -> str:
-    """Every sample as a translucent tick on a shared logarithmic axis, p50, p90, p99 marked."""
-    left, pitch = 170, 40
-    everything = sorted(t for times in rows.values() for t in times)
-    top = everything[min(len(everything) - 1, int(0.998 * len(everything)))]
-    x = Axis([everything[0], top], left, WIDTH - 20)
-    height = len(rows) * pitch + 30
-    parts = []
-    for tick in x.ticks():
-        parts.append(f'<path d="M{x(tick):.1f} 0V{height - 26}" class="grid"/>')
-        parts.append(_text(x(tick), height - 10, milliseconds(tick), "tick", "middle"))
+@rc_context(STYLE)
+def distributions(rows: Mapping[str, Sequence[float]], x_title: str) -> str:
+    """Every sample as a translucent stroke on a shared logarithmic axis, p50, p90, p99 marked."""
+    chart = Chart(WIDTH, 0.65 + 0.4 * len(rows), x_title)
+    top = np.quantile([t for times in rows.values() for t in times], 0.998, method="higher")
     for i, (name, times) in enumerate(rows.items()):
-        y, ordered = i * pitch + 2, sorted(times)
-        parts.append(_text(left - 10, y + 18, name, "name", "end"))
-        dense = "sample" if len(ordered) > 40 else "sample few"
-        strokes = "".join(f"M{x(t):.1f} {y + 8}v16" for t in ordered if t <= top)
-        parts.append(f'<path d="{strokes}" class="{colour(name)} {dense}"/>')
-        for q, reach in ((50, 14), (90, 10), (99, 10)):
-            value = ordered[min(len(ordered) - 1, math.ceil(q / 100 * len(ordered)) - 1)]
+        shown = [t for t in times if t <= top]
+        alpha = 0.3 if len(times) > 40 else 0.9
+        chart.axes.plot(shown, [i] * len(shown), "|", ms=12, alpha=alpha, color=COLOURS[name])
+        marks: Any = ((50, "-", 2.0), (90, "-", 1.2), (99, ":", 1.2))
+        for q, style, width in marks:
+            value = float(np.percentile(times, q, method="inverted_cdf"))
             if value <= top:
-                tip = f"{name} p{q}: {milliseconds(value)}"
-                parts.append(
-                    f'<path d="M{x(value):.1f} {y + 16 - reach}v{2 * reach}" '
-                    f'class="mark m{q}"><title>{escape(tip)}</title></path>'
+                mark = chart.axes.vlines(
+                    value, i - 0.42, i + 0.42, "black", linestyles=style, linewidth=width
                 )
-    return _svg(height, parts, label)
+                chart.tip(mark, f"{name} p{q}: {milliseconds(value)}")
+    chart.rows(list(rows))
+    _logarithmic(chart.axes, "x", milliseconds)
+    return chart.svg()
 
 
-def ratios(rows: dict[str, list[tuple[str, float]]], names: Sequence[str], label: str) -> str:
+@rc_context(STYLE)
+def ratios(rows: Mapping[str, Sequence[tuple[str, float]]], names: Sequence[str]) -> str:
     """A row an operation: each backend a dot at its ratio, its figure beside the outermost ones."""
-    left, right, pitch, top = 190, 70, 36, 46
-    x = Axis([v for row in rows.values() for _, v in row] + [1.0], left + 20, WIDTH - right)
-    height = top + len(rows) * pitch + 26
-    bottom = height - 26
-    parts = []
-    at = float(left)
-    for name in names:
-        parts.append(f'<circle cx="{at:.1f}" cy="10" r="6" class="{colour(name)} fill"/>')
-        parts.append(_text(at + 11, 15, name, "name"))
-        at += 32 + 7.4 * len(name)
-    for tick in x.ticks():
-        kind = "axis" if tick == 1 else "grid"
-        parts.append(f'<path d="M{x(tick):.1f} {top - 10}V{bottom}" class="{kind}"/>')
-        parts.append(_text(x(tick), bottom + 19, f"{tick:g} ×", "tick", "middle"))
+    chart = Chart(WIDTH, 1.2 + 0.36 * len(rows), "speed relative to plain PyTorch")
+    chart.rows(list(rows))
+    chart.axes.margins(x=0.08)
+    chart.axes.axvline(1, color="0.4", linewidth=1)
     for i, (title, row) in enumerate(rows.items()):
-        y = top + i * pitch + 12
-        parts.append(_text(left - 14, y + 5, title, "name", "end"))
-        parts.append(f'<path d="M{left} {y}H{WIDTH - right + 10}" class="grid"/>')
-        for backend, ratio in sorted(row, key=lambda pair: names.index(pair[0]), reverse=True):
-            tip = escape(f"{title}, {backend}: {ratio:.2f} × plain PyTorch")
-            parts.append(
-                f'<circle cx="{x(ratio):.1f}" cy="{y}" r="7" class="{colour(backend)} fill dot">'
-                f"<title>{tip}</title></circle>"
+        for backend, ratio in sorted(row, key=lambda pair: -names.index(pair[0])):
+            (dot,) = chart.axes.plot(
+                ratio, i, "o", ms=10, mec="white", color=COLOURS[backend], clip_on=False
             )
-        values = [ratio for _, ratio in row]
-        parts.append(_text(x(max(values)) + 12, y + 5, f"{max(values):.2g}", "value"))
-        if min(values) < 0.8 * max(values):
-            parts.append(_text(x(min(values)) - 12, y + 5, f"{min(values):.2g}", "value", "end"))
-    return _svg(height, parts, label)
+            chart.tip(dot, f"{title}, {backend}: {ratio:.2f} × plain PyTorch")
+        low, high = min(r for _, r in row), max(r for _, r in row)
+        for value, side in ((high, 1), (low, -1)):
+            if side == 1 or low < 0.8 * high:
+                _label(chart.axes, f"{value:.2g}", value, i, 9 * side)
+    for name in names:
+        chart.axes.plot([], [], "o", color=COLOURS[name], label=name)
+    _logarithmic(chart.axes, "x", lambda x: f"{x:g} ×")
+    chart.figure.legend(loc="outside upper left", ncols=len(names), fontsize=9)
+    return chart.svg()
 
 
-@dataclass(frozen=True)
-class Point:
-    """On the roofline."""
-
-    name: str
-    intensity: float
-    flops: float
-    tip: str
-
-
-def roofline(
-    points: Sequence[Point], flops: dict[str, float], bandwidth: Sequence[tuple[str, float]]
-) -> str:
+@rc_context(STYLE)
+def roofline(ceilings: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """Work per second against work per byte, under the ceilings of this machine."""
-    height = 380
-    xs = [p.intensity for p in points]
-    xs += [min(xs) / 2, max(max(flops.values()) / bandwidth[-1][1], max(xs)) * 2]
-    x = Axis(xs, 60, WIDTH - 150)
-    y = Axis([*(p.flops for p in points), 1.3 * max(flops.values())], height - 44, 22)
-    parts = _frame(x, y, x.ticks(), "operations per byte", "operations per second")
-    left, right = 10**x.low, 10**x.high
-    for name, rate in bandwidth:
-        start = max(left, 10**y.low / rate)
-        end = min(right, max(flops.values()) / rate)
-        parts.append(
-            f'<path d="M{x(start):.1f} {y(start * rate):.1f}L{x(end):.1f} {y(end * rate):.1f}" '
-            f'class="roof"><title>{escape(name)}: {number(rate)}B/s</title></path>'
-        )
-        above = rate == max(r for _, r in bandwidth)
-        share = 0.5 if above else 0.25  # where nothing is measured
-        middle = start ** (1 - share) * end**share
-        dx, dy, anchor = (-6, -6, "end") if above else (10, 14, "start")
-        parts.append(_text(x(middle) + dx, y(middle * rate) + dy, name, "tick", anchor))
+    chart = Chart(WIDTH, 4.6, "operations per byte", "operations per second")
+    for r in records:
+        place = r["flops"] / r["bytes"], r["flops"] / r["p50_ms"] * 1e3
+        (dot,) = chart.axes.plot(*place, "o", mec="white", color=COLOURS[r["backend"]])
+        share = f"{r['of_floor']:.1%} of the {r['bound']} floor"
+        chart.tip(dot, f"{r['group']} {r['backend']}: {share}")
+    for name in dict.fromkeys(r["backend"] for r in records):
+        chart.axes.plot([], [], "o", color=COLOURS[name], label=name)
+    flops, bandwidth = ceilings["flops"], ceilings["bandwidth"]
+    xs = [r["flops"] / r["bytes"] for r in records]
+    left, right = min(xs) / 2, 2 * max(max(flops.values()) / bandwidth[-1][1], *xs)
+    caches = bandwidth[:1] if bandwidth[0][1] >= 1.2 * bandwidth[-1][1] else []
+    for (size, rate), style in zip([bandwidth[-1], *caches], ("-.", "--"), strict=False):
+        x = np.array([left, max(flops.values()) / rate])
+        label = f"{number(rate)}B/s from {number(size)}B"
+        chart.axes.plot(x, rate * x, "k", linestyle=style, linewidth=1, label=label)
     for dtype, rate in flops.items():
-        begin = max(left, rate / max(r for _, r in bandwidth))
-        parts.append(f'<path d="M{x(begin):.1f} {y(rate):.1f}H{x.end:.1f}" class="roof"/>')
-        parts.append(_text(x.end + 8, y(rate) + 4, f"{dtype} {number(rate)}", "tick"))
-    for p in points:
-        parts.append(
-            f'<circle cx="{x(p.intensity):.1f}" cy="{y(p.flops):.1f}" r="4.5" '
-            f'class="{colour(p.name)} fill dot"><title>{escape(p.tip)}</title></circle>'
-        )
-    return _svg(height, parts, "roofline")
-
-
-def legend(names: Sequence[str]) -> str:
-    """Names with their colours."""
-    items = "".join(f'<li><i class="{colour(n)}"></i>{escape(n)}</li>' for n in names)
-    return f'<ul class="legend">{items}</ul>'
+        chart.axes.plot([rate / bandwidth[0][1], right], [rate, rate], "k", linewidth=1)
+        _label(chart.axes, f"{dtype} {number(rate)}", right, rate, 4)
+    lowest = min(r["flops"] / r["p50_ms"] * 1e3 for r in records)
+    chart.axes.set(xlim=(left, right), ylim=(lowest / 2, None))
+    _logarithmic(chart.axes, "x")
+    _logarithmic(chart.axes, "y")
+    chart.figure.legend(loc="outside right center", fontsize=9)
+    return chart.svg()

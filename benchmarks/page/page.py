@@ -83,12 +83,13 @@ def _header(run: Record, timed: Sequence[Record]) -> str:
                 f" <small>{r['unit']}/s</small></b><span>{each} each, {r['speedup']:.2f} × plain "
                 "PyTorch</span></li>"
             )
+    chart = overview(timed)
     return (
         "<header><h1>How fast fusion-lm is here</h1>"
         f'<p class="soft">{escape(where(run["machine"]))}, commit '
         f"{escape(run['machine']['commit'] or 'unknown')}</p>"
         f'<ul class="tiles">{"".join(tiles)}</ul>'
-        f"{overview(timed)}"
+        f"{_figure(chart, 'Speed relative to plain PyTorch') if chart else ''}"
         '<p class="soft key">Below, bars show the median time of a call, and the thin line goes '
         "on to p90; × is the speed relative to plain PyTorch (eager), above 1 is faster. B "
         "sequences, T tokens each, H hidden units. Point at a mark for its figures.</p></header>"
@@ -96,7 +97,7 @@ def _header(run: Record, timed: Sequence[Record]) -> str:
 
 
 def overview(timed: Sequence[Record]) -> str:
-    """Speed relative to plain PyTorch of the backends that matter most, on each first shape."""
+    """Speed relative to plain PyTorch of the backends that matter most, of each first shape."""
     rows: dict[str, list[tuple[str, float]]] = {}
     for name, title in OVERVIEW.items():
         groups = ranked([r for r in timed if r["operation"] == name])
@@ -107,16 +108,13 @@ def overview(timed: Sequence[Record]) -> str:
     if not rows:
         return ""
     used = [n for n in dict.fromkeys(COMPARED.values()) if any(n in dict(r) for r in rows.values())]
-    chart = charts.ratios(rows, used, "speed relative to plain PyTorch")
-    return f"<figure><h3>Speed relative to plain PyTorch</h3>{chart}</figure>"
+    return charts.ratios(rows, used)
 
 
-def standalone(svg: str) -> str:
-    """A chart as a file of its own, with the colours it has on the page."""
-    style = resources.files("fusion_model.benchmarks.page").joinpath("report.css").read_text()
-    head = '<svg xmlns="http://www.w3.org/2000/svg" '
-    svg = svg[svg.index("<svg ") : svg.index("</svg>") + len("</svg>")]
-    return svg.replace("<svg ", head, 1).replace(">", f"><style>{style}</style>", 1) + "\n"
+def _figure(svg: str, title: str = "", caption: str = "") -> str:
+    head = f"<h3>{escape(title)}</h3>" if title else ""
+    foot = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{head}{charts.inline(svg)}{foot}</figure>"
 
 
 def _bar(r: Record) -> charts.Bar:
@@ -140,13 +138,10 @@ def _operation(name: str, timed: Sequence[Record]) -> str:
         parts.append(f'<div class="pair">{"".join(figures)}</div>')
     groups = ranked(own)
     for i, (group, members) in enumerate(groups):
-        figure = (
-            f"<figure><h3>{escape(group.removeprefix(name + ' '))}</h3>"
-            f"{charts.bars([_bar(r) for r in members], group)}</figure>"
-        )
         if figures and i == 1:
             parts.append(f"<details><summary>{len(groups) - 1} more shapes</summary>")
-        parts.append(figure)
+        chart = charts.bars([_bar(r) for r in members], "ms a call: median, the line to p90")
+        parts.append(_figure(chart, group.removeprefix(name + " ")))
     parts.append("</details>" if figures and len(groups) > 1 else "")
     return "".join(parts) + "</section>"
 
@@ -167,51 +162,37 @@ def _curve(own: Sequence[Record], axis: str) -> str:
     rest = {"batch": "B", "length": "T", "hidden_size": "H"}
     fixed_text = ", ".join(f"{s} = {first[n]}" for n, s in rest.items() if n != axis)
     chart = charts.curves(series, AXES[axis], f"{first['unit']}/s")
-    return f"<figure>{chart}<figcaption>{fixed_text}, {first['dtype']}</figcaption></figure>"
+    return _figure(chart, caption=f"{fixed_text}, {first['dtype']}")
+
+
+def _section(title: str, text: str, figures: Sequence[str]) -> str:
+    """Nothing where there is no figure."""
+    if not figures:
+        return ""
+    return f"<section><h2>{title}</h2><p>{text}</p>{''.join(figures)}</section>"
 
 
 def _distributions(timed: Sequence[Record]) -> str:
-    parts = []
+    figures = []
     for operation in ("step", "generation"):
-        groups = ranked([r for r in timed if r["operation"] == operation])
-        if groups:
-            name, members = groups[0]
+        for name, members in ranked([r for r in timed if r["operation"] == operation])[:1]:
             rows = {r["backend"]: r["times_ms"] for r in members}
-            parts.append(f"<figure><h3>{escape(name)}</h3>{charts.distributions(rows, name)}")
-            parts.append("</figure>")
-    if not parts:
-        return ""
-    return (
-        "<section><h2>Latency, call by call</h2><p>Each stroke is one call; the bold line is the "
-        "median, the thin one p90, the dashed one p99. The backends took turns, so a disturbance "
-        f"of the machine shows in all of them.</p>{''.join(parts)}</section>"
+            figures.append(_figure(charts.distributions(rows, "time of a call"), name))
+    return _section(
+        "Latency, call by call",
+        "Each stroke is one call; the bold line is the median, the thin one p90, the dotted one "
+        "p99. The backends took turns, so a disturbance of the machine shows in all of them.",
+        figures,
     )
 
 
 def _roofline(run: Record, timed: Sequence[Record]) -> str:
-    if not timed:
-        return ""
-    bandwidth = run["ceilings"]["bandwidth"]
-    lines = [(f"{number(b)}B/s from {number(s)}B", b) for s, b in (bandwidth[0], bandwidth[-1])]
-    if lines[0][1] < 1.2 * lines[-1][1]:
-        lines = lines[-1:]
-    points = [
-        charts.Point(
-            r["backend"],
-            r["flops"] / r["bytes"],
-            r["flops"] / r["p50_ms"] * 1e3,
-            f"{r['group']} {r['backend']}: {r['of_floor']:.1%} of the {r['bound']} floor",
-        )
-        for r in timed
-    ]
-    names = list(dict.fromkeys(r["backend"] for r in timed))
-    chart = charts.roofline(points, run["ceilings"]["flops"], lines)
-    return (
-        "<section><h2>How far from what this machine can do</h2><p>Work and compulsory traffic are "
-        "counted; the ceilings were measured in the same run: the fastest product of matrices, the "
-        "fastest reading of a buffer that fits a cache and of one that does not. A recurrence is a "
-        "chain, so small batches cannot reach the roof.</p>"
-        f"<figure>{chart}</figure>{charts.legend(names)}</section>"
+    return _section(
+        "How far from what this machine can do",
+        "Work and compulsory traffic are counted; the ceilings were measured in the same run: the "
+        "fastest product of matrices, the fastest reading of a buffer that fits a cache and of one "
+        "that does not. A recurrence is a chain, so small batches cannot reach the roof.",
+        [_figure(charts.roofline(run["ceilings"], timed))] if timed else [],
     )
 
 
@@ -219,25 +200,16 @@ def _memory(timed: Sequence[Record]) -> str:
     figures = []
     for operation in OPERATIONS:
         groups = ranked([r for r in timed if r["operation"] == operation and r["peak_bytes"]])
-        if not groups:
-            continue
-        name, members = max(groups, key=lambda g: max(r["peak_bytes"] for r in g[1]))
-        rows = [
-            charts.Bar(
-                r["backend"],
-                r["peak_bytes"],
-                f"{number(r['peak_bytes'])}B",
-                f"{r['backend']}: {r['peak_bytes']:,} bytes",
-            )
-            for r in sorted(members, key=lambda r: r["peak_bytes"])
-        ]
-        figures.append(f"<figure><h3>{escape(name)}</h3>{charts.bars(rows, name)}</figure>")
-    if not figures:
-        return ""
-    return (
-        "<section><h2>Memory</h2><p>The most that one call holds beyond weights and inputs, as "
-        "PyTorch's allocator counts it; the largest shape of each operation. ONNX Runtime keeps "
-        f"its own and is not counted.</p>{''.join(figures)}</section>"
+        if groups:
+            name, members = max(groups, key=lambda g: max(r["peak_bytes"] for r in g[1]))
+            found = sorted((r["peak_bytes"], r["backend"]) for r in members)
+            rows = [charts.Bar(b, n, f"{number(n)}B", f"{b}: {n:,} bytes") for n, b in found]
+            figures.append(_figure(charts.bars(rows, "bytes"), name))
+    return _section(
+        "Memory",
+        "The most that one call holds beyond weights and inputs, as PyTorch's allocator counts it; "
+        "the largest shape of each operation. ONNX Runtime keeps its own and is not counted.",
+        figures,
     )
 
 
@@ -270,9 +242,13 @@ def _figures(timed: Sequence[Record]) -> str:
     )
 
 
+def _pairs(facts: Record) -> str:
+    rows = (f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+    return f"<table>{''.join(rows)}</table>"
+
+
 def _method(run: Record, records: Sequence[Record]) -> str:
     machine = run["machine"]
-    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
     facts = {
         "device": machine["name"],
         "clock": f"{machine.get('gpu_mhz') or machine['cpu_mhz']} MHz",
@@ -280,21 +256,17 @@ def _method(run: Record, records: Sequence[Record]) -> str:
         "memory": f"{machine['memory_gb']} GB",
         "load before": ", ".join(map(str, machine["load"])),
         "system": f"{machine['system']}, Python {machine['python']}",
-        "libraries": versions,
+        "libraries": ", ".join(f"{name} {v}" for name, v in machine["versions"].items()),
         "commit": machine["commit"] or "unknown",
         "date": machine["date"],
         "model": run["model"],
         "text": f"{run['text']['words']} words of {run['text']['source']}",
     }
-    table = "".join(f"<tr><td>{k}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
-    names = "".join(
-        f"<tr><td>{escape(n)}</td><td>{escape(m)}</td></tr>" for n, m in glossary(records).items()
-    )
     notes = "".join(f"<li>{escape(line)}</li>" for line in remarks(records))
     skipped = f"<h3>Not measured</h3><ul>{notes}</ul>" if notes else ""
     return (
-        f"<section><h2>What was measured, and where</h2><table>{table}</table>"
-        f"<h3>Backends</h3><table>{names}</table>{skipped}"
+        f"<section><h2>What was measured, and where</h2>{_pairs(facts)}"
+        f"<h3>Backends</h3>{_pairs(glossary(records))}{skipped}"
         "<p>Every case was compared with a reference in float64 or float32 before it was timed; "
         "inputs are random, never zeros.</p>"
         f"<h3>To repeat it</h3><pre>{escape(run['command'])}</pre></section>"

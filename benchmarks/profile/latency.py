@@ -106,7 +106,6 @@ def profile(
     tokens: int = 48,
     batch: int = 1,
     prompt_words: int = 8,
-    score_batches: int = 12,
     recorder: Recorder | None = None,
     progress: Progress = lambda done, text: None,
 ) -> Profile:
@@ -114,7 +113,7 @@ def profile(
 
     Args:
         sentences: of the text.
-        runs: prompts (times `batch` rows each).
+        runs: prompts (times `batch` rows each), and at most so many batches of sentences.
         tokens: generated after each.
         batch: rows that generate together, and sentences scored together.
 
@@ -132,7 +131,7 @@ def profile(
             found.first_position = engine.prompt_tokens(group)
         generation.append(pair)
         progress(i + 1, "generation")
-    chunks = [sentences[i : i + batch] for i in range(0, len(sentences), batch)][:score_batches]
+    chunks = [sentences[i : i + batch] for i in range(0, len(sentences), batch)][:runs]
     engine.score(chunks[0])  # warm
     for i, chunk in enumerate(chunks):
         scoring.append(_pair(engine, recorder, partial(_score, engine, chunk), i))

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fusion_model.benchmarks.measure.machine import describe, memory_now, where
@@ -13,16 +12,6 @@ from fusion_model.benchmarks.profile.spans import Recorder
 from fusion_model import progress
 from fusion_model.data.text import read_documents
 from fusion_model.prefixes.planner import check_causal
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is run; see `fusion_model.benchmarks.profile.latency.profile`."""
-
-    runs: int = 12
-    tokens: int = 48
-    batch: int = 1
-    prompt_words: int = 8
 
 
 def _energy(device: str) -> float | None:
@@ -68,13 +57,14 @@ def _recorder(device: str, engine: str) -> Recorder:
 
 
 def profile_model(
-    lm: Any, name: str, engine: str, device: str, text: Sequence[str], settings: Settings
+    lm: Any, name: str, engine: str, device: str, text: Sequence[str], settings: dict[str, int]
 ) -> tuple[dict[str, Any], Profile]:
     """Everything for JSON, and the passes themselves, for a trace.
 
     Args:
         lm: a `FusionLM` (`engine` "torch") or an `OnnxFusionLM` ("onnx").
         name: of the model, for the title.
+        settings: `runs`, `tokens`, `batch` and `prompt_words` of `latency.profile`.
 
     Raises:
         FusionLMError: a text too short; a model that cannot generate.
@@ -83,25 +73,15 @@ def profile_model(
     check_causal(lm.planner)
     driven: Engine = OnnxEngine(lm) if engine == "onnx" else TorchEngine(lm)
     before = _energy(device)
-    score_batches = min(settings.runs, -(-len(sentences) // settings.batch))
-    with progress.track("profile", settings.runs + score_batches) as update:
-        found = profile(
-            driven,
-            sentences,
-            runs=settings.runs,
-            tokens=settings.tokens,
-            batch=settings.batch,
-            prompt_words=settings.prompt_words,
-            score_batches=score_batches,
-            recorder=_recorder(device, engine),
-            progress=update,
-        )
+    recorder, runs, batch = _recorder(device, engine), settings["runs"], settings["batch"]
+    with progress.track("profile", runs + min(runs, -(-len(sentences) // batch))) as update:
+        found = profile(driven, sentences, **settings, recorder=recorder, progress=update)
     after = _energy(device)
     machine = describe(device)
     described: dict[str, Any] = {
         "title": f"{name}, {engine}: {where(machine)}",
         "machine": machine,
-        "settings": vars(settings)
+        "settings": settings
         | {"model": name, "engine": engine, "text": list(text), "sentences": len(sentences)},
     }
     config = getattr(getattr(lm, "model", None), "config", None)
@@ -109,7 +89,7 @@ def profile_model(
         described["settings"]["backend"] = lm.model.backend
     if lm.planner is not None:
         described["settings"]["policy"] = lm.planner.encoder.policy
-    described |= summary(found, settings.batch)
+    described |= summary(found, batch)
     described["memory"] = _memory(device)
     energy = None if before is None or after is None else after - before
     return described | {"energy_joules": energy}, found

@@ -78,15 +78,13 @@ def check_plot(path: Path | None) -> None:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Latency against position: stages stacked, with p50 and p99 of the whole."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "font.size": 10}
-    from matplotlib import pyplot
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     rows = found["generation"]["by_position"]
     x = [row["position"] for row in rows]
-    figure, axes = pyplot.subplots(figsize=(8.5, 4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
+    axes = figure.subplots()
     axes.stackplot(
         x,
         *([row["parts"][part] for row in rows] for part in PARTS),
@@ -102,16 +100,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.88", linewidth=0.8)
     axes.set_axisbelow(True)
-    handles, labels = axes.get_legend_handles_labels()
-    order = [*range(len(PARTS) - 1, -1, -1), *range(len(PARTS), len(handles))]  # as stacked
-    figure.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="outside right center",
-        frameon=False,
-    )
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    figure.legend(loc="outside right center", frameon=False, reverse=True)  # as stacked
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path, dpi=160)
 
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:

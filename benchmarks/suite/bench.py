@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ BUDGETS = {"tiny": 0.0, "quick": 0.3, "full": 2.0}  # seconds of samples a case
 WORDS = {"tiny": 5, "quick": 80, "full": 400}  # of the text that is used
 FEWEST_WORDS = 4
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A run and where it was kept."""
-
-    run: Record
-    records: list[Record]
-    kept: Path | None
 
 
 def opening(sentences: Sequence[str], words: int) -> list[str]:
@@ -103,8 +93,11 @@ def bench(
     device: str,
     keep: Path | None,
     command: str,
-) -> Outcome:
+) -> tuple[Record, list[Record]]:
     """Measure, with a bar that shows the time left, and append the results to `keep`.
+
+    Returns:
+        The run and its records.
 
     Raises:
         FusionLMError: a text without words.
@@ -125,8 +118,7 @@ def bench(
             measured = run(chosen, context, ceilings, BUDGETS[suite], update)
             if keep is not None:
                 measured = results.append(keep, first, measured)
-            records = list(measured)
-    return Outcome(first, records, None if keep is None else results.file_of(keep, first))
+            return first, list(measured)
 
 
 def _words(sentences: Sequence[str]) -> int:

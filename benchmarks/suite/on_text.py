@@ -30,7 +30,6 @@ from fusion_model.errors import FusionLMError
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load
 from fusion_model.scoring import score_sentences
-from fusion_model.surprisal import SentenceScores
 
 
 class Plain:
@@ -99,21 +98,16 @@ class Plain:
 
 
 def _model(case: Case, context: Context) -> FusionLM:
-    lm: FusionLM = context.once(
-        f"model {case.dtype}",
-        lambda: load(
-            context.model,
-            device=context.device,
-            dtype=case.dtype,
-            encoder_dtype=case.dtype,
-        ),
+    dtype, device = case.dtype, context.device
+    return context.once(
+        f"model {dtype}",
+        lambda: load(context.model, device=device, dtype=dtype, encoder_dtype=dtype),
     )
-    return lm
 
 
 def _exact(context: Context) -> FusionLM:
     """The reference: float32, the plain equations; nothing kept of earlier prefixes."""
-    lm: FusionLM = context.once(
+    lm = context.once(
         "exact", lambda: load(context.model, device=context.device, backend="reference")
     )
     return FusionLM(lm.model, lm.tokenizer, lm.planner)
@@ -190,14 +184,14 @@ def _embedding(case: Case, context: Context) -> Work:
     run = no_gradients(lambda: encode(texts))
     exact = WAYS["fusion-lm"]("float32", context.device)
     tokens = sum(len(i.ids) // 4 for i in set(encoder.inputs_from_texts(texts)))
-    tolerance = 1e-4 if case.dtype == "float32" else 0.1
-    count = of_encoder(encoder, case.dtype, tokens, 1)
-
-    def expected() -> Tensor:
-        found: Tensor = context.once((case.group, "expected"), lambda: exact(texts))
-        return found
-
-    return Work(run, run, expected, len(texts), count, tolerance)
+    return Work(
+        run,
+        run,
+        lambda: context.once((case.group, "expected"), lambda: exact(texts)),
+        items=len(texts),
+        counts=of_encoder(encoder, case.dtype, tokens, 1),
+        tolerance=1e-4 if case.dtype == "float32" else 0.1,
+    )
 
 
 def _inputs(lm: FusionLM, sentences: Sequence[Sequence[int]]) -> set[EncoderInput]:
@@ -245,21 +239,20 @@ def _scoring(case: Case, context: Context) -> Work:
     def reference() -> Tensor:
         """Of tokens for those that give tokens, of words for those that give words."""
         exact = _exact(context)
-        if plainly:
-            return torch.cat([torch.as_tensor(s.tokens) for s in token_scores(exact)])
-        return torch.tensor([word.nats for word in exact.score(documents)])
-
-    def token_scores(exact: FusionLM) -> list[SentenceScores]:
+        if not plainly:
+            return torch.tensor([word.nats for word in exact.score(documents)])
         corpus = Corpus.from_documents(documents, exact.tokenizer)
-        return score_sentences(exact, exact.encode_corpus(corpus))
+        scores = score_sentences(exact, exact.encode_corpus(corpus))
+        return torch.cat([torch.as_tensor(s.tokens) for s in scores])
 
-    def expected() -> Tensor:
-        found: Tensor = context.once((case.group, plainly), reference)
-        return found
-
-    count = counts(lm, case.dtype, lengths, _inputs(lm, sentences), 1)
-    tolerance = 1e-3 if _is_exact(case) else 0.15
-    return Work(run, result, expected, sum(lengths), count, tolerance)
+    return Work(
+        run,
+        result,
+        lambda: context.once((case.group, plainly), reference),
+        items=sum(lengths),
+        counts=counts(lm, case.dtype, lengths, _inputs(lm, sentences), 1),
+        tolerance=1e-3 if _is_exact(case) else 0.15,
+    )
 
 
 def _is_exact(case: Case) -> bool:
@@ -292,21 +285,23 @@ def _generation(case: Case, context: Context) -> Work:
         out = run()
         return ids_of(out if isinstance(out, str) else _text(lm, out))
 
-    made: list[int] = context.once((case.group, "made"), lambda: _greedy(exact, row, options))
-    greedy = _text(exact, [*row, *made])
-    count = counts(
-        lm, case.dtype, [len(row) + len(made) - 1], _inputs(lm, [row, row + made]), len(made)
+    def greedy() -> list[int]:
+        """The tokens that are made, an end of the sentence among them."""
+        ids = torch.tensor([row], device=exact.model.device)
+        out = exact.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        found: list[int] = out[0, len(row) :].tolist()
+        return found
+
+    made = context.once((case.group, "made"), greedy)
+    items, length = _inputs(lm, [row, row + made]), len(row) + len(made) - 1
+    return Work(
+        run,
+        result,
+        lambda: ids_of(_text(exact, [*row, *made])),
+        items=len(made),
+        counts=counts(lm, case.dtype, [length], items, len(made)),
+        tolerance=0.0 if _is_exact(case) else 0.25,
     )
-    tolerance = 0.0 if _is_exact(case) else 0.25
-    return Work(run, result, lambda: ids_of(greedy), len(made), count, tolerance)
-
-
-def _greedy(lm: FusionLM, row: list[int], options: dict[str, Any]) -> list[int]:
-    """The tokens that are made, an end of the sentence among them."""
-    ids = torch.tensor([row], device=lm.model.device)
-    out = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    made: list[int] = out[0, len(row) :].tolist()
-    return made
 
 
 def _text(lm: FusionLM, row: Sequence[int]) -> str:

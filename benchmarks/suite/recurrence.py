@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusion_model.benchmarks.measure.counts import of_case
 from fusion_model.benchmarks.suite.cases import EAGER, Case
 from fusion_model.benchmarks.suite.work import (
     TOLERANCE,
@@ -19,8 +18,10 @@ from fusion_model.benchmarks.suite.work import (
     Work,
     check_backend,
     no_gradients,
+    of_case,
 )
 from fusion_model.kernels import lstm_sequence, prefix_lstm
+from fusion_model.kernels.cuda_graphs import record
 from fusion_model.kernels.lstm import lstm_cell
 from torch import Tensor, nn
 
@@ -113,16 +114,7 @@ def _eager(case: Case, data: Inputs, context: Context) -> Callable[[], Any]:
 def _cuda_graph(case: Case, data: Inputs, context: Context) -> Callable[[], Any]:
     if torch.device(context.device).type != "cuda":
         raise Unavailable("a CUDA graph needs a GPU")
-    run = no_gradients(_eager(case, data, context))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
+    graph, out = record(no_gradients(_eager(case, data, context)))
 
     def replay() -> Any:
         graph.replay()

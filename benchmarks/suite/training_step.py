@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusion_model.benchmarks.measure.counts import of_case
 from fusion_model.benchmarks.suite.cases import EAGER, Case
 from fusion_model.benchmarks.suite.published_loop import PublishedLM
-from fusion_model.benchmarks.suite.work import TOLERANCE, Context, Work, check_backend, no_gradients
+from fusion_model.benchmarks.suite.work import (
+    TOLERANCE,
+    Context,
+    Work,
+    check_backend,
+    no_gradients,
+    of_case,
+)
 from fusion_model.kernels import target_log_probs
 from torch import Tensor, nn
 

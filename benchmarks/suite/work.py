@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from fusion_model.benchmarks.measure.counts import Counts
+from fusion_model.benchmarks.measure.counts import SIZE, Counts, lstm, matmul
+from fusion_model.benchmarks.suite.cases import Case
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Unavailable(Exception):
@@ -57,6 +60,27 @@ class Work:
         return error
 
 
+def of_case(case: Case) -> Counts:
+    """Of an operation on a shape."""
+    size, b, t = SIZE[case.dtype], case.batch, case.length
+    d, h, v, e = case.embedding_size, case.hidden_size, case.vocab_size, case.prefix_size
+    if case.operation in ("step", "sequence"):
+        return lstm(b, b * t, d, h, size)
+    if case.operation == "prefixes":
+        steps = b * t * (t + 1) / 2
+        # Input gates once a token; the recurrence once a prefix and step.
+        recurrence = Counts(8.0 * steps * h * h, float(size * (4 * h * h + 3 * b * t * h)))
+        return matmul(b * t, d, 4 * h, size) + recurrence
+    head = matmul(b * t, d, v, size)
+    if case.operation == "head":
+        return Counts(head.flops, float(size * (v * d + v + b * t * d) + 12 * b * t))
+    layers = (matmul(b * t, h + e, d, size), lstm(b, b * t, d, h, size))
+    forward = sum(layers, head)
+    parameters = v * d + 4 * h * (d + h + 2) + d * (h + e + 1) + v * (d + 1)
+    adam = Counts(12.0 * parameters, 4.0 * 7 * parameters)  # reads p, g, m, v; writes p, m, v
+    return forward.times(3) + adam  # a backward pass is two products for each forward one
+
+
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
 
 
@@ -80,16 +104,17 @@ class Context:
     new_tokens: int = 32
     cache: dict[Any, Any] = field(default_factory=dict)
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, make: Callable[[], T]) -> T:
         """Make something once; a reason not to be able to is kept, too."""
         if key not in self.cache:
             try:
                 self.cache[key] = make()
             except Unavailable as reason:
                 self.cache[key] = reason
-        if isinstance(self.cache[key], Unavailable):
-            raise self.cache[key]
-        return self.cache[key]
+        found: T = self.cache[key]
+        if isinstance(found, Unavailable):
+            raise found
+        return found
 
     def forget(self) -> None:
         """Give up what belongs to one group."""

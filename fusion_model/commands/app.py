@@ -1,8 +1,10 @@
 """What the commands share: the application, common options, and errors as one line."""
 
+import dataclasses
 import errno
 import functools
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,8 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-
-from fusion_model.devices import resolve_device
 
 app = typer.Typer(
     name="fusion-lm",
@@ -32,18 +32,71 @@ TextFiles = Annotated[
 Split = Annotated[str, typer.Option(help="how text becomes sentences: sentences, lines")]
 EncoderPath = Annotated[str | None, typer.Option(help="where the encoder lies now, if it moved")]
 EncoderDtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, auto")]
-Dtype = Annotated[str, typer.Option(help="of the LSTM: float32, bfloat16, float16, auto")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto: a GPU if there is one")]
 Store = Annotated[Path | None, typer.Option(help="folder that keeps the prefix embeddings")]
-ModelOrNone = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
-Onnx = Annotated[
-    Path | None,
-    typer.Option(help="instead of a model: folder that fusion-lm export wrote; needs no PyTorch"),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="with --onnx (default: all cores)")]
-Backend = Annotated[
-    str, typer.Option(help="of the recurrence: auto, torch, cudnn, triton, reference")
-]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Running:
+    """How a model runs."""
+
+    encoder: EncoderPath = None
+    encoder_dtype: EncoderDtype = "float32"
+    dtype: Annotated[str, typer.Option(help="of the LSTM: float32, bfloat16, float16, auto")] = (
+        "float32"
+    )
+    device: Device = "auto"
+    backend: Annotated[
+        str, typer.Option(help="of the recurrence: auto, torch, cudnn, triton, reference")
+    ] = "auto"
+
+    def load(self, model: str, policy: str | None = None) -> Any:
+        """The model by this name, with its encoder; `policy` in place of its own."""
+        import fusion_model
+        from fusion_model.devices import resolve_device
+
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Running)}
+        options["device"] = resolve_device(self.device)
+        return fusion_model.load(model, policy=policy, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnyModel(Running):
+    """A model, or an exported one."""
+
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            help="instead of a model: folder that fusion-lm export wrote; needs no PyTorch"
+        ),
+    ] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="with --onnx (default: all cores)")] = (
+        None
+    )
+
+    def open(self, policy: str | None = None) -> Any:
+        """The model; of an exported one, what was settled at export cannot be chosen.
+
+        Raises:
+            FusionLMError: both are named, or none; an option that does not go with it.
+        """
+        from fusion_model.errors import FusionLMError
+
+        if self.onnx is None and self.model is not None:
+            if self.threads is not None:
+                raise FusionLMError("--threads goes with --onnx; PyTorch takes OMP_NUM_THREADS")
+            return self.load(self.model, policy)
+        if self.onnx is None or self.model is not None:
+            raise FusionLMError("name a model, or an exported one with --onnx: one of the two")
+        settled = [f for f in dataclasses.fields(Running) if f.name != "device"]
+        changed = [f.name for f in settled if getattr(self, f.name) != f.default]
+        for name in [*changed, *(["policy"] if policy is not None else [])]:
+            option = name.replace("_", "-")
+            raise FusionLMError(f"--{option} does not go with --onnx: it was settled at export")
+        from fusion_model.export import OnnxFusionLM
+
+        return OnnxFusionLM(self.onnx, device=self.device, threads=self.threads)
 
 
 def _fail(message: str, code: int = 1) -> None:
@@ -51,17 +104,49 @@ def _fail(message: str, code: int = 1) -> None:
     raise typer.Exit(code)
 
 
+def _fields(kind: Any) -> Iterator[inspect.Parameter]:
+    """A parameter for each field; what a field's metadata has as help is an option's."""
+    for field in dataclasses.fields(kind):
+        annotation: Any = field.type
+        if "help" in field.metadata:
+            several = annotation == tuple[str, ...]
+            help_text = typer.Option(help=field.metadata["help"])
+            annotation = Annotated[list[str] if several else annotation, help_text]
+        missing = field.default is dataclasses.MISSING
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=annotation,
+            default=inspect.Parameter.empty if missing else field.default,
+        )
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command; a user's mistake becomes one line and a non-zero exit."""
+    """Register a command; a user's mistake becomes one line and a non-zero exit.
+
+    A parameter that is a dataclass is given on the command line field by field.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for p in inspect.signature(function).parameters.values():
+        if dataclasses.is_dataclass(p.annotation):
+            groups[p.name] = p.annotation
+            parameters += _fields(p.annotation)
+        else:
+            parameters.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(**given: Any) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         from fusion_model.errors import FusionLMError
 
         try:
             _quiet_transformers()
-            function(*args, **kwargs)
+            for name, kind in groups.items():
+                values = {f.name: given.pop(f.name) for f in dataclasses.fields(kind)}
+                values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+                given[name] = kind(**values)
+            function(**given)
         except FusionLMError as error:
             _fail(str(error))
         except ModuleNotFoundError as error:
@@ -82,6 +167,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             where = f": {error.filename}" if error.filename else ""
             _fail(f"{'the disk is full: make room' if full else error.strerror}{where}")
 
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return app.command()(wrapped)
 
 
@@ -96,62 +183,6 @@ def _quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def load_model(
-    model: str,
-    device: str,
-    dtype: str,
-    encoder: str | None,
-    encoder_dtype: str,
-    backend: str,
-    policy: str | None = None,
-) -> Any:
-    import fusion_model
-
-    return fusion_model.load(
-        model,
-        device=resolve_device(device),
-        dtype=dtype,
-        encoder=encoder,
-        encoder_dtype=encoder_dtype,
-        backend=backend,
-        policy=policy,
-    )
-
-
-def open_model(
-    model: str | None,
-    onnx: Path | None,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    encoder: str | None,
-    encoder_dtype: str,
-    backend: str,
-    policy: str | None = None,
-) -> Any:
-    """A model, or an exported one; of the latter, what was settled at export cannot be chosen."""
-    from fusion_model.errors import FusionLMError
-
-    if onnx is None and model is not None:
-        if threads is not None:
-            raise FusionLMError("--threads goes with --onnx; PyTorch takes OMP_NUM_THREADS")
-        return load_model(model, device, dtype, encoder, encoder_dtype, backend, policy)
-    if onnx is None or model is not None:
-        raise FusionLMError("name a model, or an exported one with --onnx: one of the two")
-    for option, value, default in (
-        ("--dtype", dtype, "float32"),
-        ("--encoder", encoder, None),
-        ("--encoder-dtype", encoder_dtype, "float32"),
-        ("--backend", backend, "auto"),
-        ("--policy", policy, None),
-    ):
-        if value != default:
-            raise FusionLMError(f"{option} does not go with --onnx: it was settled at export")
-    from fusion_model.export import OnnxFusionLM
-
-    return OnnxFusionLM(onnx, device=device, threads=threads)
 
 
 @contextmanager

@@ -7,21 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fusion_model.commands.app import (
-    MODEL_HELP,
-    Backend,
-    Device,
-    Dtype,
-    EncoderDtype,
-    EncoderPath,
-    ModelOrNone,
-    Onnx,
-    TextFiles,
-    Threads,
-    command,
-    open_model,
-)
-from fusion_model.devices import resolve_device
+from fusion_model.commands.app import MODEL_HELP, AnyModel, Device, TextFiles, command
 
 Size = Annotated[int | None, typer.Option(min=1)]
 
@@ -58,44 +44,44 @@ def bench(
     from fusion_model.benchmarks.page.page import write_report
     from fusion_model.benchmarks.suite.bench import bench as run
     from fusion_model.benchmarks.suite.bench import chosen_cases, glossary, remarks, tables
+    from fusion_model.devices import resolve_device
     from fusion_model.errors import FusionLMError
 
     own = {"hidden_size": hidden_size, "batch": batch, "length": length, "dtype": dtype}
     shape = {name: value for name, value in own.items() if value is not None}
     suite = "quick" if quick else "full"
     chosen = chosen_cases(suite, only or [], shape, backend, model)
-    outcome = run(
+    keep = results or kept.home()
+    first, records = run(
         chosen,
         suite,
         model or "fusion-lm-small",
         text or [],
         resolve_device(device),
-        results or kept.home(),
+        keep,
         shlex.join(["fusion-lm", *sys.argv[1:]]),
     )
     console = Console()
-    for shown in tables(outcome.records):
+    for shown in tables(records):
         console.print(shown, "")
-    for line in remarks(outcome.records):
+    for line in remarks(records):
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
-    for name, meaning in glossary(outcome.records).items():
+    for name, meaning in glossary(records).items():
         console.print(f"{name}: {meaning}", style="dim", highlight=False, soft_wrap=True)
-    print(where(outcome.run["machine"]))
-    if outcome.kept:
-        print(f"appended to {outcome.kept}")
+    print(where(first["machine"]))
+    if keep:
+        print(f"appended to {kept.file_of(keep, first)}")
     if report:
-        write_report(report, outcome.run, outcome.records)
+        write_report(report, first, records)
         print(f"report: {report}")
-    if any(r["kind"] == "wrong" for r in outcome.records):
+    if any(r["kind"] == "wrong" for r in records):
         raise FusionLMError("a backend gave wrong results, see above")
 
 
 @command
 def profile(
+    *,
     text: TextFiles,
-    model: ModelOrNone = None,
-    onnx: Onnx = None,
-    threads: Threads = None,
     tokens: Annotated[int, typer.Option(min=3, help="made after each prompt")] = 48,
     runs: Annotated[int, typer.Option(min=1, help="prompts, from the text")] = 12,
     batch: Annotated[int, typer.Option(min=1, help="rows at a time")] = 1,
@@ -108,25 +94,24 @@ def profile(
     policy: Annotated[
         str | None, typer.Option(help="encoding policy (default: the model's own)")
     ] = None,
-    encoder: EncoderPath = None,
-    encoder_dtype: EncoderDtype = "float32",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    backend: Backend = "auto",
+    chosen: AnyModel,
 ) -> None:
     """Latency token by token, of generating and scoring: how long, and spent on what."""
     from rich.console import Console
 
     from fusion_model.benchmarks.profile import report as latency_report
     from fusion_model.benchmarks.profile.latency import trace as to_trace
-    from fusion_model.benchmarks.profile.profile import Settings, profile_model
+    from fusion_model.benchmarks.profile.profile import profile_model
+    from fusion_model.devices import resolve_device
 
     latency_report.check_plot(plot)
-    lm = open_model(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend, policy)
-    engine = "torch" if onnx is None else "onnx"
-    where = resolve_device(device) if onnx is None else lm.device
-    settings = Settings(runs, tokens, batch, prompt_words)
-    found, passes = profile_model(lm, str(model or onnx), engine, where, text, settings)
+    lm = chosen.open(policy)
+    engine = "torch" if chosen.onnx is None else "onnx"
+    where = resolve_device(chosen.device) if chosen.onnx is None else lm.device
+    settings = {"runs": runs, "tokens": tokens, "batch": batch, "prompt_words": prompt_words}
+    found, passes = profile_model(
+        lm, str(chosen.model or chosen.onnx), engine, where, text, settings
+    )
     console = Console()
     console.print(found["title"], style="bold", highlight=False, soft_wrap=True)
     for shown in latency_report.tables(found):

@@ -1,129 +1,142 @@
 """`fusion-lm demo`: the main job in small, on a text that the shipped model never saw."""
 
+import math
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from fusion_model.data.text import Document, read_text, split_sentences
-from fusion_model.language_model import FusionLM
-from fusion_model.loading import load
-from fusion_model.surprisal import Perplexity, WordScore
+from fusion_model.commands.app import command, installed
+
+if TYPE_CHECKING:
+    from fusion_model.language_model import FusionLM
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "thursday.txt"  # G. K. Chesterton, 1908
 PROMPT = "The old gentleman with the white beard"
+SENTENCE = f"{PROMPT} sat down in his chair, and said nothing."
 MODEL = "fusion-lm-small"
+TOKENS = 60  # timed, one after the other
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of each generated token, by what they were spent on."""
+@command
+def demo() -> None:
+    """What the model does, on real sentences: surprisal, a continuation, perplexity, latency."""
+    from fusion_model.data.text import Document, read_text, split_sentences
+    from fusion_model.loading import load
 
-    encoder: np.ndarray
-    model: np.ndarray
-
-
-def run_demo() -> None:
-    """Print the demo to standard output."""
-    console = Console()
+    console = Console(highlight=False)
     console.print(f"[bold]fusion-lm demo[/]: {MODEL} with all-MiniLM-L6-v2, on this CPU\n")
-    fused, unfused = load(MODEL), load(f"{MODEL}-unfused")
+    models = {"unfused": load(f"{MODEL}-unfused"), "fused": load(MODEL)}
+    fused = models["fused"]
     sentences = split_sentences(read_text(SAMPLE))
-    shown = " ".join(sentences[:2])
-    pair = (fused.score(shown), unfused.score(shown))
     console.print("[bold]1. Surprisal of each word, in bits[/]")
-    console.print(surprisal_table(*pair))
+    table = _table("word", "unfused", "fused")
+    table.add_column("")
+    words = [lm.score(" ".join(sentences[:2])) for lm in models.values()]
+    for theirs, ours in zip(*words, strict=True):
+        bar = f"[cyan]{'█' * round(ours.bits) or '▏'}[/]"
+        table.add_row(ours.text, f"{theirs.bits:.1f}", f"{ours.bits:.1f}", bar)
+    console.print(table)
 
     console.print("\n[bold]2. A continuation[/]")
     text = fused.generate(
         PROMPT, seed=3, max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50
     )
-    console.print(f"   [dim]{PROMPT}[/]{text[0].removeprefix(PROMPT)}", highlight=False)
+    console.print(f"   [dim]{PROMPT}[/]{text[0].removeprefix(PROMPT)}")
 
-    document = [Document("sample", sentences)]
-    started = time.perf_counter()
-    with_fusion = fused.perplexity(document)
-    seconds = time.perf_counter() - started
-    console.print(
-        f"\n[bold]3. Perplexity of {SAMPLE.name}, {with_fusion.words} words unseen in training[/]",
-        highlight=False,
-    )
-    console.print(perplexity_table(with_fusion, unfused.perplexity(document)))
-    console.print(
-        f"   scored with exact prefix embeddings: {with_fusion.tokens / seconds:,.0f} tokens/s"
-    )
-    console.print("\n[bold]4. Generation, one token at a time[/]")
-    console.print(latency_table(measure_latency(fused, PROMPT), measure_latency(unfused, PROMPT)))
-
-
-def surprisal_table(fused: list[WordScore], unfused: list[WordScore]) -> Table:
-    """A row a word: both models' bits, and the fused model's as a bar."""
-    table = Table(box=None)
-    table.add_column("word")
-    table.add_column("unfused", justify="right")
-    table.add_column("fused", justify="right")
-    table.add_column("")
-    for a, b in zip(fused, unfused, strict=True):
-        bar = "█" * round(a.bits) or "▏"
-        table.add_row(a.text, f"{b.bits:.1f}", f"{a.bits:.1f}", f"[cyan]{bar}[/]")
-    return table
-
-
-def perplexity_table(fused: Perplexity, unfused: Perplexity) -> Table:
-    """Both models on the sample."""
-    table = Table(box=None)
-    table.add_column("model")
-    for name in ("per token", "per word", "bits per character"):
-        table.add_column(name, justify="right")
-    for name, p in (("unfused", unfused), ("fused", fused)):
-        table.add_row(
-            name, f"{p.perplexity:.1f}", f"{p.word_perplexity:.1f}", f"{p.bits_per_character:.3f}"
-        )
-    return table
-
-
-@torch.inference_mode()
-def measure_latency(lm: FusionLM, prompt: str, tokens: int = 60, warmup: int = 5) -> Latency:
-    """Time greedy generation, token by token, each prefix encoded exactly."""
-    ids = lm.prompt_ids(prompt)
-    state = None
-    fed = ids
-    encoder, model = [], []
-    for _ in range(warmup + tokens):
+    table = _table("model", "per token", "per word", "bits per character")
+    for name, lm in models.items():
         started = time.perf_counter()
-        e = None
-        if lm.model.prefix_encoder is not None:
-            start = ids.shape[1] - fed.shape[1]
-            e = lm.model.prefix_encoder(ids, torch.ones_like(ids), start)
-        encoded = time.perf_counter()
-        out = lm.model(fed, prefix_embeds=e, state=state, logits_to_keep=1)
-        assert out.logits is not None
-        fed, state = out.logits[:, -1].argmax(-1, keepdim=True), out.state
-        ids = torch.cat([ids, fed], dim=1)
-        model.append(time.perf_counter() - encoded)
-        encoder.append(encoded - started)
-    return Latency(1e3 * np.array(encoder[warmup:]), 1e3 * np.array(model[warmup:]))
+        p = lm.perplexity([Document("sample", sentences)])
+        rate = p.tokens / (time.perf_counter() - started)
+        cells = f"{p.perplexity:.1f}", f"{p.word_perplexity:.1f}", f"{p.bits_per_character:.3f}"
+        table.add_row(name, *cells)
+    console.print(f"\n[bold]3. Perplexity of {SAMPLE.name}, {p.words} words unseen in training[/]")
+    console.print(table)
+    console.print(f"   scored with exact prefix embeddings: {rate:,.0f} tokens/s")
+
+    console.print("\n[bold]4. Generation, one token at a time[/]")
+    table = _table("model", "tokens/s", "p50 ms", "p99 ms", "of it encoder", "of it LSTM")
+    for name, lm in models.items():
+        table.add_row(name, *_latency(lm))
+    console.print(table)
+    if installed("onnxruntime") and installed("onnx"):
+        console.print("\n[bold]5. Exported to ONNX, one thread, embeddings already computed[/]")
+        _show_export(fused, console)
+    print(f"\nNext: fusion-lm score {MODEL} --text YOUR.txt, or fusion-lm train --help")
 
 
-def latency_table(fused: Latency, unfused: Latency) -> Table:
-    """Tokens a second and percentiles in milliseconds a token."""
+def _table(*columns: str) -> Table:
     table = Table(box=None)
-    table.add_column("model")
-    for name in ("tokens/s", "p50 ms", "p99 ms", "of it encoder", "of it LSTM"):
-        table.add_column(name, justify="right")
-    for name, latency in (("unfused", unfused), ("fused", fused)):
-        total = latency.encoder + latency.model
-        p50, p99 = np.percentile(total, [50, 99])
-        table.add_row(
-            name,
-            f"{1e3 / total.mean():,.0f}",
-            f"{p50:.2f}",
-            f"{p99:.2f}",
-            f"{np.median(latency.encoder):.2f}",
-            f"{np.median(latency.model):.2f}",
-        )
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
     return table
+
+
+def _latency(lm: "FusionLM") -> Sequence[str]:
+    """Tokens a second, and milliseconds of a token, greedy, each prefix encoded exactly."""
+    from fusion_model.benchmarks.profile.engines import ENCODER, LSTM, VOCABULARY, TorchEngine
+    from fusion_model.benchmarks.profile.latency import profile, summary
+
+    engine, words = TorchEngine(lm), len(PROMPT.split())
+    found = profile(engine, [SENTENCE], runs=1, tokens=TOKENS, prompt_words=words)
+    figures = summary(found, 1)["generation"]
+    parts, spread = figures["token_parts_ms"], figures["token_ms"]
+    times = spread["p50"], spread["p99"], parts[ENCODER], parts[LSTM] + parts[VOCABULARY]
+    return f"{figures['tokens_per_second']:,.0f}", *(f"{ms:.2f}" for ms in times)
+
+
+def _show_export(lm: "FusionLM", console: Console) -> None:
+    """The model exported to a temporary folder in float32 and int8, and run by ONNX Runtime."""
+    import torch
+
+    from fusion_model.benchmarks.measure.timing import measure_in_turns
+    from fusion_model.data.corpus import Corpus
+    from fusion_model.data.text import Document
+    from fusion_model.export.exporter import export_model, report
+    from fusion_model.export.manifest import SEQUENCE, STEP, WEIGHTS
+    from fusion_model.export.runtime.model import OnnxFusionLM
+    from fusion_model.scoring import score_sentences
+
+    source = lm.encode_corpus(Corpus.from_documents([Document("demo", [SENTENCE])], lm.tokenizer))
+    first = source.batch([0]).prefix_embeds
+    assert first is not None
+    model, ids, vector = lm.model, torch.tensor([[5]]), first[0, 0]
+    one = torch.from_numpy(vector)[None]
+    sizes = {"PyTorch": ""}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        nats = {"PyTorch": score_sentences(lm, source)[0].tokens.sum()}
+        state = model(ids, prefix_embeds=one).state
+        runs: dict[str, Any] = {"PyTorch": lambda: model(ids, prefix_embeds=one, state=state)}
+        for precision in ("int8", "fp32"):
+            out, name = Path(folder) / precision, f"ONNX {precision}"
+            checks = report(export_model(lm, out, precision=precision))
+            exported = OnnxFusionLM(out, device="cpu", threads=1)
+            nats[name] = score_sentences(exported, source)[0].tokens.sum()
+            files = (out / SEQUENCE, out / STEP, out / WEIGHTS)
+            sizes[name] = f"{sum(path.stat().st_size for path in files) / 1e6:.1f}"
+            steps = exported.steps(vector)
+            steps.start([[5]])
+            runs[name] = lambda steps=steps: steps.advance([5], [0])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            times = measure_in_turns(runs, "cpu", 0.1, least=TOKENS)
+        finally:
+            torch.set_num_threads(threads)
+    table = _table("engine", "bits, one sentence", "LSTM p50 ms/token", "MB")
+    for name in ("PyTorch", "ONNX fp32", "ONNX int8"):
+        p50 = 1e3 * times[name].percentile(50)
+        table.add_row(name, f"{nats[name] / math.log(2):.2f}", f"{p50:.2f}", sizes[name])
+    console.print(table)
+    for line in checks:  # of fp32
+        console.print(f"   {line}")
+    console.print(
+        "   with its encoder, for text to surprisal without PyTorch: "
+        f"fusion-lm export {MODEL} OUT --encoder",
+        soft_wrap=True,
+    )

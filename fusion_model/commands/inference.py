@@ -6,50 +6,25 @@ from typing import Annotated, Any
 import typer
 
 from fusion_model.commands.app import (
-    Backend,
-    Device,
-    Dtype,
-    EncoderDtype,
-    EncoderPath,
+    AnyModel,
     Model,
-    ModelOrNone,
-    Onnx,
+    Running,
     Split,
     Store,
     TextFiles,
-    Threads,
     command,
-    installed,
-    load_model,
-    open_model,
     output,
 )
 
 
 @command
-def demo() -> None:
-    """What the model does, on real sentences: surprisal, a continuation, perplexity, latency."""
-    from fusion_model.commands.demo import MODEL, run_demo
-
-    run_demo()
-    if installed("onnxruntime") and installed("onnx"):
-        from fusion_model.export.demo import show_export
-
-        show_export(MODEL)
-    print(f"\nNext: fusion-lm score {MODEL} --text YOUR.txt, or fusion-lm train --help")
-
-
-@command
 def evaluate(
+    *,
     model: Model,
     text: TextFiles,
     split: Split = "sentences",
     store: Store = None,
-    encoder: EncoderPath = None,
-    encoder_dtype: EncoderDtype = "float32",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    backend: Backend = "auto",
+    how: Running,
 ) -> None:
     """Perplexity of a text, in every unit that is in use."""
     from rich.console import Console
@@ -58,7 +33,7 @@ def evaluate(
     from fusion_model.data.text import read_documents
 
     documents = read_documents(text, split)
-    lm = load_model(model, device, dtype, encoder, encoder_dtype, backend)
+    lm = how.load(model)
     with lm.open_store(store) as vectors:
         result = lm.perplexity(documents, vectors)
     table = Table("measure", "value", title=f"{model} on {', '.join(text)}")
@@ -80,10 +55,8 @@ def evaluate(
 
 @command
 def score(
+    *,
     text: TextFiles,
-    model: ModelOrNone = None,
-    onnx: Onnx = None,
-    threads: Threads = None,
     out: Annotated[Path | None, typer.Option(help="TSV file (default: standard output)")] = None,
     context: Annotated[
         str, typer.Option(help="sentence, or article: the state goes on")
@@ -93,20 +66,16 @@ def score(
     ] = False,
     split: Split = "sentences",
     store: Store = None,
-    encoder: EncoderPath = None,
-    encoder_dtype: EncoderDtype = "float32",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    backend: Backend = "auto",
+    chosen: AnyModel,
 ) -> None:
     """Surprisal of every word as TSV, in bits and nats."""
     from fusion_model.data.text import read_documents
     from fusion_model.errors import FusionLMError
 
     documents = read_documents(text, split)
-    lm = open_model(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
+    lm = chosen.open()
     options: dict[str, Any] = {"context": context, "whitespace_correction": whitespace_correction}
-    if onnx is None:
+    if chosen.onnx is None:
         with lm.open_store(store) as vectors:
             words = lm.score(documents, store=vectors, **options)
     elif store is not None:
@@ -124,9 +93,7 @@ def score(
 
 @command
 def generate(
-    model: ModelOrNone = None,
-    onnx: Onnx = None,
-    threads: Threads = None,
+    *,
     prompt: Annotated[str, typer.Option(help="text to go on from; may be empty")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token")] = 1.0,
@@ -134,18 +101,14 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     beam: Annotated[int, typer.Option(min=1, help="beam search of this width")] = 1,
     seed: Annotated[int | None, typer.Option(help="repeat a sample")] = None,
-    encoder: EncoderPath = None,
-    encoder_dtype: EncoderDtype = "float32",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    backend: Backend = "auto",
+    chosen: AnyModel,
 ) -> None:
     """Continue a prompt; the text appears as it is made (beam search: at the end)."""
-    lm = open_model(model, onnx, threads, device, dtype, encoder, encoder_dtype, backend)
+    lm = chosen.open()
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beam}
     if beam == 1 and temperature > 0:
         options |= {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    if beam == 1 and onnx is None:
+    if beam == 1 and chosen.onnx is None:
         from transformers import TextStreamer
 
         options["streamer"] = TextStreamer(lm.tokenizer, skip_special_tokens=True)

@@ -14,11 +14,13 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.arms import STATIC, WIDER
 from fusion_model.experiments.corpora import Texts, plain_name, write_test, write_texts
 from fusion_model.experiments.figures import curves, intervals
-from fusion_model.experiments.report import Findings, Table, interval, plain_number, signed
+from fusion_model.experiments.report import Findings, interval, plain_number, signed
 from fusion_model.experiments.statistics import Estimate, scaled
 from fusion_model.experiments.study import Arm, Study
 from fusion_model.experiments.tables import (
     Results,
+    add_perplexities,
+    add_times,
     answers,
     best_epoch,
     better_arms,
@@ -28,9 +30,7 @@ from fusion_model.experiments.tables import (
     differences,
     grid_edges,
     perplexity_of,
-    perplexity_table,
     settings_cell,
-    times_table,
 )
 from fusion_model.training.options import TrainingOptions
 
@@ -55,26 +55,32 @@ def run(
     study: Study,
     arms: Sequence[Arm],
     corpora: Mapping[str, Sequence[Document]],
-    encoder_note: str,
+    note: str,
 ) -> Findings:
-    """Train, compare and report one of `TITLES`; the arms are those of `arms_of`."""
+    """Train, compare and report one of `TITLES`; the arms are those of `arms_of`.
+
+    Args:
+        note: on the encoder, for every table.
+    """
+    sizes = study.size.data_sizes if name == "data-size" else ()
+    findings = Findings(name, TITLES[name], describe(study, note, sizes), note)
     if name == "data-size":
-        return _data_size(study, arms, corpora, encoder_note)
+        _add_sizes(findings, study, arms, corpora[study.texts.name])
+        return findings
     if name == "domain":
         study.texts = _with_domains(study, corpora)
     results = study.results(arms)
-    findings = Findings(name, TITLES[name], describe(study, encoder_note))
-    findings.tables.append(perplexity_table(results, encoder_note))
-    findings.tables.append(times_table(study, results, encoder_note))
+    add_perplexities(findings, results)
+    add_times(findings, study, results)
     findings.answer = [*answers(results), *grid_edges(study, results)]
     if name in COMPARED:
         findings.answer.insert(2, compared_with(results, COMPARED[name]))
     if name == "fusion":
         findings.answer.append(_early_and_late(results))
     if name == "policy":
-        _add_costs(findings, study, results, encoder_note)
+        _add_costs(findings, study, results)
     if name == "domain":
-        _add_domains(findings, results, list(study.texts.tests), encoder_note)
+        _add_domains(findings, results, list(study.texts.tests))
     else:
         findings.figures["dev-perplexity"] = _learning_curves(results)
         findings.figures["test-differences"] = _gains(results)
@@ -128,20 +134,14 @@ def resized(study: Study, sentences: int, documents: Sequence[Document]) -> Stud
     return Study(size, texts, study.out, study.encoder, study.seeds)
 
 
-def _data_size(
-    study: Study,
-    arms: Sequence[Arm],
-    corpora: Mapping[str, Sequence[Document]],
-    encoder_note: str,
-) -> Findings:
+def _add_sizes(
+    findings: Findings, study: Study, arms: Sequence[Arm], documents: Sequence[Document]
+) -> None:
     """Each size is a study of its own on the same dev and test text."""
-    sizes = study.size.data_sizes
-    note = describe(study, encoder_note, sizes)
-    findings = Findings("data-size", TITLES["data-size"], note)
     gains: dict[str, list[tuple[float, Estimate]]] = {}
     rows, edges = [], []
-    for sentences in sizes:
-        part = resized(study, sentences, corpora[study.texts.name])
+    for sentences in study.size.data_sizes:
+        part = resized(study, sentences, documents)
         results = part.results(arms)
         edges += [f"{sentences:,} sentences: {answer}" for answer in grid_edges(part, results)]
         found = differences(results, WIDER)
@@ -156,19 +156,16 @@ def _data_size(
             cells = [f"{sentences:,}", name, settings_cell(runs[0]), perplexity, per_word]
             rows.append([*cells, *difference_cells(difference)])
     columns = ["sentences", "arm", "rate, dropout, on e", "test perplexity", "nats a word"]
-    findings.tables.append(
-        Table(
-            "data-size",
-            "Test perplexity a token, and nats a word with differences: each size has a "
-            "vocabulary of its own, so that only these compare across sizes. Fewer sentences are "
-            "trained on for more epochs, as many steps. p adjusted by Holm within a size. "
-            + encoder_note,
-            [*columns, f"nats a word − {WIDER}", "p"],
-            rows,
-            left=2,
-        )
+    findings.table(
+        "data-size",
+        "Test perplexity a token, and nats a word with differences: each size has a vocabulary of "
+        "its own, so that only these compare across sizes. Fewer sentences are trained on for more "
+        "epochs, as many steps. p adjusted by Holm within a size.",
+        [*columns, f"nats a word − {WIDER}", "p"],
+        rows,
+        left=2,
     )
-    findings.tables.append(times_table(part, results, f"{sizes[-1]:,} sentences. {encoder_note}"))
+    add_times(findings, part, results, f" {sentences:,} sentences.")
     findings.figures["gain"] = curves(
         {name: [(n, e.value) for n, e in points] for name, points in gains.items()},
         "training sentences",
@@ -178,7 +175,6 @@ def _data_size(
         zero=True,
     )
     findings.answer = [_trend(name, points) for name, points in gains.items()] + edges
-    return findings
 
 
 def _trend(name: str, points: Sequence[tuple[float, Estimate]]) -> str:
@@ -213,7 +209,7 @@ def _with_domains(study: Study, corpora: Mapping[str, Sequence[Document]]) -> Te
     return dataclasses.replace(texts, tests=texts.tests | tests)
 
 
-def _add_costs(findings: Findings, study: Study, results: Results, encoder_note: str) -> None:
+def _add_costs(findings: Findings, study: Study, results: Results) -> None:
     """Encoder work of each policy beside its perplexity."""
     found = {name: perplexity_of(runs) for name, runs in results.items()}
     work = {
@@ -226,16 +222,13 @@ def _add_costs(findings: Findings, study: Study, results: Results, encoder_note:
     for name, cost in work.items():
         share = f"{(static - found[name].value) / gain:.0%}" if cost and gain > 0 else ""
         rows.append([name, f"{cost:.2f}", interval(found[name], 1), share])
-    findings.tables.append(
-        Table(
-            "cost",
-            "Encoder work: tokens through all of the encoder's layers for each token of the test "
-            "text, duplicates dropped; test perplexity a token; and the share of what the best "
-            "exact arm (`every`) gains over the static control: below 0 is worse than the "
-            "control. " + encoder_note,
-            ["policy", "encoder tokens a token", "test perplexity", "share of the exact gain"],
-            rows,
-        )
+    findings.table(
+        "cost",
+        "Encoder work: tokens through all of the encoder's layers for each token of the test text, "
+        "duplicates dropped; test perplexity a token; and the share of what the best exact arm "
+        "(`every`) gains over the static control: below 0 is worse than the control.",
+        ["policy", "encoder tokens a token", "test perplexity", "share of the exact gain"],
+        rows,
     )
     findings.figures["cost"] = curves(
         {name: [(cost, found[name].value)] for name, cost in work.items()},
@@ -247,9 +240,7 @@ def _add_costs(findings: Findings, study: Study, results: Results, encoder_note:
     )
 
 
-def _add_domains(
-    findings: Findings, results: Results, tests: Sequence[str], encoder_note: str
-) -> None:
+def _add_domains(findings: Findings, results: Results, tests: Sequence[str]) -> None:
     """The gain over the unfused model in the training domain, and in the others."""
     rows, panel = [], {}
     names = [name for name in results if name != WIDER]
@@ -272,16 +263,14 @@ def _add_domains(
             f"{signed(min(values))} to {signed(max(values))} in the others, where it is better in "
             f"{len(kept[name])} of {len(others)}."
         )
-    findings.tables.append(
-        Table(
-            "domains",
-            "Test perplexity a token by domain; differences in nats a token, p adjusted by Holm "
-            "within a domain. Trained on the first two thirds of the corpus' documents; its others "
-            "are domains here. " + encoder_note,
-            ["tested on", "arm", "test perplexity", f"nats − {WIDER}", "p"],
-            rows,
-            left=2,
-        )
+    findings.table(
+        "domains",
+        "Test perplexity a token by domain; differences in nats a token, p adjusted by Holm within "
+        "a domain. Trained on the first two thirds of the corpus' documents; its others are "
+        "domains here.",
+        ["tested on", "arm", "test perplexity", f"nats − {WIDER}", "p"],
+        rows,
+        left=2,
     )
     findings.figures["domains"] = intervals(
         {f"against {WIDER}": panel}, "difference (nats a token; negative: better)", names, True

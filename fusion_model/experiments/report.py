@@ -103,6 +103,7 @@ class Findings:
     Attributes:
         name, title: of the experiment.
         setting: what was run, one line.
+        note: ends the caption of every table that `table` adds.
         answer: what came out, sentences made from the results.
         tables, figures: by file name without ending.
         data: figures behind the text, for programs.
@@ -111,10 +112,22 @@ class Findings:
     name: str
     title: str
     setting: str
+    note: str = ""
     answer: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     figures: dict[str, "Figure"] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+
+    def table(
+        self,
+        name: str,
+        caption: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        left: int = 1,
+    ) -> None:
+        """Add a `Table`."""
+        self.tables.append(Table(name, f"{caption} {self.note}", columns, rows, left))
 
     def write(self, out: Path) -> Path:
         """`report.md`, `results.json`, a `.tex` a table, a `.png` and `.pdf` a figure."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fusion_model.experiments.arms import STATIC, WIDER
-from fusion_model.experiments.report import Table, interval, p_value
+from fusion_model.experiments.report import Findings, interval, p_value
 from fusion_model.experiments.statistics import Estimate, holm, mean_estimate, paired_losses
 from fusion_model.experiments.study import Run, Study
 
@@ -19,7 +19,7 @@ GRIDS = {
 Results = Mapping[str, Sequence[Run]]
 
 
-def describe(study: Study, encoder_note: str, sentences: Sequence[int] = ()) -> str:
+def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
     """What was run, in a paragraph; nothing in it is typed by hand.
 
     Args:
@@ -34,7 +34,7 @@ def describe(study: Study, encoder_note: str, sentences: Sequence[int] = ()) -> 
         f"{fields['embedding_size']}, H = {fields['hidden_size']}, at most {fields['epochs']} "
         f"epochs, {study.seeds} seed{'s' if study.seeds > 1 else ''}. For each arm alike, dev "
         f"chose with seed 0, one after the other from the middle of the grid: {grids}. "
-        f"{encoder_note}"
+        f"{note}"
     )
 
 
@@ -86,7 +86,7 @@ def perplexity_of(runs: Sequence[Run], test: str = "test") -> Estimate:
     return Estimate(math.exp(e.value), math.exp(e.low), math.exp(e.high))
 
 
-def perplexity_table(results: Results, encoder_note: str) -> Table:
+def add_perplexities(findings: Findings, results: Results) -> None:
     """Test perplexity, the paper's figure, and differences to the wider model and the control."""
     references = [name for name in (WIDER, STATIC.name) if name in results]
     against = {reference: differences(results, reference) for reference in references}
@@ -105,19 +105,16 @@ def perplexity_table(results: Results, encoder_note: str) -> Table:
         ]
         for reference, found in against.items():
             row += difference_cells(found.get(name))
-            row.append("" if name == reference else _of(*agreeing(results, name, reference)))
+            agree = "{}/{}".format(*agreeing(results, name, reference))
+            row.append("" if name == reference else agree)
         rows.append(row)
     caption = (
         "Perplexity a token on test, mean over seeds with its 95 % interval over seeds; 2^nats is "
         "what the paper calls perplexity. Differences in nats a token with 95 % intervals, paired "
         "by token, sentences as clusters, seeds averaged (so they are over sentences, not seeds), "
-        "p adjusted by Holm; seeds: how many have a difference of that sign. " + encoder_note
+        "p adjusted by Holm; seeds: how many have a difference of that sign."
     )
-    return Table("perplexity", caption, columns, rows)
-
-
-def _of(part: int, whole: int) -> str:
-    return f"{part}/{whole}"
+    findings.table("perplexity", caption, columns, rows)
 
 
 def best_epoch(runs: Sequence[Run]) -> float:
@@ -189,7 +186,7 @@ def settings_cell(run: Run) -> str:
     return f"{shown}, {on_e}"
 
 
-def times_table(study: Study, results: Results, encoder_note: str) -> Table:
+def add_times(findings: Findings, study: Study, results: Results, which: str = "") -> None:
     """Seconds of encoding and of training, as they were when the runs were made."""
     rows = []
     for name, runs in results.items():
@@ -207,7 +204,6 @@ def times_table(study: Study, results: Results, encoder_note: str) -> Table:
         "Wall-clock time of the runs themselves, on a machine that may have had other work. "
         "Encoding: training and dev text, once for all runs and arms that share encoder, pooling, "
         "view and policy, duplicates dropped. Training: a run with the chosen settings, its epochs "
-        "times the median seconds of an epoch, without dev text; tokens/s: the median, too. "
-        + encoder_note
+        "times the median seconds of an epoch, without dev text; tokens/s: the median, too."
     )
-    return Table("times", caption, [*columns, "tokens/s"], rows)
+    findings.table("times", caption + which, [*columns, "tokens/s"], rows)

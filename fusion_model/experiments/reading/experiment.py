@@ -15,7 +15,7 @@ from fusion_model.errors import FusionLMError
 from fusion_model.experiments.figures import intervals
 from fusion_model.experiments.reading.data import Frequencies, ReadingTimes
 from fusion_model.experiments.reading.regression import Fit, compare, predictors
-from fusion_model.experiments.report import Findings, Table, interval, p_value, plain_number, signed
+from fusion_model.experiments.report import Findings, interval, p_value, plain_number, signed
 from fusion_model.experiments.statistics import Estimate, holm, scaled
 from fusion_model.language_model import FusionLM
 from fusion_model.surprisal import CONTEXTS
@@ -134,11 +134,11 @@ def _findings(
     setting: str,
     models_note: str,
 ) -> Findings:
-    findings = Findings("reading-times", "Reading times", setting)
+    findings = Findings("reading-times", "Reading times", setting, models_note)
     others = [name for name in next(iter(fits.values())) if name != reference]
     findings.answer = [_count(fits, name, reference) for name in others]
     findings.answer += [_answer(corpus, fits, name, reference) for name in others]
-    findings.tables = _tables(fits, reference, models_note)
+    _add_tables(findings, fits, reference)
     unit = "10⁻³ nats a word"
     findings.figures = {
         "correlations": _figure(
@@ -170,9 +170,9 @@ def _findings(
     return findings
 
 
-def _tables(
-    fits: Mapping[Setting, Mapping[str, Fit]], reference: str, models_note: str
-) -> list[Table]:
+def _add_tables(
+    findings: Findings, fits: Mapping[Setting, Mapping[str, Fit]], reference: str
+) -> None:
     where = ("times", "context", "spaces", "model")
     models, differences = [], []
     for key, found in fits.items():
@@ -185,24 +185,21 @@ def _tables(
             versus = _scaled(fit.delta_versus)
             r = [interval(fit.r_versus, 3, sign=True), p_value(fit.r_versus.p)]
             differences.append([*row, *r, interval(versus, 1, sign=True), p_value(versus.p)])
-    return [
-        Table(
-            "models",
-            "Each model: Pearson's r of surprisal and reading time; ΔLL over length, log "
-            "frequency and both of the two words before, in 10⁻³ nats a word, held-out stories. "
-            + models_note,
-            [*where, "r", "ΔLL", "p of ΔLL"],
-            models,
-            left=4,
-        ),
-        Table(
-            "differences",
-            f"Each model minus {reference}: of r, and of ΔLL in 10⁻³ nats a word. " + models_note,
-            [*where, "Δr", "p", "ΔΔLL", "p"],
-            differences,
-            left=4,
-        ),
-    ]
+    findings.table(
+        "models",
+        "Each model: Pearson's r of surprisal and reading time; ΔLL over length, log frequency and "
+        "both of the two words before, in 10⁻³ nats a word, held-out stories.",
+        [*where, "r", "ΔLL", "p of ΔLL"],
+        models,
+        left=4,
+    )
+    findings.table(
+        "differences",
+        f"Each model minus {reference}: of r, and of ΔLL in 10⁻³ nats a word.",
+        [*where, "Δr", "p", "ΔΔLL", "p"],
+        differences,
+        left=4,
+    )
 
 
 def _setting_names(key: Setting) -> tuple[str, str, str]:
