@@ -278,5 +278,7 @@ def test_a_debug_build_gives_up_waiting() -> None:
     old = guards.spinning_runner
     with concurrent_programs():
         guards.spinning_runner = one_after_another
-        triton_sequence.sequence_forward(gates, None, w, h, c, None, None, None, 3, config, limit=3)
+        rows = layout.Rows(1, 3, 1)
+        args = layout.Forward(gates, None, w, h, c, None, None, None, rows, True, units)
+        triton_sequence.sequence_forward(args, config, limit=3)
     assert guards.spinning_runner is old

@@ -1,4 +1,4 @@
-"""Sequences and prefixes by the Triton kernels: several layers, packed and unpacked.
+"""Sequences and prefixes by the Triton kernels: one layer or several.
 
 Notation: B sentences, R rows a sentence, N = B * R, T steps, M = steps of all rows together,
 H hidden width, HP = H padded, U units a block, L layers, V vocabulary.
@@ -13,8 +13,11 @@ from fusion_model.kernels.triton.configs import RowsPlan, chip_of, padded, rows_
 from fusion_model.kernels.triton.layout import Rows, pack
 from fusion_model.kernels.triton.lstm_operator import lstm_rows
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 State = tuple[Tensor, Tensor]
+TABLE_BYTES = 1 << 29  # of a table of input gates, at most
 
 
 def _pack_recurrent(w_hh: Tensor, units: int) -> Tensor:
@@ -61,21 +64,14 @@ def _layer(
     keep: Tensor | None,
     rows: Rows,
     shared: bool,
-    places: Tensor | None = None,
 ) -> State:
-    """h [N + M, H] and the last c [N, H] of a layer, from inputs [*, D] and initial rows [N, H].
-
-    Of packed sequences the inputs are real tokens only, which belong at `places` of [T * B].
-    """
+    """h [N + M, H] and the last c [N, H] of a layer, from inputs [*, D] and initial rows [N, H]."""
     w_ih, w_hh, b_ih, b_hh = weights
     given = (x, *initial, w_ih, w_hh, b_ih, b_hh)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     chip, hidden = chip_of(x.device), w_hh.shape[1]
     plan = rows_plan(chip, hidden, rows.batch, rows.count, x.dtype, rows.steps, save)
     x_gates = F.linear(x, pack(w_ih, plan.units), pack(b_ih + b_hh, plan.units))
-    if places is not None:
-        padded_gates = x_gates.new_zeros(rows.steps * rows.batch, x_gates.shape[1])
-        x_gates = padded_gates.index_copy(0, places, x_gates)
     w = _pack_recurrent(w_hh, plan.units)
     return _run(x_gates, None, w, initial, keep, rows, shared, plan, save)
 
@@ -86,36 +82,45 @@ def _steps_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]
     return x.transpose(0, 1).flatten(0, 1), keep
 
 
+steps_taken: list[int] = [0]  # by any optimiser: fused ones leave a weight's version as it was
+
+
+def _count_step(*_: Any) -> None:
+    steps_taken[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 def versions(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     """Changes when one of the tensors does."""
-    return tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+    found = ((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+    return (steps_taken[0], *found)
 
 
-class GateTable:
-    """Input gates of every token, `embedding @ W_ih.T + biases`, [V, 4 HP], kept while they hold.
+_tables = WeakTensorKeyDictionary()  # embedding -> versions, {units: (table, W_hh packed)}
 
-    At inference a step's input is one token: a row of this table, and no product at all.
+
+def can_be_tabled(embedding: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a table of all tokens' input gates costs less than the product for those at hand."""
+    return len(embedding) * len(weights[0]) * embedding.element_size() <= TABLE_BYTES
+
+
+def gate_table(embedding: Tensor, weights: Sequence[Tensor], units: int) -> State:
+    """Input gates of every token, `embedding @ W_ih.T + biases`, [V, 4 HP], and W_hh, both packed.
+
+    At inference a step's input is one token: a row of this table, and no product at all. It is
+    made anew if a weight changed.
     """
-
-    MOST = 1 << 29  # bytes: beyond, the product for the tokens at hand is cheaper
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def fits(self, embedding: Tensor, weights: Sequence[Tensor]) -> bool:
-        return len(embedding) * len(weights[0]) * embedding.element_size() <= self.MOST
-
-    def of(self, embedding: Tensor, weights: Sequence[Tensor], units: int) -> State:
-        """The table and W_hh, packed for programs of so many units; anew if weights changed."""
-        w_ih, w_hh, b_ih, b_hh = weights
-        key = versions((embedding, *weights))
-        if key != self._key:
-            self._key, self._tables = key, {}
-        if units not in self._tables:
-            table = F.linear(embedding, pack(w_ih, units), pack(b_ih + b_hh, units))
-            self._tables[units] = table, _pack_recurrent(w_hh, units)
-        return self._tables[units]
+    w_ih, w_hh, b_ih, b_hh = weights
+    key = versions((embedding, *weights))
+    if embedding not in _tables or _tables[embedding][0] != key:
+        _tables[embedding] = key, {}
+    kept: dict[int, State] = _tables[embedding][1]
+    if units not in kept:
+        table = F.linear(embedding, pack(w_ih, units), pack(b_ih + b_hh, units))
+        kept[units] = table, _pack_recurrent(w_hh, units)
+    return kept[units]
 
 
 @torch.no_grad()
@@ -124,16 +129,15 @@ def lstm_tokens(
     embedding: Tensor,
     state: State,
     weights: Sequence[Sequence[Tensor]],
-    tables: GateTable,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """`lstm_sequence` of the embeddings of tokens [B, T], embedding [V, D], without gradients."""
+    """As `fusion_model.kernels.lstm_tokens`, from a table of input gates."""
     batch, steps = ids.shape
     rows = Rows(batch, steps, 1)
     columns, keep = _steps_first(ids[:, :, None], mask)
     chip, hidden = chip_of(ids.device), weights[0][1].shape[1]
     plan = rows_plan(chip, hidden, batch, 1, embedding.dtype, steps, False)
-    table, w = tables.of(embedding, weights[0], plan.units)
+    table, w = gate_table(embedding, weights[0], plan.units)
     initial = state[0][:, 0], state[1][:, 0]
     columns = columns.view(steps, batch).contiguous()
     first = _run(table, columns, w, initial, keep, rows, True, plan, False)
@@ -175,33 +179,6 @@ def lstm_sequence(
     initial = state[0][:, 0], state[1][:, 0]
     first = _layer(below, initial, weights[0], keep, rows, True)
     return _layers_above(first, rows, state, weights, keep, dropout)
-
-
-def lstm_packed(
-    data: Tensor,
-    sizes: Tensor,
-    state: State,
-    weights: Sequence[Sequence[Tensor]],
-    dropout: float = 0.0,
-) -> tuple[Tensor, State]:
-    """Tokens [M, D] step by step, `sizes` [T] of them (on the CPU), the longest sequence first.
-
-    Returns the top layer's h, [M, H], and the last state, each [B, L, H].
-    """
-    batch, steps = int(sizes[0]), len(sizes)
-    rows, below, finals = Rows(batch, steps, 1), data, []
-    real = torch.arange(batch) < sizes[:, None]
-    keep = real.to(data.device, torch.uint8)
-    places = real.flatten().nonzero()[:, 0].to(data.device)
-    for layer, layer_weights in enumerate(weights):
-        if layer and dropout:
-            below = F.dropout(below, dropout)
-        initial = state[0][:, layer], state[1][:, layer]
-        h, c = _layer(below, initial, layer_weights, keep, rows, True, places)
-        below = h[batch:].index_select(0, places)
-        finals.append((h[-batch:], c))
-    last = torch.stack([h for h, _ in finals], 1), torch.stack([c for _, c in finals], 1)
-    return below, last
 
 
 def prefix_lstm(

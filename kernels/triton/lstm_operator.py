@@ -6,6 +6,8 @@ a sentence. Each kernel is compared with the reference once before it is used.
 Notation: as in `fusion_model.kernels.triton.layout`.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fusion_model.kernels.triton.configs import (
     sequence_backward_config,
     sequence_config,
 )
-from fusion_model.kernels.triton.guards import close, trusted
+from fusion_model.kernels.triton.guards import trusted
 from fusion_model.kernels.triton.layout import Backward, Forward, Rows
 from fusion_model.kernels.triton.lstm_naive import plain_backward, plain_forward
 from fusion_model.kernels.triton.lstm_sequence import sequence_forward
@@ -25,87 +27,40 @@ from fusion_model.kernels.triton.lstm_step import steps_backward, steps_forward
 from torch import Tensor
 
 
-def _run_forward(persistent: bool, args: Forward) -> None:
-    """Fill the outputs by the first kernel that fits and agrees with the reference."""
-    width, batch, dtype, device = args.w.shape[1], args.rows.batch, args.h.dtype, args.h.device
-    given = args.ids is not None, args.keep is not None, args.gates is not None
-    key = (dtype, width, args.units, *given)
-    config = sequence_config(chip_of(device), width, batch, dtype) if persistent else None
-    if config is not None:
+def _run(persistent: bool, args: Forward | Backward) -> None:
+    """Fill the outputs by the first kernel that fits and agrees with the equations."""
+    ways: Any = sequence_backward_config, sequence_backward, steps_backward, plain_backward
+    name = "backward"
+    if isinstance(args, Forward):
+        ways = sequence_config, sequence_forward, steps_forward, plain_forward
+        name = "forward"
+    config_of, sequence, steps, plain = ways
+    rows, width, dtype, device = args.rows, args.w.shape[1], args.w.dtype, args.w.device
 
-        def launch(*given: Any) -> None:
-            persistently: Any = sequence_forward
-            persistently(*given[:8], given[8].steps, config)
+    def right(kernel: str, run: Any, *more: Any) -> bool:
+        key = (width, args.units, *(value is None for value in args), *more)
+        return trusted(kernel, dtype, key, device, lambda: _trial(run, plain, args))
 
-        if trusted(
-            "sequence_forward", (*key, config), device, lambda: _agrees_forward(launch, args)
-        ):
-            return launch(*args)
-    size = (args.rows.active(0) > 16, args.rows.active(0) > 64, args.shared)
-    if trusted("rows_forward", key + size, device, lambda: _agrees_forward(steps_forward, args)):
-        first = len(args.c)  # rows of h and c_saved that are given, before the first step
-        reads: dict[str, int | None] = {
-            "x_gates": None,
-            "ids": None,
-            "w": None,
-            "c": None,
-            "keep": None,
-        }
-        reads |= {"h": first, "c_saved": first}
-        fixed = () if args.ids is None else ("x_gates",)
-        writes = ("h", "c", "c_saved", "gates")
-        return run_steps("rows_forward", steps_forward, args, reads, writes, fixed)
-    return plain_forward(*args)
+    with on(device):
+        config = config_of(chip_of(device), width, rows.batch, dtype) if persistent else None
+        if config is not None and config.units == args.units:
+            launch = partial(sequence, config=config)
+            if right(f"sequence_{name}", launch, config):
+                return launch(args)
+        shared = isinstance(args, Forward) and args.shared
+        if right(f"rows_{name}", steps, rows.active(0) > 16, rows.active(0) > 64, shared):
+            return run_steps(f"rows_{name}", steps, args)
+        plain(args)
 
 
-def _agrees_forward(run: Any, args: Forward) -> bool:
-    """Whether `run` gives what PyTorch gives, on at most three steps of the same input."""
-    rows, count = args.rows, len(args.c)
-    if rows.count == 1:
-        rows = Rows(rows.batch, min(rows.steps, 3), 1)
-    total = rows.offsets()[-1]
-    ends = {"h": count + total, "c": count, "c_saved": count + total, "gates": total}
-    results = []
-    for function in (run, plain_forward):
-        values = {name: getattr(args, name) for name in ends}
-        fresh: Any = {name: None if v is None else v.clone() for name, v in values.items()}
-        function(*args._replace(**fresh, rows=rows))
-        results.append(
-            [fresh[name][:end] for name, end in ends.items() if values[name] is not None]
-        )
-    return all(close(a, b, args.h.dtype) for a, b in zip(*results, strict=True))
-
-
-def _run_backward(persistent: bool, args: Backward) -> None:
-    """As `_run_forward`."""
-    width, batch, dtype, device = args.w.shape[1], args.rows.batch, args.w.dtype, args.w.device
-    key = (dtype, width, args.units, args.keep is not None)
-    config = sequence_backward_config(chip_of(device), width, batch, dtype) if persistent else None
-    if config is not None and config.units == args.units:
-
-        def launch(*given: Any) -> None:
-            persistently: Any = sequence_backward
-            persistently(*given[:8], given[8].steps, config)
-
-        if trusted(
-            "sequence_backward", (*key, config), device, lambda: _agrees_backward(launch, args)
-        ):
-            return launch(*args)
-    size = (args.rows.active(0) > 16, args.rows.active(0) > 64)
-    if trusted("rows_backward", key + size, device, lambda: _agrees_backward(steps_backward, args)):
-        reads = dict.fromkeys(("dh", "dc", "w", "c_saved", "gates", "keep", "held"))
-        writes = ("dc", "grad", "held")
-        return run_steps("rows_backward", steps_backward, args, reads, writes)
-    return plain_backward(*args)
-
-
-def _agrees_backward(run: Any, args: Backward) -> bool:
-    results = []
-    for function in (run, plain_backward):
-        fresh: Any = {name: getattr(args, name).clone() for name in ("dc", "grad", "held")}
-        function(*args._replace(**fresh))
-        results.append(list(fresh.values()))
-    return all(close(a, b, args.w.dtype) for a, b in zip(*results, strict=True))
+def _trial(run: Any, plain: Any, args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `run` writes, and what the equations do, on copies."""
+    got, expected = args.trial(), args.trial()
+    run(got)
+    plain(expected)
+    for name in args.written:
+        if getattr(args, name) is not None:
+            yield getattr(got, name), getattr(expected, name)
 
 
 @torch.library.custom_op("fusion_lm::lstm_rows", mutates_args=())
@@ -148,28 +103,15 @@ def lstm_rows(
     gates = x_gates.new_empty(total if save else 0, 4 * width)
     if save:
         c_saved[:count] = c
-    saved, given = (c_saved, gates) if save else (None, None), (rows, shared, units)
-    with on(w.device):
-        _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, saved[0], saved[1], *given))
+    saved = (c_saved, gates) if save else (None, None)
+    _run(persistent, Forward(x_gates, ids, w, h, c, keep, *saved, rows, shared, units))
     return h, c, c_saved, gates
 
 
 @lstm_rows.register_fake
-def _(
-    x_gates: Tensor,
-    ids: Tensor | None,
-    h0: Tensor,
-    c0: Tensor,
-    w: Tensor,
-    keep: Tensor | None,
-    batch: int,
-    steps: int,
-    shared: bool,
-    units: int,
-    persistent: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, width = h0.shape[0], w.shape[1]
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_gates, _, h0, c0, _, _, batch, steps, _, _, _, save = args
+    rows, width = h0.shape
     total = Rows(batch, steps, rows // batch).offsets()[-1]
     return (
         x_gates.new_empty(rows + total, width),
@@ -199,10 +141,7 @@ def lstm_rows_backward(
     rows = Rows(batch, steps, count // batch)
     offsets = rows.offsets()
     grad, dc, held = torch.empty_like(gates), dc.clone(), torch.zeros_like(dc)
-    with on(w.device):
-        _run_backward(
-            persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units)
-        )
+    _run(persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units))
     of_h0 = ((grad[:count] @ w).float() + dh[:count] + held).to(dh.dtype)
     if rows.count == 1:
         h_before, of_x = h[: offsets[-1]], grad
@@ -220,20 +159,8 @@ def lstm_rows_backward(
 
 
 @lstm_rows_backward.register_fake
-def _(
-    dh: Tensor,
-    dc: Tensor,
-    w: Tensor,
-    keep: Tensor | None,
-    h: Tensor,
-    c_saved: Tensor,
-    gates: Tensor,
-    batch: int,
-    steps: int,
-    shared: bool,
-    units: int,
-    persistent: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dh, dc, w, _, _, _, gates, batch, steps, shared, _, _ = args
     n = steps * batch if shared else gates.shape[0]
     of_x = gates.new_empty(n, gates.shape[1])
     return of_x, dh.new_empty(dc.shape), torch.empty_like(dc), torch.empty_like(w)

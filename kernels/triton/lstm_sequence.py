@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from fusion_model.kernels.triton.configs import SequenceConfig, precision
 from fusion_model.kernels.triton.guards import launch_spinning
+from fusion_model.kernels.triton.layout import Forward
 from fusion_model.kernels.triton.primitives import (
     arrive,
     sigmoid,
@@ -27,7 +28,6 @@ from fusion_model.kernels.triton.primitives import (
     tanh,
     wait_for,
 )
-from torch import Tensor
 
 
 @triton.jit
@@ -272,20 +272,8 @@ def sequence_kernel(config: SequenceConfig) -> Any:
     return sequence_forward_split if config.split else sequence_forward_shared
 
 
-def sequence_forward(
-    x_gates: Tensor,
-    ids: Tensor | None,
-    w: Tensor,
-    h: Tensor,
-    c: Tensor,
-    keep: Tensor | None,
-    c_saved: Tensor | None,
-    gates: Tensor | None,
-    steps: int,
-    config: SequenceConfig,
-    limit: int = 0,
-) -> None:
-    """Shapes as in `fusion_model.kernels.triton.lstm`; fills h, c, c_saved, gates.
+def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> None:
+    """All T steps in one launch.
 
     Args:
         limit: looks at a counter before a program gives up waiting; 0 waits as long as it takes.
@@ -293,8 +281,8 @@ def sequence_forward(
     Raises:
         LaunchRefused: the grid does not fit on the device as a whole.
     """
-    batch, width = len(c), w.shape[1]
-    groups = config.groups(batch)
+    x_gates, ids, w, h, c, keep, c_saved, gates, rows, *_ = args
+    width, groups = w.shape[1], config.groups(rows.batch)
     launch_spinning(
         sequence_kernel(config),
         (config.programs(width), groups),
@@ -308,8 +296,8 @@ def sequence_forward(
             c if c_saved is None else c_saved,
             h if gates is None else gates,
             torch.zeros(groups, dtype=torch.int32, device=h.device),
-            steps,
-            batch,
+            rows.steps,
+            rows.batch,
             1,
         ),
         h.device,

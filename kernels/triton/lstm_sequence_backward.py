@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from fusion_model.kernels.triton.configs import SequenceConfig
 from fusion_model.kernels.triton.guards import launch_spinning
+from fusion_model.kernels.triton.layout import Backward
 from fusion_model.kernels.triton.lstm_sequence import sequence_constants
 from fusion_model.kernels.triton.primitives import arrive, sum_warps, tanh, wait_for
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["steps", "batch"])
@@ -123,22 +123,10 @@ def backward_settings(config: SequenceConfig, dtype: Any, width: int) -> dict[st
     return constants
 
 
-def sequence_backward(
-    dh: Tensor,
-    dc: Tensor,
-    w: Tensor,
-    c_saved: Tensor,
-    gates: Tensor,
-    keep: Tensor | None,
-    grad: Tensor,
-    held: Tensor,
-    steps: int,
-    config: SequenceConfig,
-    limit: int = 0,
-) -> None:
-    """Fills grad and held, replaces dc; the rest as in `sequence_forward`."""
-    batch, width = len(dc), w.shape[1]
-    groups = config.groups(batch)
+def sequence_backward(args: Backward, config: SequenceConfig, limit: int = 0) -> None:
+    """As `sequence_forward`."""
+    dh, dc, w, c_saved, gates, keep, grad, held, rows, _ = args
+    width, groups = w.shape[1], config.groups(rows.batch)
     launch_spinning(
         sequence_backward_kernel,
         (config.programs(width), groups),
@@ -152,8 +140,8 @@ def sequence_backward(
             dc if keep is None else keep,
             grad,
             torch.zeros(groups, dtype=torch.int32, device=dh.device),
-            steps,
-            batch,
+            rows.steps,
+            rows.batch,
         ),
         dh.device,
         HAS_KEEP=keep is not None,

@@ -14,9 +14,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from fusion_model.kernels.triton.configs import precision, step_backward_config, step_config
-from fusion_model.kernels.triton.layout import Rows
+from fusion_model.kernels.triton.layout import Backward, Forward
 from fusion_model.kernels.triton.primitives import sigmoid, split_gates, tanh
-from torch import Tensor
 
 FUSED_ROWS = 64  # a backward step of more multiplies by PyTorch: its tiles re-use more than ours
 OWN, SHARED, TABLE = 0, 1, 2  # where a row's input gates lie: row n, row n % B, row ids[n % B]
@@ -193,20 +192,9 @@ def backward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[st
     }
 
 
-def steps_forward(
-    x_gates: Tensor,
-    ids: Tensor | None,
-    w: Tensor,
-    h: Tensor,
-    c: Tensor,
-    keep: Tensor | None,
-    c_saved: Tensor | None,
-    gates: Tensor | None,
-    rows: Rows,
-    shared: bool,
-    units: int,
-) -> None:
-    """All T steps. Shapes as in `fusion_model.kernels.triton.lstm`; fills h, c, c_saved, gates."""
+def steps_forward(args: Forward) -> None:
+    """All T steps, a launch each."""
+    x_gates, ids, w, h, c, keep, c_saved, gates, rows, shared, units = args
     width, count, offsets = w.shape[1], len(c), rows.offsets()
     source = TABLE if ids is not None else SHARED if shared else OWN
     start = 0  # where the rows before this step's begin in h
@@ -236,19 +224,9 @@ def steps_forward(
         start = after
 
 
-def steps_backward(
-    dh: Tensor,
-    dc: Tensor,
-    w: Tensor,
-    c_saved: Tensor,
-    gates: Tensor,
-    keep: Tensor | None,
-    grad: Tensor,
-    held: Tensor | None,
-    rows: Rows,
-    units: int,
-) -> None:
-    """The steps from the last to the first; fills grad, replaces dc and held."""
+def steps_backward(args: Backward) -> None:
+    """The steps from the last to the first."""
+    dh, dc, w, c_saved, gates, keep, grad, held, rows, units = args
     width, count, offsets = w.shape[1], len(dc), rows.offsets()
     n_next = 0
     for t in reversed(range(rows.steps)):
@@ -264,7 +242,7 @@ def steps_backward(
             w,
             dh[count + done :],
             dc,
-            dc if held is None else held,
+            held,
             gates[done:],
             c_saved[count + done :],
             c_saved[before:],
