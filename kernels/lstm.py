@@ -171,7 +171,7 @@ def _lstm_masked(
     """`lstm_sequence` by PyTorch's LSTM on packed real tokens, wherever they are."""
     real = mask.bool()
     lengths = real.sum(1)
-    first = (~real).to(torch.uint8).argsort(1, stable=True)  # real tokens, then the others
+    first = (~real).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens, then the others
     moved = x.gather(1, first[..., None].expand_as(x))
     packed = pack_padded_sequence(  # not even one token cannot be packed
         moved, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
@@ -212,8 +212,9 @@ def _torch_lstm(
     kind = inputs[0].device.type
     # cuDNN goes backward after a call in training mode only. Its autocast would take float16.
     train = dropout > 0 or (kind == "cuda" and torch.is_grad_enabled())
+    run: Any = torch.lstm
     with torch.autocast(kind, enabled=False):
-        out, h, c = torch.lstm(
+        out, h, c = run(
             *inputs,
             [s.transpose(0, 1).contiguous() for s in state],
             [p for layer in weights for p in layer],

@@ -105,7 +105,7 @@ def test_tokens_are_those_of_pytorch(options: dict[str, Any]) -> None:
     """The same noise, too; sequences end, and go on with the padding."""
     one = decoder(torch.float32, "gate", 10, eos=11, pad=2, **options)
     other = [copied(token) for token in one.steps]
-    shared = {name: getattr(other[0], name) for name in (*Token.written, "h")}
+    shared = {name: getattr(other[0], name) for name in (*other[0].written, "h")}
     shared |= {"h": shared["h_next"], "h_next": shared["h"]}
     other[1] = other[1]._replace(**shared)
     one.steps[0].done[7] = other[0].done[7] = 1
@@ -206,7 +206,7 @@ def test_a_right_kernel_passes_its_own_check(monkeypatch: pytest.MonkeyPatch) ->
             pairs = list(triton_token._trial(args))
             assert len(pairs) == 5
             assert all(guards.close(got, expected, dtype) for got, expected in pairs)
-            assert all(torch.equal(getattr(args, n), getattr(before, n)) for n in Token.written)
+            assert all(torch.equal(getattr(args, n), getattr(before, n)) for n in args.written)
 
 
 def test_what_cannot_be_decoded_says_why() -> None:

@@ -46,7 +46,9 @@ class Token(NamedTuple):
     eos: int  # -1: none
     pad: int  # what a sequence goes on with after eos
 
-    written = ("ids", "tokens", "done", "made", "h_next", "c")
+    @property
+    def written(self) -> tuple[str, ...]:
+        return ("ids", "tokens", "done", "made", "h_next", "c")
 
 
 def philox(seed: Tensor, words: Tensor, rows: Tensor, count: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ class Forward(NamedTuple):
     shared: bool  # the rows of a sentence have the same input gates
     units: int
 
-    written = ("h", "c", "c_saved", "gates")
+    @property
+    def written(self) -> tuple[str, ...]:
+        return ("h", "c", "c_saved", "gates")
 
     def given(self) -> "Forward":
         """What of it is read, but for a table, which outlives many calls."""
@@ -84,7 +86,9 @@ class Backward(NamedTuple):
     rows: Rows
     units: int
 
-    written = ("dc", "grad", "held")
+    @property
+    def written(self) -> tuple[str, ...]:
+        return ("dc", "grad", "held")
 
     def given(self) -> "Backward":
         """What of it is read."""

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from fusion_model.kernels.triton.configs import on, precision, surprisal_config
 from fusion_model.kernels.triton.guards import trusted
+from fusion_model.kernels.triton.primitives import load_part
 from torch import Tensor
 
 CHUNK = 2048  # positions a gradient tile: 32 MB at V = 8192 in bf16, within an L2 of 50 MB
@@ -51,12 +52,8 @@ def logits_tile(
     o_w = tl.where(o_v < v, o_v, 0)[None, :].to(tl.int64) * D + o_k[:, None]
     z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for k in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
-            b_x = tl.load(p_x + o_x + k)
-            b_w = tl.load(p_w + o_w + k)
-        else:
-            b_x = tl.load(p_x + o_x + k, mask=(o_k < D - k)[None, :], other=0.0)
-            b_w = tl.load(p_w + o_w + k, mask=(o_k < D - k)[:, None], other=0.0)
+        b_x = load_part(p_x + o_x + k, (o_k < D - k)[None, :], D % BLOCK_K > 0)
+        b_w = load_part(p_w + o_w + k, (o_k < D - k)[:, None], D % BLOCK_K > 0)
         z = tl.dot(b_x, b_w, z, input_precision=PRECISION)
     if HAS_BIAS:
         z += tl.load(p_bias + o_v, mask=o_v < v, other=0.0).to(tl.float32)[None, :]

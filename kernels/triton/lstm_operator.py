@@ -103,7 +103,7 @@ def lstm_rows(
     gates = x_gates.new_empty(total if save else 0, 4 * width)
     if save:
         c_saved[:count] = c
-    saved = (c_saved, gates) if save else (None, None)
+    saved: Any = (c_saved, gates) if save else (None, None)
     _run(persistent, Forward(x_gates, ids, w, h, c, keep, *saved, rows, shared, units))
     return h, c, c_saved, gates
 

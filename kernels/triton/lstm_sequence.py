@@ -22,8 +22,10 @@ from fusion_model.kernels.triton.guards import launch_spinning
 from fusion_model.kernels.triton.layout import Forward
 from fusion_model.kernels.triton.primitives import (
     arrive,
+    load_part,
     sigmoid,
     split_gates_first,
+    store_gates,
     sum_warps,
     tanh,
     wait_for,
@@ -77,11 +79,7 @@ def advance(
         tl.store(p_c_saved + o_next, c_next, mask=store)
         p_g = p_gates + o_row[None, :] * (4 * WIDTH) + i_u * 4 * UNITS
         p_g += tl.arange(0, UNITS)[:, None]
-        kind = p_gates.dtype.element_ty
-        tl.store(p_g, i.to(kind), mask=store)
-        tl.store(p_g + UNITS, f.to(kind), mask=store)
-        tl.store(p_g + 2 * UNITS, g.to(kind), mask=store)
-        tl.store(p_g + 3 * UNITS, o.to(kind), mask=store)
+        store_gates(p_g, i, f, g, o, store, UNITS)
     return c_next, h_next
 
 
@@ -119,7 +117,7 @@ def sequence_forward_split(
     i_u = tl.program_id(0)
     o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_b = o_b < batch
-    o_b = tl.where(m_b, o_b, 0)  # columns beyond the end read sequence 0
+    o_b = tl.where(m_b, o_b, tl.program_id(1) * COLUMNS)  # beyond the end: the group's first
     o_gate = i_u * GATES + tl.arange(0, GATES)
     o_k = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, None, :]
     o_kt = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, :, None]
@@ -127,11 +125,8 @@ def sequence_forward_split(
     o_h = o_b.to(tl.int64)[None, None, :] * WIDTH + o_kt
     resident = ()
     for j in tl.static_range(RESIDENT):
-        if MASKED:
-            b_w = tl.load(p_w + o_w + j * CHUNK, mask=o_k + j * CHUNK < WIDTH, other=0.0)
-        else:
-            b_w = tl.load(p_w + o_w + j * CHUNK)
-        resident = resident + (b_w,)
+        m_k = o_k + j * CHUNK < WIDTH
+        resident = resident + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
     o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
     c = tl.load(p_c + o_state)
     h = tl.load(p_h + o_state)
@@ -140,11 +135,8 @@ def sequence_forward_split(
     while outer < one:
         staged = ()
         for j in tl.static_range(RESIDENT, RESIDENT + STAGED):
-            if MASKED:
-                b_w = tl.load(p_w + o_w + j * CHUNK, mask=o_k + j * CHUNK < WIDTH, other=0.0)
-            else:
-                b_w = tl.load(p_w + o_w + j * CHUNK)
-            staged = staged + (b_w,)
+            m_k = o_k + j * CHUNK < WIDTH
+            staged = staged + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
         t = steps * 0
         while t < steps:
             z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
@@ -152,22 +144,14 @@ def sequence_forward_split(
             p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
             z = tl.zeros((WARPS, GATES, COLUMNS), tl.float32)
             for j in tl.static_range(RESIDENT):
-                # volatile: a plain load may be moved out of the loop, or served from L1
-                if MASKED:
-                    m_k = o_kt + j * CHUNK < WIDTH
-                    b_h = tl.load(p_h_t + o_h + j * CHUNK, mask=m_k, other=0.0, volatile=True)
-                else:
-                    b_h = tl.load(p_h_t + o_h + j * CHUNK, volatile=True)
+                m_h = o_kt + j * CHUNK < WIDTH
+                b_h = load_part(p_h_t + o_h + j * CHUNK, m_h, MASKED, True)
                 z = tl.dot(resident[j], b_h, z, input_precision=PRECISION)
             if STAGED > 0:
                 for _ in range(one):
                     for j in tl.static_range(STAGED):
-                        o_j = o_h + (RESIDENT + j) * CHUNK
-                        if MASKED:
-                            m_k = o_kt + (RESIDENT + j) * CHUNK < WIDTH
-                            b_h = tl.load(p_h_t + o_j, mask=m_k, other=0.0, volatile=True)
-                        else:
-                            b_h = tl.load(p_h_t + o_j, volatile=True)
+                        o_j = (RESIDENT + j) * CHUNK
+                        b_h = load_part(p_h_t + o_h + o_j, o_kt + o_j < WIDTH, MASKED, True)
                         z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
             c, h = advance(
                 sum_warps(z, WARPS, GATES, COLUMNS) + z_x, c, h, t, p_h, p_keep, p_c_saved,
@@ -213,18 +197,15 @@ def sequence_forward_shared(
     i_u = tl.program_id(0)
     o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_b = o_b < batch
-    o_b = tl.where(m_b, o_b, 0)
+    o_b = tl.where(m_b, o_b, tl.program_id(1) * COLUMNS)
     o_gate = i_u * GATES + tl.arange(0, GATES)
     o_k = tl.arange(0, CHUNK)
     o_w = o_gate[:, None] * WIDTH + o_k[None, :]
     o_h = o_b.to(tl.int64)[None, :] * WIDTH + o_k[:, None]
     staged = ()
     for j in tl.static_range(STAGED):
-        if MASKED:
-            m_w = (o_k + j * CHUNK < WIDTH)[None, :]
-            staged = staged + (tl.load(p_w + o_w + j * CHUNK, mask=m_w, other=0.0),)
-        else:
-            staged = staged + (tl.load(p_w + o_w + j * CHUNK),)
+        m_w = (o_k + j * CHUNK < WIDTH)[None, :]
+        staged = staged + (load_part(p_w + o_w + j * CHUNK, m_w, MASKED),)
     o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
     c = tl.load(p_c + o_state)
     h = tl.load(p_h + o_state)
@@ -236,11 +217,8 @@ def sequence_forward_shared(
         p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
         z = tl.zeros((GATES, COLUMNS), tl.float32)
         for j in tl.static_range(STAGED):
-            if MASKED:
-                m_h = (o_k + j * CHUNK < WIDTH)[:, None]
-                b_h = tl.load(p_h_t + o_h + j * CHUNK, mask=m_h, other=0.0, volatile=True)
-            else:
-                b_h = tl.load(p_h_t + o_h + j * CHUNK, volatile=True)
+            m_h = (o_k + j * CHUNK < WIDTH)[:, None]
+            b_h = load_part(p_h_t + o_h + j * CHUNK, m_h, MASKED, True)
             z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
         c, h = advance(
             z + z_x, c, h, t, p_h, p_keep, p_c_saved, p_gates,
