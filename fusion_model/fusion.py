@@ -7,7 +7,7 @@ Shapes: ... stands for any leading ones, H hidden width, E prefix-embedding widt
 L layers.
 """
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -65,29 +65,22 @@ def fuse(model: Fusing, hidden: Tensor, e: Tensor | None) -> Tensor:
     return share * hidden + (1 - share) * e
 
 
-class WithoutHidden(NamedTuple):
-    """The part of late fusion and projection that does not depend on h.
+def without_hidden(model: Fusing, e: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The part of late fusion and projection without h, from e [B, E]: the same for all tokens.
 
-    features = W (h * e) + addend for `multiply`; W (s h + (1 - s) e) + addend with
-    s = sigmoid(G h + gate_addend) for `gate`; else W h + addend: W and G read h alone.
+    Returns (addend [B, D] or [D], f [B, H] or None, gate_addend [B, H] or None). With the columns
+    W and G of projection and gate that read h, features are W (h * f) + addend for `multiply`,
+    W (s h + (1 - s) f) + addend with s = sigmoid(G h + gate_addend) for `gate`, else W h + addend.
     """
-
-    addend: Tensor  # [B, D] or [D]
-    e: Tensor | None = None  # [B, H]
-    gate_addend: Tensor | None = None  # [B, H]
-
-
-def without_hidden(model: Fusing, e: Tensor | None) -> WithoutHidden:
-    """What stays the same at every token that follows, from e [B, E]."""
     fusion, hidden, projection = model.config.fusion, model.config.hidden_size, model.projection
     if fusion not in LATE or e is None:
-        return WithoutHidden(projection.bias)
+        return projection.bias, None, None
     e = model.prefix_projection(e)
     if fusion == "concat":
-        return WithoutHidden(F.linear(e, projection.weight[:, hidden:], projection.bias))
+        return F.linear(e, projection.weight[:, hidden:], projection.bias), None, None
     if fusion == "add":
-        return WithoutHidden(projection(e))
+        return projection(e), None, None
     if fusion == "multiply":
-        return WithoutHidden(projection.bias, e)
+        return projection.bias, e, None
     addend = F.linear(e, model.gate.weight[:, hidden:], model.gate.bias)
-    return WithoutHidden(projection.bias, e, addend)
+    return projection.bias, e, addend

@@ -96,18 +96,6 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
     def set_backend(self, backend: str) -> None:
         """Choose how the recurrence runs: one of `fusion_model.kernels.BACKENDS`."""
         resolve_backend(backend, self.device)

@@ -84,10 +84,8 @@ def lstm_sequence(
         from fusion_model.kernels.triton import lstm
 
         return lstm.lstm_sequence(*_cast(dtype, x, state, weights), mask, dropout)
-    if backend == "reference" or (mask is not None and x.device.type == "cpu"):
+    if backend == "reference" or mask is not None:
         return lstm_sequence_reference(x, state, weights, mask, dropout)
-    if mask is not None:
-        return _lstm_masked(x, state, weights, mask, dropout, backend)
     rows, (x, state, weights) = len(x), _cast(dtype, x, state, weights)
     if x.device.type == "cpu" and dtype == torch.bfloat16 and rows > ROWS:
         spare = -rows % ROWS
@@ -158,32 +156,6 @@ def lstm_packed(
         data, state, weights = _cast(dtype, data, state, weights)
         data, last = _torch_lstm((data, sizes), state, weights, dropout)
     return PackedSequence(data, sizes, order, back), _ordered(last, back)
-
-
-def _lstm_masked(
-    x: Tensor,
-    state: State,
-    weights: Sequence[LayerWeights],
-    mask: Tensor,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, State]:
-    """`lstm_sequence` by PyTorch's LSTM on packed real tokens, wherever they are."""
-    real = mask.bool()
-    lengths = real.sum(1)
-    first = (~real).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens, then the others
-    moved = x.gather(1, first[..., None].expand_as(x))
-    packed = pack_padded_sequence(  # not even one token cannot be packed
-        moved, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
-    )
-    run, last = lstm_packed(packed, state, weights, dropout=dropout, backend=backend)
-    out, _ = pad_packed_sequence(run, batch_first=True)
-    # After n real tokens the output is the n-th; before the first it is the initial h.
-    out = torch.cat([state[0][:, -1:].to(out.dtype), out], 1)
-    out = out.gather(1, real.cumsum(1)[..., None].expand(-1, -1, out.shape[2]))
-    some = (lengths > 0)[:, None, None]
-    h, c = (torch.where(some, new, old) for new, old in zip(last, state, strict=True))
-    return out, (h, c)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

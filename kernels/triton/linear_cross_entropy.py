@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import on, precision, surprisal_config
+from fusion_model.kernels.triton.configs import on, surprisal_config
 from fusion_model.kernels.triton.guards import trusted
 from fusion_model.kernels.triton.primitives import load_part
 from torch import Tensor
@@ -128,17 +128,7 @@ def surprisal_backward(
 def surprisal_constants(width: int, dtype: torch.dtype, biased: bool) -> dict[str, Any]:
     """Tile and launch settings of both kernels."""
     config = surprisal_config(dtype)
-    return {
-        "D": width,
-        "HAS_BIAS": biased,
-        "BLOCK_N": config.rows,
-        "BLOCK_V": config.columns,
-        "BLOCK_K": config.depth,
-        "PRECISION": precision(dtype),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
+    return config.settings(dtype) | {"D": width, "HAS_BIAS": biased, "BLOCK_V": config.columns}
 
 
 def _forward(

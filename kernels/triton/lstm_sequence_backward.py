@@ -8,8 +8,6 @@ product by PyTorch afterwards.
 Notation: as in `fusion_model.kernels.triton.lstm_sequence`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -48,6 +46,7 @@ def sequence_backward_kernel(
     WARPS: tl.constexpr,
     CHUNK: tl.constexpr,
     RESIDENT: tl.constexpr,
+    STAGED: tl.constexpr,  # none here
     HAS_KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -103,13 +102,6 @@ def sequence_backward_kernel(
     tl.store(p_held + o_state, held, mask=store)
 
 
-def backward_settings(config: SequenceConfig, dtype: Any, width: int) -> dict[str, Any]:
-    """Tile and launch settings, but for what a call itself decides."""
-    constants = sequence_constants(config, dtype, width)
-    del constants["STAGED"]
-    return constants
-
-
 def sequence_backward(args: Backward, config: SequenceConfig, limit: int = 0) -> None:
     """As `sequence_forward`."""
     dh, dc, w, c_saved, gates, keep, grad, held, rows, _ = args
@@ -133,5 +125,5 @@ def sequence_backward(args: Backward, config: SequenceConfig, limit: int = 0) ->
         dh.device,
         HAS_KEEP=keep is not None,
         LIMIT=limit,
-        **backward_settings(config, dh.dtype, width),
+        **sequence_constants(config, dh.dtype, width),
     )

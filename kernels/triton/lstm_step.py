@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import precision, step_backward_config, step_config
+from fusion_model.kernels.triton.configs import step_backward_config, step_config
 from fusion_model.kernels.triton.layout import Backward, Forward
 from fusion_model.kernels.triton.primitives import (
     cell_backward,
@@ -152,31 +152,13 @@ def rows_backward(
 
 def forward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str, Any]:
     """Tile and launch settings of `rows_forward`, but for what a call itself decides."""
-    config = step_config(rows, dtype, units)
-    return {
-        "WIDTH": width,
-        "UNITS": units,
-        "BLOCK_N": config.rows,
-        "BLOCK_K": config.depth,
-        "PRECISION": precision(dtype),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
+    return step_config(rows, dtype, units).settings(dtype) | {"WIDTH": width, "UNITS": units}
 
 
 def backward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str, Any]:
     """As `forward_constants`, of `rows_backward`."""
-    config = step_backward_config(rows, dtype, units)
-    constants = forward_constants(rows, dtype, width, units)
-    return constants | {
-        "FUSED": rows <= FUSED_ROWS,
-        "BLOCK_N": config.rows,
-        "BLOCK_K": config.depth,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
+    settings = step_backward_config(rows, dtype, units).settings(dtype)
+    return settings | {"WIDTH": width, "UNITS": units, "FUSED": rows <= FUSED_ROWS}
 
 
 def steps_forward(args: Forward) -> None:
