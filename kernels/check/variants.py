@@ -28,7 +28,7 @@ FLOATS = ("p_c", "p_c_saved", "p_c_next", "p_c_before", "p_dc", "p_held", "p_max
           "p_lse", "p_upstream", "p_logits", "p_temperature")  # fmt: skip
 
 LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
-SEQUENCE = "triton.lstm_sequence:sequence_forward_"
+FORWARD = "triton.lstm_sequence:sequence_forward_kernel"
 BACKWARD = "triton.lstm_sequence_backward:sequence_backward_kernel"
 
 
@@ -104,9 +104,8 @@ def _sequences(chip: int) -> Iterator[Variant]:
                 back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
                 for mode, flags in modes.items():
                     if mode == "table" or (back is not None and back.units == config.units):
-                        home = SEQUENCE + ("split" if config.split else "shared")
                         name = f"sequence {mode} {shape}"
-                        yield make(name, home, dtype, settings | flags, spins=True)
+                        yield make(name, FORWARD, dtype, settings | flags, spins=True)
             back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, 16, dtype)
             if back is not None:
                 settings = sequence_constants(back, dtype, padded(hidden, back.units))
@@ -178,7 +177,7 @@ def _checks() -> Iterator[Variant]:
     kind, flags = torch.bfloat16, {"HAS_KEEP": False, "LIMIT": LOOKS}
     forward, backward = (sequence_constants(config, kind, WIDTH) | flags for config in DEBUG)
     forward |= {"TABLE": False, "SAVE": False}
-    yield make("sequence debug", f"{SEQUENCE}split", kind, forward, spins=True)
+    yield make("sequence debug", FORWARD, kind, forward, spins=True)
     yield make("sequence backward debug", BACKWARD, kind, backward, spins=True)
 
 

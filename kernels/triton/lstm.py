@@ -4,14 +4,15 @@ Notation: B sentences, R rows a sentence, N = B * R, T steps, M = steps of all r
 H hidden width, HP = H padded, U units a block, L layers, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels.triton.configs import RowsPlan, chip_of, padded, rows_plan
+from fusion_model.kernels.triton.configs import chip_of, padded, rows_plan
 from fusion_model.kernels.triton.layout import Rows, pack
-from fusion_model.kernels.triton.lstm_operator import lstm_rows
+from fusion_model.kernels.triton.lstm_operator import Plan, lstm_rows
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -20,41 +21,28 @@ State = tuple[Tensor, Tensor]
 TABLE_BYTES = 1 << 29  # of a table of input gates, at most
 
 
-def _pack_recurrent(w_hh: Tensor, units: int) -> Tensor:
-    """W_hh [4H, H] as [4 HP, HP]."""
-    hidden = w_hh.shape[1]
-    return pack(F.pad(w_hh, (0, padded(hidden, units) - hidden)), units).contiguous()
-
-
 def _run(
-    x_gates: Tensor,
+    packed: Callable[[int], State],
     ids: Tensor | None,
-    w: Tensor,
     initial: State,
+    dtype: torch.dtype,
     keep: Tensor | None,
     rows: Rows,
     shared: bool,
-    plan: RowsPlan,
     save: bool,
 ) -> State:
-    """h [N + M, H] and the last c [N, H] from packed gates and weights; see `lstm_rows`."""
-    hidden, kind = initial[0].shape[1], x_gates.dtype
+    """h [N + M, H] and the last c [N, H] from initial rows [N, H]; see `lstm_rows`.
+
+    `packed(units)` gives input gates and W_hh, packed for programs of so many units.
+    """
+    hidden, chip = initial[0].shape[1], chip_of(initial[0].device)
+    how = rows_plan(chip, hidden, rows.batch, rows.count, dtype, rows.steps, save)
+    x_gates, w = packed(how.units)
     h0, c0 = (F.pad(s, (0, w.shape[1] - hidden)) for s in initial)
-    h, c, _, _ = lstm_rows(
-        x_gates,
-        ids,
-        h0.to(kind).contiguous(),
-        c0.float().contiguous(),
-        w,
-        keep,
-        rows.batch,
-        rows.steps,
-        shared,
-        plan.units,
-        plan.persistent,
-        save,
-    )
-    return h[:, :hidden], c[:, :hidden].to(kind)
+    h0, c0 = h0.to(dtype).contiguous(), c0.float().contiguous()
+    plan = Plan(rows.batch, rows.steps, how.units, shared, how.persistent, save)
+    h, c, _, _ = lstm_rows(x_gates, ids, h0, c0, w, keep, [int(value) for value in plan])
+    return h[:, :hidden], c[:, :hidden].to(dtype)
 
 
 def _layer(
@@ -66,14 +54,17 @@ def _layer(
     shared: bool,
 ) -> State:
     """h [N + M, H] and the last c [N, H] of a layer, from inputs [*, D] and initial rows [N, H]."""
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *initial, *weights))
+    packed = partial(_gates, x, weights)
+    return _run(packed, None, initial, x.dtype, keep, rows, shared, save)
+
+
+def _gates(x: Tensor, weights: Sequence[Tensor], units: int) -> State:
+    """Input gates [*, 4 HP] of x [*, D], and W_hh [4 HP, HP], packed."""
     w_ih, w_hh, b_ih, b_hh = weights
-    given = (x, *initial, w_ih, w_hh, b_ih, b_hh)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    chip, hidden = chip_of(x.device), w_hh.shape[1]
-    plan = rows_plan(chip, hidden, rows.batch, rows.count, x.dtype, rows.steps, save)
-    x_gates = F.linear(x, pack(w_ih, plan.units), pack(b_ih + b_hh, plan.units))
-    w = _pack_recurrent(w_hh, plan.units)
-    return _run(x_gates, None, w, initial, keep, rows, shared, plan, save)
+    inner = F.pad(w_hh, (0, padded(w_hh.shape[1], units) - w_hh.shape[1]))
+    gates = F.linear(x, pack(w_ih, units), pack(b_ih + b_hh, units))
+    return gates, pack(inner, units).contiguous()
 
 
 def _steps_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -112,14 +103,12 @@ def gate_table(embedding: Tensor, weights: Sequence[Tensor], units: int) -> Stat
     At inference a step's input is one token: a row of this table, and no product at all. It is
     made anew if a weight changed.
     """
-    w_ih, w_hh, b_ih, b_hh = weights
     key = versions((embedding, *weights))
     if embedding not in _tables or _tables[embedding][0] != key:
         _tables[embedding] = key, {}
     kept: dict[int, State] = _tables[embedding][1]
     if units not in kept:
-        table = F.linear(embedding, pack(w_ih, units), pack(b_ih + b_hh, units))
-        kept[units] = table, _pack_recurrent(w_hh, units)
+        kept[units] = _gates(embedding, weights, units)
     return kept[units]
 
 
@@ -135,12 +124,10 @@ def lstm_tokens(
     batch, steps = ids.shape
     rows = Rows(batch, steps, 1)
     columns, keep = _steps_first(ids[:, :, None], mask)
-    chip, hidden = chip_of(ids.device), weights[0][1].shape[1]
-    plan = rows_plan(chip, hidden, batch, 1, embedding.dtype, steps, False)
-    table, w = gate_table(embedding, weights[0], plan.units)
+    packed = partial(gate_table, embedding, weights[0])
     initial = state[0][:, 0], state[1][:, 0]
     columns = columns.view(steps, batch).contiguous()
-    first = _run(table, columns, w, initial, keep, rows, True, plan, False)
+    first = _run(packed, columns, initial, embedding.dtype, keep, rows, True, False)
     return _layers_above(first, rows, state, weights, keep, 0.0)
 
 

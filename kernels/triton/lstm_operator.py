@@ -8,7 +8,7 @@ Notation: as in `fusion_model.kernels.triton.layout`.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fusion_model.kernels.cuda_graphs import run_steps
@@ -63,6 +63,17 @@ def _trial(run: Any, plain: Any, args: Any) -> Iterator[tuple[Tensor, Tensor]]:
             yield getattr(got, name), getattr(expected, name)
 
 
+class Plan(NamedTuple):
+    """How a layer runs, as the list of integers that an operator can take."""
+
+    batch: int
+    steps: int
+    units: int
+    shared: int  # the rows of a sentence have the same input gates
+    persistent: int  # all steps are one launch, where it fits
+    save: int  # keep what the backward pass needs
+
+
 @torch.library.custom_op("fusion_lm::lstm_rows", mutates_args=())
 def lstm_rows(
     x_gates: Tensor,
@@ -71,29 +82,15 @@ def lstm_rows(
     c0: Tensor,
     w: Tensor,
     keep: Tensor | None,
-    batch: int,
-    steps: int,
-    shared: bool,
-    units: int,
-    persistent: bool,
-    save: bool,
+    plan: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows of one layer.
-
-    Args:
-        x_gates: W_ih x + biases, packed: [T * B, 4 HP], shared by the rows of a sentence; or
-            [M, 4 HP], a row of its own for every row and step; or, with `ids`, a table [V, 4 HP].
-        ids: [T, B] int64, or None.
-        h0: [N, HP].
-        c0: [N, HP] float32.
-        w: W_hh packed, [4 HP, HP].
-        keep: [T, B] uint8, 0 holds the state; or None.
-        save: keep what the backward pass needs.
+    """The rows of one layer; inputs as in `Forward`, h0 [N, HP], c0 [N, HP] float32.
 
     Returns:
         h [N + M, HP]: h0, then of each step the active rows; the last c of every row [N, HP]; c
         likewise [N + M, HP] and the activated gates [M, 4 HP], both empty unless `save`.
     """
+    batch, steps, units, shared, persistent, save = plan
     rows = Rows(batch, steps, len(h0) // batch)
     width, count, total = w.shape[1], len(h0), rows.offsets()[-1]
     h = x_gates.new_empty(count + total, width)
@@ -104,13 +101,16 @@ def lstm_rows(
     if save:
         c_saved[:count] = c
     saved: Any = (c_saved, gates) if save else (None, None)
-    _run(persistent, Forward(x_gates, ids, w, h, c, keep, *saved, rows, shared, units))
+    args = Forward(x_gates, ids, w, h, c, keep, *saved, rows, bool(shared), units)
+    _run(bool(persistent), args)
     return h, c, c_saved, gates
 
 
 @lstm_rows.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_gates, _, h0, c0, _, _, batch, steps, _, _, _, save = args
+def _(
+    x_gates: Tensor, ids: Any, h0: Tensor, c0: Tensor, w: Tensor, keep: Any, plan: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, steps, *_, save = plan
     rows, width = h0.shape
     total = Rows(batch, steps, rows // batch).offsets()[-1]
     return (
@@ -130,18 +130,16 @@ def lstm_rows_backward(
     h: Tensor,
     c_saved: Tensor,
     gates: Tensor,
-    batch: int,
-    steps: int,
-    shared: bool,
-    units: int,
-    persistent: bool,
+    plan: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x_gates, h0, c0 and w, from those of h [N + M, HP] and of the last c [N, HP]."""
+    batch, steps, units, shared, persistent, _ = plan
     count, width = dc.shape
     rows = Rows(batch, steps, count // batch)
     offsets = rows.offsets()
     grad, dc, held = torch.empty_like(gates), dc.clone(), torch.zeros_like(dc)
-    _run(persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units))
+    args = Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units)
+    _run(bool(persistent), args)
     of_h0 = ((grad[:count] @ w).float() + dh[:count] + held).to(dh.dtype)
     if rows.count == 1:
         h_before, of_x = h[: offsets[-1]], grad
@@ -159,16 +157,15 @@ def lstm_rows_backward(
 
 
 @lstm_rows_backward.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh, dc, w, _, _, _, gates, batch, steps, shared, _, _ = args
-    n = steps * batch if shared else gates.shape[0]
-    of_x = gates.new_empty(n, gates.shape[1])
+def _(dh: Tensor, dc: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, gates, (batch, steps, _, shared, _, _) = rest
+    of_x = gates.new_empty(steps * batch if shared else gates.shape[0], gates.shape[1])
     return of_x, dh.new_empty(dc.shape), torch.empty_like(dc), torch.empty_like(w)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, ids, _, _, w, keep, *plan, save = inputs
-    if not save or ids is not None:
+    _, ids, _, _, w, keep, plan = inputs
+    if not Plan(*plan).save or ids is not None:
         raise RuntimeError("lstm_rows has a gradient only with save=True and without ids")
     h, _, c_saved, gates = output
     ctx.save_for_backward(w, keep, h, c_saved, gates)
@@ -178,9 +175,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, dh: Tensor, dc: Tensor, *_: Any) -> tuple[Any, ...]:
     w, keep, h, c_saved, gates = ctx.saved_tensors
-    inputs = (dh.contiguous(), dc.contiguous(), w, keep, h, c_saved, gates, *ctx.plan)
+    inputs = (dh.contiguous(), dc.contiguous(), w, keep, h, c_saved, gates, ctx.plan)
     of_x, of_h0, of_c0, of_w = lstm_rows_backward(*inputs)
-    return of_x, None, of_h0, of_c0, of_w, *[None] * 7
+    return of_x, None, of_h0, of_c0, of_w, None, None
 
 
 lstm_rows.register_autograd(_gradients, setup_context=_save)

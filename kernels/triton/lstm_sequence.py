@@ -84,7 +84,7 @@ def advance(
 
 
 @triton.jit(do_not_specialize=["steps", "batch", "one"])
-def sequence_forward_split(
+def sequence_forward_kernel(
     p_x,  # [T * B, 4 HP] input gates, or a table [V, 4 HP]
     p_ids,  # [T, B] int64: rows of the table, where TABLE
     p_w,  # [4 HP, HP]
@@ -104,37 +104,48 @@ def sequence_forward_split(
     CHUNK: tl.constexpr,
     RESIDENT: tl.constexpr,
     STAGED: tl.constexpr,
+    SPLIT: tl.constexpr,
     TABLE: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """K split over the warps: products [S, 4 U, CHUNK] x [S, CHUNK, COLUMNS] by mma."""
+    """K split over the warps: products [S, 4 U, CHUNK] x [S, CHUNK, COLUMNS] by mma.
+
+    Unless SPLIT, with all of W in shared memory: [4 U, CHUNK] x [CHUNK, COLUMNS] by wgmma, all
+    warps together.
+    """
     GATES: tl.constexpr = 4 * UNITS
-    DEPTH: tl.constexpr = CHUNK * (RESIDENT + STAGED)  # of one warp
-    MASKED: tl.constexpr = DEPTH * WARPS > WIDTH
+    DEPTH: tl.constexpr = CHUNK * (RESIDENT + STAGED)  # of one warp, where SPLIT
+    HELD: tl.constexpr = RESIDENT if SPLIT else STAGED  # chunks that are loaded before all loops
+    MASKED: tl.constexpr = (DEPTH * WARPS if SPLIT else DEPTH) > WIDTH
     i_u = tl.program_id(0)
     o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_b = o_b < batch
     o_b = tl.where(m_b, o_b, tl.program_id(1) * COLUMNS)  # beyond the end: the group's first
     o_gate = i_u * GATES + tl.arange(0, GATES)
-    o_k = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, None, :]
-    o_kt = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, :, None]
-    o_w = o_gate[None, :, None] * WIDTH + o_k
-    o_h = o_b.to(tl.int64)[None, None, :] * WIDTH + o_kt
-    resident = ()
-    for j in tl.static_range(RESIDENT):
-        m_k = o_k + j * CHUNK < WIDTH
-        resident = resident + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
     o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
+    p_mine = p_count + tl.program_id(1)
+    if SPLIT:
+        o_k = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, None, :]
+        o_kt = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, :, None]
+        o_w = o_gate[None, :, None] * WIDTH + o_k
+        o_h = o_b.to(tl.int64)[None, None, :] * WIDTH + o_kt
+    else:
+        o_k, o_kt = tl.arange(0, CHUNK)[None, :], tl.arange(0, CHUNK)[:, None]
+        o_w = o_gate[:, None] * WIDTH + o_k
+        o_h = o_b.to(tl.int64)[None, :] * WIDTH + o_kt
+    held = ()
+    for j in tl.static_range(HELD):
+        m_k = o_k + j * CHUNK < WIDTH
+        held = held + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
     c = tl.load(p_c + o_state)
     h = tl.load(p_h + o_state)
-    p_mine = p_count + tl.program_id(1)
     outer = one * 0
     while outer < one:
         staged = ()
-        for j in tl.static_range(RESIDENT, RESIDENT + STAGED):
+        for j in tl.static_range(HELD, RESIDENT + STAGED):
             m_k = o_k + j * CHUNK < WIDTH
             staged = staged + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
         t = steps * 0
@@ -142,90 +153,26 @@ def sequence_forward_split(
             z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
             wait_for(p_mine, tl.num_programs(0) * t, LIMIT)
             p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
-            z = tl.zeros((WARPS, GATES, COLUMNS), tl.float32)
-            for j in tl.static_range(RESIDENT):
+            z = tl.zeros((WARPS, GATES, COLUMNS) if SPLIT else (GATES, COLUMNS), tl.float32)
+            for j in tl.static_range(HELD):
                 m_h = o_kt + j * CHUNK < WIDTH
                 b_h = load_part(p_h_t + o_h + j * CHUNK, m_h, MASKED, True)
-                z = tl.dot(resident[j], b_h, z, input_precision=PRECISION)
-            if STAGED > 0:
+                z = tl.dot(held[j], b_h, z, input_precision=PRECISION)
+            if HELD < RESIDENT + STAGED:
                 for _ in range(one):
                     for j in tl.static_range(STAGED):
                         o_j = (RESIDENT + j) * CHUNK
                         b_h = load_part(p_h_t + o_h + o_j, o_kt + o_j < WIDTH, MASKED, True)
                         z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
+            if SPLIT:
+                z = sum_warps(z, WARPS, GATES, COLUMNS)
             c, h = advance(
-                sum_warps(z, WARPS, GATES, COLUMNS) + z_x, c, h, t, p_h, p_keep, p_c_saved,
-                p_gates, o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
+                z + z_x, c, h, t, p_h, p_keep, p_c_saved, p_gates,
+                o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
             )  # fmt: skip
             arrive(p_mine)
             t += 1
         outer += 1
-    o_u = tl.arange(0, UNITS)
-    tl.store(p_c + o_state, c, mask=m_b[None, :] & (o_u >= 0)[:, None])
-
-
-@triton.jit(do_not_specialize=["steps", "batch", "one"])
-def sequence_forward_shared(
-    p_x,  # as in sequence_forward_split
-    p_ids,
-    p_w,
-    p_h,
-    p_c,
-    p_keep,
-    p_c_saved,
-    p_gates,
-    p_count,
-    steps,
-    batch,
-    one,
-    WIDTH: tl.constexpr,
-    UNITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    STAGED: tl.constexpr,
-    TABLE: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    """W in shared memory: products [4 U, CHUNK] x [CHUNK, COLUMNS] by wgmma, all warps together."""
-    GATES: tl.constexpr = 4 * UNITS
-    MASKED: tl.constexpr = CHUNK * STAGED > WIDTH
-    i_u = tl.program_id(0)
-    o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    m_b = o_b < batch
-    o_b = tl.where(m_b, o_b, tl.program_id(1) * COLUMNS)
-    o_gate = i_u * GATES + tl.arange(0, GATES)
-    o_k = tl.arange(0, CHUNK)
-    o_w = o_gate[:, None] * WIDTH + o_k[None, :]
-    o_h = o_b.to(tl.int64)[None, :] * WIDTH + o_k[:, None]
-    staged = ()
-    for j in tl.static_range(STAGED):
-        m_w = (o_k + j * CHUNK < WIDTH)[None, :]
-        staged = staged + (load_part(p_w + o_w + j * CHUNK, m_w, MASKED),)
-    o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
-    c = tl.load(p_c + o_state)
-    h = tl.load(p_h + o_state)
-    p_mine = p_count + tl.program_id(1)
-    t = steps * 0
-    while t < steps:
-        z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
-        wait_for(p_mine, tl.num_programs(0) * t, LIMIT)
-        p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
-        z = tl.zeros((GATES, COLUMNS), tl.float32)
-        for j in tl.static_range(STAGED):
-            m_h = (o_k + j * CHUNK < WIDTH)[:, None]
-            b_h = load_part(p_h_t + o_h + j * CHUNK, m_h, MASKED, True)
-            z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
-        c, h = advance(
-            z + z_x, c, h, t, p_h, p_keep, p_c_saved, p_gates,
-            o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
-        )  # fmt: skip
-        arrive(p_mine)
-        t += 1
     o_u = tl.arange(0, UNITS)
     tl.store(p_c + o_state, c, mask=m_b[None, :] & (o_u >= 0)[:, None])
 
@@ -240,14 +187,11 @@ def sequence_constants(config: SequenceConfig, dtype: Any, width: int) -> dict[s
         "CHUNK": config.chunk,
         "RESIDENT": config.resident,
         "STAGED": config.staged,
+        "SPLIT": config.split,
         "PRECISION": precision(dtype),
         "num_warps": config.warps,
         "num_stages": 1,
     }
-
-
-def sequence_kernel(config: SequenceConfig) -> Any:
-    return sequence_forward_split if config.split else sequence_forward_shared
 
 
 def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> None:
@@ -262,7 +206,7 @@ def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> N
     x_gates, ids, w, h, c, keep, c_saved, gates, rows, *_ = args
     width, groups = w.shape[1], config.groups(rows.batch)
     launch_spinning(
-        sequence_kernel(config),
+        sequence_forward_kernel,
         (config.programs(width), groups),
         (
             x_gates,

@@ -47,6 +47,7 @@ def sequence_backward_kernel(
     CHUNK: tl.constexpr,
     RESIDENT: tl.constexpr,
     STAGED: tl.constexpr,  # none here
+    SPLIT: tl.constexpr,  # always
     HAS_KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     LIMIT: tl.constexpr,
