@@ -23,15 +23,15 @@ MOST = 8  # graphs kept; the one not used for the longest time goes
 SEEN = 1024  # shapes remembered
 
 
-def record(run: Callable[[], Any], warm: int = 2) -> tuple[Any, Any]:
+def record(run: Callable[[], Any]) -> tuple[Any, Any]:
     """A CUDA graph of `run`, and what it returned: memory that every replay writes anew.
 
-    It runs `warm` times first: compiling and self-checks are not for a capture.
+    It runs twice first: compiling and self-checks are not for a capture.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(warm):
+        for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -78,15 +78,15 @@ def lstm_sequence(
     Raises:
         ValueError: the backend cannot run here.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     backend = resolve_backend(backend, x.device, x.shape[1], operation="sequence", dtype=dtype)
     if backend == "triton":
         from fusion_model.kernels.triton import lstm
 
-        return lstm.lstm_sequence(*_cast(dtype, x, state, weights), mask, dropout)
+        return lstm.lstm_sequence(*cast(dtype, x, state, weights), mask, dropout)
     if backend == "reference" or mask is not None:
         return lstm_sequence_reference(x, state, weights, mask, dropout)
-    rows, (x, state, weights) = len(x), _cast(dtype, x, state, weights)
+    rows, (x, state, weights) = len(x), cast(dtype, x, state, weights)
     if x.device.type == "cpu" and dtype == torch.bfloat16 and rows > ROWS:
         spare = -rows % ROWS
         x = F.pad(x, (0, 0, 0, 0, 0, spare))
@@ -127,23 +127,14 @@ def lstm_packed(
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> tuple[PackedSequence, State]:
-    """As `lstm_sequence`, for sequences that `torch.nn.utils.rnn` packed: M tokens, no padding.
+    """`lstm_sequence` of sequences that `torch.nn.utils.rnn` packed, M tokens without padding.
 
-    Args:
-        x: inputs, data [M, D].
-        state: initial (h, c), each [B, L, H], in the order in which the sequences were packed.
-        weights: one `LayerWeights` a layer.
-        dropout: probability between layers; 0 outside training.
-        backend: one of `BACKENDS`; `triton` and `reference` pad, and hold what has ended.
-
-    Returns:
-        The top layer's h, data [M, H], and the state after each sequence's last token.
-
-    Raises:
-        ValueError: the backend cannot run here.
+    Inputs are data [M, D], outputs data [M, H] and the state after each sequence's last token;
+    states are in the order in which the sequences were packed. The backends `triton` and
+    `reference` pad, and hold what has ended.
     """
     data, sizes, order, back = x
-    dtype = _compute_dtype(data)
+    dtype = compute_dtype(data)
     chosen = resolve_backend(backend, data.device, len(sizes), operation="sequence", dtype=dtype)
     state = _ordered(state, order)
     if chosen in ("triton", "reference"):
@@ -153,24 +144,25 @@ def lstm_packed(
         out, last = lstm_sequence(padded, state, weights, **options)
         data = pack_padded_sequence(out, lengths, batch_first=True).data
     else:
-        data, state, weights = _cast(dtype, data, state, weights)
+        data, state, weights = cast(dtype, data, state, weights)
         data, last = _torch_lstm((data, sizes), state, weights, dropout)
     return PackedSequence(data, sizes, order, back), _ordered(last, back)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Of products: that of autocast where it is on, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _cast(
+def cast(
     dtype: torch.dtype, x: Tensor, state: State, weights: Sequence[LayerWeights]
 ) -> tuple[Tensor, State, Sequence[LayerWeights]]:
-    """All in the dtype of autocast: torch.lstm is on no list of it on a CPU."""
+    """All in this dtype, of autocast: torch.lstm is on no list of it on a CPU."""
     if dtype == x.dtype:
         return x, state, weights
-    cast = [[p.to(dtype) for p in layer] for layer in weights]
-    return x.to(dtype), (state[0].to(dtype), state[1].to(dtype)), cast
+    layers = [[p.to(dtype) for p in layer] for layer in weights]
+    return x.to(dtype), (state[0].to(dtype), state[1].to(dtype)), layers
 
 
 def _torch_lstm(

@@ -105,7 +105,7 @@ def compare(case: DecodeCase, device: torch.device) -> Result:
     for run, wide in ((plain_token, torch.float64), (plain_token, None), (kernel_token, None)):
         args = copied(token, wide)
         found.append([run(args), args.h_next, args.c])
-    share = of_budget(*reversed(found), case.dtype)
+    share = of_budget(found[2], found[1], found[0], case.dtype)
     best = scores(found[2][0].float(), token)
     lost = float((best.amax(-1) - best.gather(1, args.ids[:, None])[:, 0]).max())
     right = lost <= 1e-3  # two scores this close may change places: logarithms differ in a bit

@@ -166,10 +166,11 @@ class Decoder:
             if kept is not None and given is not None:
                 kept.copy_(given)
 
-    def step(self) -> None:
-        """One token for every sequence; nothing here waits for the device."""
+    def step(self) -> Tensor:
+        """One token for every sequence, and the logits; nothing here waits for the device."""
         self.logits = decode_token(self.steps[self.parity])
         self.parity = 1 - self.parity
+        return self.logits
 
     def state(self) -> tuple[Tensor, Tensor]:
         """(h, c) after the last step, each [B, L, H]."""
@@ -190,13 +191,8 @@ class TokenGraph:
         if decoder.done.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, not {decoder.done.device}")
         self.decoder, decoder.parity = decoder, 0
-
-        def step() -> Tensor | None:
-            decoder.step()
-            return decoder.logits
-
         with on(decoder.done.device):
-            self.graphs = [record(step), record(step)]
+            self.graphs = [record(decoder.step) for _ in range(2)]
 
     def step(self) -> None:
         """As `Decoder.step`, by replaying the graph."""

@@ -100,9 +100,8 @@ def lstm_rows(
     gates = x_gates.new_empty(total if save else 0, 4 * width)
     if save:
         c_saved[:count] = c
-    saved: Any = (c_saved, gates) if save else (None, None)
-    args = Forward(x_gates, ids, w, h, c, keep, *saved, rows, bool(shared), units)
-    _run(bool(persistent), args)
+    args = Forward(x_gates, ids, w, h, c, keep, c_saved, gates, rows, bool(shared), units)
+    _run(bool(persistent), args if save else args._replace(c_saved=None, gates=None))
     return h, c, c_saved, gates
 
 

@@ -12,6 +12,7 @@ Notation: B sequences in groups of COLUMNS, T steps, U units a program, HP padde
 S warps. Gates are packed [HP / U blocks, 4 gates, U units] along their axis of 4 HP.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -179,19 +180,9 @@ def sequence_forward_kernel(
 
 def sequence_constants(config: SequenceConfig, dtype: Any, width: int) -> dict[str, Any]:
     """Tile and launch settings, but for what a call itself decides."""
-    return {
-        "WIDTH": width,
-        "UNITS": config.units,
-        "COLUMNS": config.columns,
-        "WARPS": config.warps,
-        "CHUNK": config.chunk,
-        "RESIDENT": config.resident,
-        "STAGED": config.staged,
-        "SPLIT": config.split,
-        "PRECISION": precision(dtype),
-        "num_warps": config.warps,
-        "num_stages": 1,
-    }
+    fields = {name.upper(): value for name, value in asdict(config).items()}
+    launch = {"num_warps": config.warps, "num_stages": 1}
+    return fields | {"WIDTH": width, "PRECISION": precision(dtype)} | launch
 
 
 def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> None:
@@ -221,7 +212,7 @@ def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> N
             rows.steps,
             rows.batch,
             1,
-        ),
+        ),  # fmt: skip
         h.device,
         TABLE=ids is not None,
         HAS_KEEP=keep is not None,

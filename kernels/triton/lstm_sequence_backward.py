@@ -122,7 +122,7 @@ def sequence_backward(args: Backward, config: SequenceConfig, limit: int = 0) ->
             torch.zeros(groups, dtype=torch.int32, device=dh.device),
             rows.steps,
             rows.batch,
-        ),
+        ),  # fmt: skip
         dh.device,
         HAS_KEEP=keep is not None,
         LIMIT=limit,

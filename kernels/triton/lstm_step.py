@@ -174,22 +174,11 @@ def steps_forward(args: Forward) -> None:
         x = x_gates if ids is not None else x_gates[t * rows.batch if shared else done :]
         after = count + done
         rows_forward[grid](
-            x,
-            x if ids is None else ids[t],
-            h[start:],
-            w,
-            c,
-            c if keep is None else keep[t],
-            h[after:],
-            c if c_saved is None else c_saved[after:],
-            h if gates is None else gates[done:],
-            n,
-            rows.batch,
-            INPUT=source,
-            HAS_KEEP=keep is not None,
-            SAVE=gates is not None,
-            **constants,
-        )
+            x, x if ids is None else ids[t], h[start:], w, c, c if keep is None else keep[t],
+            h[after:], c if c_saved is None else c_saved[after:],
+            h if gates is None else gates[done:], n, rows.batch,
+            INPUT=source, HAS_KEEP=keep is not None, SAVE=gates is not None, **constants,
+        )  # fmt: skip
         start = after
 
 
@@ -207,20 +196,8 @@ def steps_backward(args: Backward) -> None:
         if n_next and not constants["FUSED"]:
             following = following @ w
         rows_backward[grid](
-            following if n_next else grad,
-            w,
-            dh[count + done :],
-            dc,
-            held,
-            gates[done:],
-            c_saved[count + done :],
-            c_saved[before:],
-            dc if keep is None else keep[t],
-            grad[done:],
-            n,
-            n_next,
-            rows.batch,
-            HAS_KEEP=keep is not None,
-            **constants,
-        )
+            following if n_next else grad, w, dh[count + done :], dc, held, gates[done:],
+            c_saved[count + done :], c_saved[before:], dc if keep is None else keep[t],
+            grad[done:], n, n_next, rows.batch, HAS_KEEP=keep is not None, **constants,
+        )  # fmt: skip
         n_next = n
