@@ -4,14 +4,13 @@ For one embedding a sequence, or none: a prefix that grows needs its encoder at 
 is the ordinary path of `generate`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -20,12 +19,31 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from fusion_model.config import EARLY, LATE
-from fusion_model.kernels import resolve_backend
-from fusion_model.model import FusionLMForCausalLM
+from fusion_model.fusion import Fusing, first_state, without_hidden
 
 LARGEST = 65_536  # tokens of a vocabulary that one program chooses among
 LOOK = 32  # tokens between two looks at whether all sequences have ended
+
+
+class Decodable(Fusing, Protocol):
+    """A model, as far as decoding reads it."""
+
+    embed_tokens: nn.Embedding
+    lstm: nn.LSTM
+    lm_head: nn.Linear
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prefix_embeds: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,7 @@ def choice_of(
 
 
 def obstacle(
-    model: FusionLMForCausalLM,
+    model: Decodable,
     prefix_embeds: Tensor | None = None,
     attention_mask: Tensor | None = None,
     **others: Any,
@@ -99,10 +117,10 @@ def obstacle(
     return None
 
 
-_decoders: WeakKeyDictionary[FusionLMForCausalLM, tuple[Any, Any]] = WeakKeyDictionary()
+_decoders: WeakKeyDictionary[Decodable, tuple[Any, Any]] = WeakKeyDictionary()
 
 
-def _runner(model: FusionLMForCausalLM, batch: int, steps: int, choice: Choice, graph: bool) -> Any:
+def _runner(model: Decodable, batch: int, steps: int, choice: Choice, graph: bool) -> Any:
     """A decoder for so many sequences, or its graph: the last one again, if it fits."""
     from fusion_model.kernels.triton.decoder import Decoder, DecodeWeights, TokenGraph
     from fusion_model.kernels.triton.lstm import versions
@@ -129,38 +147,9 @@ def _runner(model: FusionLMForCausalLM, batch: int, steps: int, choice: Choice, 
     return kept[1]
 
 
-def _set_prefix(decoder: Any, model: FusionLMForCausalLM, e: Tensor | None) -> None:
-    fusion, hidden, projection = model.config.fusion, model.config.hidden_size, model.projection
-    if fusion not in LATE or e is None:
-        decoder.set_prefix(projection.bias)
-        return
-    e = model.prefix_projection(e)
-    if fusion == "concat":
-        decoder.set_prefix(F.linear(e, projection.weight[:, hidden:], projection.bias))
-    elif fusion == "add":
-        decoder.set_prefix(F.linear(e, projection.weight, projection.bias))
-    elif fusion == "multiply":
-        decoder.set_prefix(projection.bias, e)
-    else:
-        addend = F.linear(e, model.gate.weight[:, hidden:], model.gate.bias)
-        decoder.set_prefix(projection.bias, e, addend)
-
-
-def _state(
-    model: FusionLMForCausalLM, prompt: Tensor, e: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """(h, c) after all tokens of the prompts but the last, each [B, L, H]."""
-    if prompt.shape[1] > 1:
-        return model.features(prompt[:, :-1], None, e)[1]
-    shape = (len(prompt), model.config.num_layers, model.config.hidden_size)
-    if model.config.fusion in EARLY and e is not None:
-        return model._initial_state(e[:, None].expand(-1, shape[1], -1))
-    return (torch.zeros(shape, dtype=model.dtype, device=model.device),) * 2
-
-
 @torch.no_grad()
 def decode(
-    model: FusionLMForCausalLM,
+    model: Decodable,
     input_ids: Tensor,
     prefix_embeds: Tensor | None,
     steps: int,
@@ -178,9 +167,10 @@ def decode(
     batch, prompt = len(input_ids), input_ids.to(model.device)
     e = None if prefix_embeds is None else prefix_embeds.to(model.device, model.dtype)
     runner, decoder = _runner(model, batch, steps, choice, graph)
-    _set_prefix(decoder, model, e)
-    state = _state(model, prompt, e)
-    assert state is not None
+    decoder.set_prefix(*without_hidden(model, e))
+    state = first_state(model, e, batch)
+    if prompt.shape[1] > 1:  # after all tokens but the last
+        state = model.features(prompt[:, :-1], None, e)[1] or state
     decoder.start(prompt[:, -1], *state, seed=seed, temperature=choice.temperature or 1.0)
     made = 0
     while made < steps:
@@ -200,43 +190,8 @@ def decode(
     return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
 
 
-def generate_on_device(
-    model: FusionLMForCausalLM,
-    input_ids: Tensor,
-    prefix_embeds: Tensor | None = None,
-    *,
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    seed: int = 0,
-    graph: bool = True,
-) -> Tensor:
-    """Continue each prompt by at most `max_new_tokens` tokens, until all have ended.
-
-    A sequence that has ended goes on with its end-of-sentence token.
-
-    Args:
-        model: in evaluation mode, on a CUDA device.
-        input_ids: prompts of one length, [B, T], T at least 1.
-        prefix_embeds: one embedding a sequence, [B, E]; None for `fusion="none"`.
-        temperature: 0 takes the most probable token.
-        top_k: sample among so many; 0: among all.
-        graph: replay each token as one CUDA graph; else launch its kernels one by one.
-
-    Raises:
-        ValueError: what only `model.generate` can do, or no device for the kernels; it says why.
-    """
-    resolve_backend("triton", model.device, dtype=model.dtype)
-    if reason := obstacle(model, prefix_embeds):
-        raise ValueError(f"generate_on_device cannot run this: {reason}; use model.generate")
-    eos = -1 if model.config.eos_token_id is None else int(model.config.eos_token_id)
-    choice = Choice(temperature, top_k, eos, eos)
-    inputs = model, input_ids, prefix_embeds, max_new_tokens, choice
-    return decode(*inputs, seed=seed, graph=graph)
-
-
 def sample(
-    model: FusionLMForCausalLM,
+    model: Decodable,
     input_ids: Tensor,
     processors: Iterable[Any],
     criteria: Iterable[Any],

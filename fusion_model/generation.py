@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin
 
+from fusion_model import decoding
 from fusion_model.config import LATE, FusionLMConfig
+from fusion_model.kernels import resolve_backend
 
 PrefixEncoder = Callable[[Tensor, Tensor, int], Tensor]
 """(input_ids [B, T], attention_mask [B, T], start) -> embeddings of the prefixes that end at
@@ -62,3 +64,24 @@ class StatefulGenerationMixin(GenerationMixin):
             "state": state,
             "use_cache": use_cache,
         }
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling in `generate`: on the device where that can be."""
+        asked = input_ids, logits_processor, stopping_criteria, generation_config
+        model: Any = self
+        chosen = resolve_backend(model.backend, model.device, operation="decode", dtype=model.dtype)
+        if chosen == "triton" and not synced_gpus:
+            found = decoding.sample(model, *asked, streamer, model_kwargs)
+            if found is not None:
+                return found
+        ordinary: Any = super()
+        return ordinary._sample(*asked, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from fusion_model.config import EARLY, LATE, FusionLMConfig
+from fusion_model.config import EARLY, FusionLMConfig
+from fusion_model.fusion import first_state, fuse, start
 from fusion_model.generation import PrefixEncoder, StatefulGenerationMixin
 from fusion_model.kernels import (
     LayerWeights,
     dropout,
     lstm_sequence,
+    lstm_tokens,
     prefix_lstm,
     resolve_backend,
     target_log_probs,
@@ -60,7 +62,6 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         super().__init__(config)
         size, hidden, fusion = config.embedding_size, config.hidden_size, config.fusion
         self.backend = "auto"
-        self._gate_table: Any = None
         self.prefix_encoder: PrefixEncoder | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.lstm = nn.LSTM(
@@ -94,18 +95,6 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def set_backend(self, backend: str) -> None:
         """Choose how the recurrence runs: one of `fusion_model.kernels.BACKENDS`."""
@@ -192,48 +181,20 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         state: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if state is None:
-            shape = len(input_ids), self.config.num_layers, self.config.hidden_size
-            zeros = self.embed_tokens.weight.new_zeros(shape)
-            state = (zeros, zeros)
-            if self.config.fusion in EARLY and e is not None:
-                rows = e[:, None].expand(-1, self.config.num_layers, -1)
-                state = self._initial_state(rows)
+            state = first_state(self, e, len(input_ids))
         elif not state[0].is_floating_point():
             raise ValueError("this state comes from prefix_embeds [B, T, E]: pass them again")
-        if self._tokens_suffice(input_ids.shape[1]):
-            from fusion_model.kernels.triton.lstm import lstm_tokens
-
-            weights = self.embed_tokens.weight, state, self.lstm.all_weights
-            return lstm_tokens(input_ids, *weights, self._gate_table, mask)
+        weights = self._recurrent_weights()
+        options: dict[str, Any] = {"mask": mask, "backend": self.backend}
+        if not self.training and self.config.fusion != "input":
+            return lstm_tokens(input_ids, self.embed_tokens.weight, state, weights, **options)
         x = self._embed(input_ids)
         if self.config.fusion == "input":
             assert e is not None
             e = e if e.dim() == 3 else e[:, None].expand(-1, x.shape[1], -1)
             x = torch.cat([x, e], dim=-1)
-        return lstm_sequence(
-            x,
-            state,
-            self._recurrent_weights(),
-            mask=mask,
-            dropout=self.config.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
-
-    def _tokens_suffice(self, steps: int) -> bool:
-        """Whether the kernels may read a table of input gates, a row a token."""
-        if torch.is_grad_enabled() or self.training or self.config.fusion == "input":
-            return False
-        device = self.device
-        if torch.is_autocast_enabled(device.type):
-            return False
-        chosen = resolve_backend(self.backend, device, steps, dtype=self.dtype)
-        if chosen != "triton":
-            return False
-        from fusion_model.kernels.triton.lstm import GateTable
-
-        if self._gate_table is None:
-            self._gate_table = GateTable()
-        return self._gate_table.fits(self.embed_tokens.weight, self.lstm.all_weights[0])
+        dropout = self.config.dropout if self.training else 0.0
+        return lstm_sequence(x, state, weights, dropout=dropout, **options)
 
     def _run_prefixes(
         self,
@@ -249,11 +210,9 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             input_ids = torch.cat([state[0], input_ids], dim=1)
             mask = torch.cat([state[1], mask], dim=1)
             padded = not bool(mask.all())
-        h0, c0 = self._initial_state(e)
         hidden = prefix_lstm(
             self._embed(input_ids),
-            h0,
-            c0,
+            *start(self, e),
             self._recurrent_weights(),
             mask=mask if padded else None,
             dropout=self.config.dropout if self.training else 0.0,
@@ -261,29 +220,8 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         )
         return hidden, (input_ids, mask)
 
-    def _initial_state(self, e: Tensor) -> tuple[Tensor, Tensor]:
-        e = self.prefix_projection(e)
-        zeros = torch.zeros_like(e)
-        return {"init_hidden": (e, zeros), "init_cell": (zeros, e), "init_both": (e, e)}[
-            self.config.fusion
-        ]
-
     def _fuse(self, hidden: Tensor, e: Tensor | None) -> Tensor:
-        hidden = self._drop(hidden)
-        fusion = self.config.fusion
-        if fusion not in LATE:
-            return hidden
-        assert e is not None
-        e = e if e.dim() == 3 else e[:, None].expand(-1, hidden.shape[1], -1)
-        e = self.prefix_projection(e)
-        if fusion == "concat":
-            return torch.cat([hidden, e.to(hidden.dtype)], dim=-1)
-        if fusion == "add":
-            return hidden + e
-        if fusion == "multiply":
-            return hidden * e
-        gate = torch.sigmoid(self.gate(torch.cat([hidden, e.to(hidden.dtype)], dim=-1)))
-        return gate * hidden + (1 - gate) * e
+        return fuse(self, self._drop(hidden), e)
 
     def forward(
         self,
@@ -347,25 +285,3 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         return target_log_probs(
             features, self.lm_head.weight, self.lm_head.bias, targets, backend=self.backend
         )
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Greedy search and sampling in `generate`: on the device where that can be."""
-        asked = input_ids, logits_processor, stopping_criteria, generation_config
-        chosen = resolve_backend(self.backend, self.device, operation="decode", dtype=self.dtype)
-        if chosen == "triton" and not synced_gpus:
-            from fusion_model.decoding import sample
-
-            found = sample(self, *asked, streamer, model_kwargs)
-            if found is not None:
-                return found
-        ordinary: Any = super()
-        return ordinary._sample(*asked, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)

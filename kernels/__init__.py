@@ -10,8 +10,13 @@ if __name__ != "kernels":
     from fusion_model.kernels.backend import BACKENDS, resolve_backend
     from fusion_model.kernels.dropout import dropout
     from fusion_model.kernels.linear_cross_entropy import target_log_probs
-    from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence
-    from fusion_model.kernels.packed_lstm import lstm_packed
+    from fusion_model.kernels.lstm import (
+        LayerWeights,
+        State,
+        lstm_packed,
+        lstm_sequence,
+        lstm_tokens,
+    )
     from fusion_model.kernels.prefix_lstm import prefix_lstm
 
 __all__ = [
@@ -21,6 +26,7 @@ __all__ = [
     "dropout",
     "lstm_packed",
     "lstm_sequence",
+    "lstm_tokens",
     "prefix_lstm",
     "resolve_backend",
     "target_log_probs",

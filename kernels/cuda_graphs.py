@@ -8,12 +8,12 @@ Notation: N rows at the first step, T steps.
 """
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from fusion_model.kernels.triton.guards import attempt
 from torch import Tensor
 
 STEPS = 16  # fewer launches than this are no more than the copies
@@ -23,15 +23,15 @@ MOST = 8  # graphs kept; the one not used for the longest time goes
 SEEN = 1024  # shapes remembered
 
 
-def record(run: Callable[[], Any], warm: int = 2) -> tuple[Any, Any]:
+def record(run: Callable[[], Any]) -> tuple[Any, Any]:
     """A CUDA graph of `run`, and what it returned: memory that every replay writes anew.
 
-    It runs `warm` times first: compiling and self-checks are not for a capture.
+    It runs twice first: compiling and self-checks are not for a capture.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(warm):
+        for _ in range(2):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -46,58 +46,49 @@ def worth(rows: int, steps: int, size: int) -> bool:
     return steps >= STEPS and rows <= ROWS and size <= BYTES
 
 
-def _replay_of(run: Callable[[], Any]) -> Callable[[], None]:
-    replay: Callable[[], None] = record(run, warm=1)[0].replay
-    return replay
+def _tensors(args: Any) -> dict[str, Tensor]:
+    return {n: t for n, t in args._asdict().items() if isinstance(t, Tensor)}
+
+
+def _copied(args: Any) -> dict[str, Tensor]:
+    """Tensors that a graph has memory of its own for."""
+    names = {*_tensors(args.given()), *args.written}
+    return {n: t for n, t in _tensors(args).items() if n in names}
 
 
 class StepGraphs:
     """Graphs by shape; a named tuple of tensors and settings is what a graph is of.
 
+    It says by `given()` which of its tensors are read, and by `written` which are written. What is
+    neither is read where it lies: it outlives many calls.
+
     Attributes:
         replays: how often a graph stood in for launches.
     """
 
-    def __init__(self, capture: Callable[[Callable[[], Any]], Callable[[], None]] = _replay_of):
+    def __init__(self, capture: Callable[[Callable[[], Any]], tuple[Any, Any]] = record) -> None:
         self._capture = capture
         self._seen: OrderedDict[Any, None] = OrderedDict()
-        self._graphs: OrderedDict[Any, tuple[Any, Callable[[], None]] | None] = OrderedDict()
+        self._graphs: OrderedDict[Any, tuple[Any, Any] | None] = OrderedDict()
         self._lock = threading.RLock()
         self.replays = 0
 
-    def run(
-        self,
-        name: str,
-        function: Callable[..., None],
-        args: Any,
-        given: Mapping[str, int | None],
-        written: tuple[str, ...],
-        fixed: tuple[str, ...] = (),
-    ) -> None:
-        """`function(*args)`; by a graph from the second time on.
-
-        Args:
-            name: of the kernel.
-            args: a named tuple, whose tensors the function reads and writes.
-            given: what it reads; so many of a tensor's first rows, None: all.
-            written: what it writes.
-            fixed: read where they lie, without a copy: they outlive many calls.
-        """
-        tensors = {n: t for n, t in args._asdict().items() if isinstance(t, Tensor)}
+    def run(self, name: str, function: Callable[[Any], None], args: Any) -> None:
+        """`function(args)`, by a graph from the second time on; `name` is the kernel's."""
+        tensors, copied = _tensors(args), _copied(args)
         shapes = ((n, t.shape, t.dtype) for n, t in tensors.items())
-        places = (tensors[n].data_ptr() for n in fixed)
+        places = (t.data_ptr() for n, t in tensors.items() if n not in copied)
         settings = (v for n, v in args._asdict().items() if n not in tensors)
         key = (name, self._where(args), *shapes, *places, *settings)
         with self._lock:
-            graph = self._graph(key, function, args, tensors, fixed)
-            if graph is None:
-                return function(*args)
-            static, replay = graph
-            for n, rows in given.items():
-                if n in tensors and n not in fixed:
-                    getattr(static, n)[:rows].copy_(tensors[n][:rows])
-            replay()
-            for n in written:
+            found = self._graph(key, function, args, copied)
+            if found is None:
+                return function(args)
+            static, graph = found
+            for n, t in _tensors(args.given()).items():
+                getattr(static, n)[: len(t)].copy_(t)
+            graph.replay()
+            for n in args.written:
                 if n in tensors:
                     tensors[n].copy_(getattr(static, n))
             self.replays += 1
@@ -109,14 +100,9 @@ class StepGraphs:
         return str(device), torch.cuda.current_stream(device).cuda_stream
 
     def _graph(
-        self,
-        key: Any,
-        function: Callable[..., None],
-        args: Any,
-        tensors: Mapping[str, Tensor],
-        fixed: tuple[str, ...],
-    ) -> tuple[Any, Callable[[], None]] | None:
-        """The graph of this key, captured now if it comes a second time; else None."""
+        self, key: Any, function: Callable[[Any], None], args: Any, copied: Mapping[str, Tensor]
+    ) -> tuple[Any, Any] | None:
+        """Memory and graph of this key, captured now if it comes a second time; else None."""
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -125,42 +111,27 @@ class StepGraphs:
             if len(self._seen) > SEEN:
                 self._seen.popitem(last=False)
             return None
-        found = None
-        try:
+        del self._seen[key]
+
+        def capture() -> tuple[Any, Any]:
             with torch.inference_mode(False):  # such tensors could not be written outside of it
-                copies = {n: torch.empty_like(t) for n, t in tensors.items() if n not in fixed}
-                for n, t in copies.items():
-                    t.copy_(tensors[n])
-                static = args._replace(**copies)
-                found = static, self._capture(lambda: function(*static))
-        except Exception as error:  # a driver may refuse: launches do the same, only later
-            warnings.warn(
-                f"{key[0]}: no CUDA graph of its steps, they are launched one by one: "
-                f"{type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        self._graphs[key] = found
+                static = args._replace(**{n: t.clone() for n, t in copied.items()})
+                return static, self._capture(lambda: function(static))[0]
+
+        failure = f"{key[0]}: no CUDA graph of its steps, they are launched one by one"
+        self._graphs[key] = attempt(capture, failure)  # a driver may refuse
         if len(self._graphs) > MOST:
             self._graphs.popitem(last=False)
-        return found
+        return self._graphs[key]
 
 
 graphs = StepGraphs()
 
 
-def run_steps(
-    name: str,
-    function: Callable[..., None],
-    args: Any,
-    given: Mapping[str, int | None],
-    written: tuple[str, ...],
-    fixed: tuple[str, ...] = (),
-) -> None:
+def run_steps(name: str, function: Callable[[Any], None], args: Any) -> None:
     """`StepGraphs.run` on a GPU, where it is worth it and nobody is capturing; else the call."""
-    rows, held = args.rows, [t for n, t in args._asdict().items() if isinstance(t, Tensor)]
-    size = sum(t.nbytes for t in held if not any(t is getattr(args, n) for n in fixed))
+    size = sum(t.nbytes for t in _copied(args).values())
     on_gpu = args.w.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-    if on_gpu and worth(rows.active(0), rows.steps, size):
-        return graphs.run(name, function, args, given, written, fixed)
-    return function(*args)
+    if on_gpu and worth(args.rows.active(0), args.rows.steps, size):
+        return graphs.run(name, function, args)
+    return function(args)

@@ -1,14 +1,16 @@
-"""LSTM over a batch of sequences, one or more layers.
+"""LSTM over a batch of sequences, padded or packed, one or more layers.
 
 Notation: B sequences, T steps, D input width, H hidden width, L layers.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fusion_model.kernels.backend import resolve_backend
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 ROWS = 16  # of a matrix tile: oneDNN's LSTM in bfloat16 takes up to 5 times as long for others
 
@@ -76,33 +78,121 @@ def lstm_sequence(
     Raises:
         ValueError: the backend cannot run here.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype(x)
     backend = resolve_backend(backend, x.device, x.shape[1], operation="sequence", dtype=dtype)
-    if backend == "reference" or (mask is not None and backend != "triton"):
-        return lstm_sequence_reference(x, state, weights, mask, dropout)
-    if dtype != x.dtype:
-        # torch.lstm is on no autocast list: without this it runs in float32 (CPU).
-        x, state = x.to(dtype), (state[0].to(dtype), state[1].to(dtype))
-        weights = [[p.to(dtype) for p in layer] for layer in weights]
     if backend == "triton":
         from fusion_model.kernels.triton import lstm
 
-        return lstm.lstm_sequence(x, state, weights, mask, dropout)
-    rows = len(x)
-    if device == "cpu" and dtype == torch.bfloat16 and rows > ROWS:
+        return lstm.lstm_sequence(*cast(dtype, x, state, weights), mask, dropout)
+    if backend == "reference" or mask is not None:
+        return lstm_sequence_reference(x, state, weights, mask, dropout)
+    rows, (x, state, weights) = len(x), cast(dtype, x, state, weights)
+    if x.device.type == "cpu" and dtype == torch.bfloat16 and rows > ROWS:
         spare = -rows % ROWS
         x = F.pad(x, (0, 0, 0, 0, 0, spare))
         state = F.pad(state[0], (0, 0, 0, 0, 0, spare)), F.pad(state[1], (0, 0, 0, 0, 0, spare))
-    out, h, c = torch.lstm(
-        x,
-        [s.transpose(0, 1).contiguous() for s in state],
-        [p for layer in weights for p in layer],
-        True,  # has_biases
-        len(weights),
-        dropout,
-        dropout > 0,  # train
-        False,  # bidirectional
-        True,  # batch_first
-    )
-    return out[:rows], (h.transpose(0, 1)[:rows], c.transpose(0, 1)[:rows])
+    out, (h, c) = _torch_lstm((x,), state, weights, dropout, True)
+    return out[:rows], (h[:rows], c[:rows])
+
+
+def lstm_tokens(
+    ids: Tensor,
+    embedding: Tensor,
+    state: State,
+    weights: Sequence[LayerWeights],
+    *,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State]:
+    """`lstm_sequence` of embedding [V, D] at tokens [B, T].
+
+    Where no gradient is wanted the Triton kernels read a table of all tokens' input gates.
+    """
+    device = ids.device
+    chosen = resolve_backend(backend, device, ids.shape[1], dtype=embedding.dtype)
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
+    if chosen == "triton" and plain:
+        from fusion_model.kernels.triton import lstm
+
+        if lstm.can_be_tabled(embedding, weights[0]):
+            return lstm.lstm_tokens(ids, embedding, state, weights, mask)
+    return lstm_sequence(F.embedding(ids, embedding), state, weights, mask=mask, backend=backend)
+
+
+def lstm_packed(
+    x: PackedSequence,
+    state: State,
+    weights: Sequence[LayerWeights],
+    *,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> tuple[PackedSequence, State]:
+    """`lstm_sequence` of sequences that `torch.nn.utils.rnn` packed, M tokens without padding.
+
+    Inputs are data [M, D], outputs data [M, H] and the state after each sequence's last token;
+    states are in the order in which the sequences were packed. The backends `triton` and
+    `reference` pad, and hold what has ended.
+    """
+    data, sizes, order, back = x
+    dtype = compute_dtype(data)
+    chosen = resolve_backend(backend, data.device, len(sizes), operation="sequence", dtype=dtype)
+    state = _ordered(state, order)
+    if chosen in ("triton", "reference"):
+        padded, lengths = pad_packed_sequence(PackedSequence(data, sizes), batch_first=True)
+        mask = (torch.arange(len(sizes)) < lengths[:, None]).to(data.device)
+        options: dict[str, Any] = {"mask": mask, "dropout": dropout, "backend": chosen}
+        out, last = lstm_sequence(padded, state, weights, **options)
+        data = pack_padded_sequence(out, lengths, batch_first=True).data
+    else:
+        data, state, weights = cast(dtype, data, state, weights)
+        data, last = _torch_lstm((data, sizes), state, weights, dropout)
+    return PackedSequence(data, sizes, order, back), _ordered(last, back)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Of products: that of autocast where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def cast(
+    dtype: torch.dtype, x: Tensor, state: State, weights: Sequence[LayerWeights]
+) -> tuple[Tensor, State, Sequence[LayerWeights]]:
+    """All in this dtype, of autocast: torch.lstm is on no list of it on a CPU."""
+    if dtype == x.dtype:
+        return x, state, weights
+    layers = [[p.to(dtype) for p in layer] for layer in weights]
+    return x.to(dtype), (state[0].to(dtype), state[1].to(dtype)), layers
+
+
+def _torch_lstm(
+    inputs: tuple[Tensor, ...],
+    state: State,
+    weights: Sequence[LayerWeights],
+    dropout: float,
+    *batch_first: bool,
+) -> tuple[Tensor, State]:
+    """PyTorch's own; inputs [B, T, D], or data and batch sizes of packed sequences."""
+    kind = inputs[0].device.type
+    # cuDNN goes backward after a call in training mode only. Its autocast would take float16.
+    train = dropout > 0 or (kind == "cuda" and torch.is_grad_enabled())
+    run: Any = torch.lstm
+    with torch.autocast(kind, enabled=False):
+        out, h, c = run(
+            *inputs,
+            [s.transpose(0, 1).contiguous() for s in state],
+            [p for layer in weights for p in layer],
+            True,  # has_biases
+            len(weights),
+            dropout,
+            train,
+            False,  # bidirectional
+            *batch_first,
+        )
+    return out, (h.transpose(0, 1), c.transpose(0, 1))
+
+
+def _ordered(state: State, order: Tensor | None) -> State:
+    if order is None:
+        return state
+    return state[0].index_select(0, order), state[1].index_select(0, order)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from fusion_model.kernels.backend import resolve_backend
-from fusion_model.kernels.lstm import LayerWeights, lstm_cell
+from fusion_model.kernels.lstm import LayerWeights, cast, compute_dtype, lstm_cell
 from torch import Tensor
 
 
@@ -40,13 +40,12 @@ def prefix_lstm(
     Raises:
         ValueError: the backend cannot run here.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype(x)
     if resolve_backend(backend, x.device, operation="prefix", dtype=dtype) == "triton":
         from fusion_model.kernels.triton import lstm
 
-        cast = [[p.to(dtype) for p in layer] for layer in weights]
-        return lstm.prefix_lstm(x.to(dtype), h0.to(dtype), c0.to(dtype), cast, mask, dropout)
+        x, (h0, c0), weights = cast(dtype, x, (h0, c0), weights)
+        return lstm.prefix_lstm(x, h0, c0, weights, mask, dropout)
     start = x.shape[1] - h0.shape[1]
     w_ih, _, b_ih, b_hh = weights[0]
     shared_gates = F.linear(x, w_ih, b_ih + b_hh)  # [B, T, 4H]

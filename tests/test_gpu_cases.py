@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,15 +140,15 @@ def test_replays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_graphs_of_steps_must_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = cuda_graphs.StepGraphs(lambda run: run)
+    graphs = cuda_graphs.StepGraphs(lambda run: (SimpleNamespace(replay=run), None))
     assert all(case.steps >= cuda_graphs.STEPS for case in cases.STEPS)
     monkeypatch.setattr(cuda_graphs, "STEPS", 2)
     monkeypatch.setattr(cuda_graphs, "graphs", graphs)
 
-    def as_on_a_gpu(name: str, function: Any, args: Any, *rest: Any) -> None:
+    def as_on_a_gpu(name: str, function: Any, args: Any) -> None:
         if cuda_graphs.worth(args.rows.active(0), args.rows.steps, 1):
-            return graphs.run(name, function, args, *rest)
-        return function(*args)
+            return graphs.run(name, function, args)
+        return function(args)
 
     assert not cases.graphed_steps(SMALL[0], CPU, 3)["ok"]  # none on a CPU
     monkeypatch.setattr(lstm_operator, "run_steps", as_on_a_gpu)

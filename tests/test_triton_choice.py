@@ -8,7 +8,6 @@ import pytest
 import torch
 from fusion_model.kernels import lstm_sequence, resolve_backend
 from fusion_model.kernels.backend import choose, obstacle
-from fusion_model.kernels.triton import configs as triton_launch
 from fusion_model.kernels.triton import guards
 from fusion_model.kernels.triton.configs import (
     KNOWN_CHIPS,
@@ -138,33 +137,38 @@ def test_rows() -> None:
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-check as it runs where nothing is interpreted or captured."""
-    monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
+    monkeypatch.setattr(guards, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(guards, "checked", {})
+
+
+CPU = torch.device("cpu")
+RIGHT = torch.ones(2), torch.ones(2)
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_kernel_is_checked_once() -> None:
     calls = []
 
-    def check() -> bool:
-        calls.append(trusted("k", (1,), torch.device("cpu"), lambda: False))  # from within
-        return True
+    def trial() -> list[Any]:
+        calls.append(trusted("k", FP32, (1,), CPU, lambda: 1 / 0))  # from within
+        return [RIGHT]
 
-    assert all(trusted("k", (1,), torch.device("cpu"), check) for _ in range(3))
+    assert all(trusted("k", FP32, (1,), CPU, trial) for _ in range(3))
     assert calls == [True]
-    assert trusted("k", (2,), torch.device("cpu"), check)
-    assert len(calls) == 2
+    assert trusted("k", FP32, (2,), CPU, trial)
+    assert trusted("k", BF16, (1,), CPU, trial)
+    assert len(calls) == 3
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_wrong_kernel_is_named_and_not_used() -> None:
-    device = torch.device("cpu")
+    wrong = torch.zeros(2), torch.ones(2)
     with pytest.warns(RuntimeWarning, match="kernel rows .*not used on cpu.*differ"):
-        assert not trusted("rows", (1,), device, lambda: False)
+        assert not trusted("rows", FP32, (1,), CPU, lambda: [RIGHT, wrong])
     with pytest.warns(RuntimeWarning, match="kernel lines .*ZeroDivisionError"):
-        assert not trusted("lines", (1,), device, lambda: bool(1 / 0))
-    assert not trusted("rows", (1,), device, lambda: True)  # remembered, without a warning
+        assert not trusted("lines", FP32, (1,), CPU, lambda: 1 / 0)
+    assert not trusted("rows", FP32, (1,), CPU, lambda: [RIGHT])  # remembered, without a warning
 
 
 @pytest.mark.usefixtures("on_a_gpu")

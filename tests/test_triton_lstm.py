@@ -178,7 +178,7 @@ def test_every_kind_of_persistent_launch(
     launch = triton_sequence.launch_spinning
 
     def noting(kernel: Any, *args: Any, **options: Any) -> None:
-        ran.append((kernel.fn.__name__, options["STAGED"] > 0))
+        ran.append((kernel.fn.__name__, options["SPLIT"], options["STAGED"] > 0))
         launch(kernel, *args, **options)
 
     monkeypatch.setattr(triton_sequence, "launch_spinning", noting)
@@ -194,8 +194,7 @@ def test_every_kind_of_persistent_launch(
         got, _ = lstm_sequence(
             leaves[0], (leaves[1], leaves[2]), case.weights(leaves), backend="triton"
         )
-    name = "sequence_forward_shared" if kind == "shared" else "sequence_forward_split"
-    assert ran == [(name, kind != "split")]
+    assert ran == [("sequence_forward_kernel", kind != "shared", kind != "split")]
     state = exact[1], exact[2]
     expected, _ = lstm_sequence(exact[0], state, case.weights(exact), backend="reference")
     torch.testing.assert_close(got.double(), expected, atol=3e-3, rtol=0)
@@ -237,7 +236,7 @@ def operands(masked: bool, grad: bool) -> tuple[Any, ...]:
     keep = padding(batch, steps).t().to(torch.uint8).contiguous() if masked else None
     floats = [torch.randn(*s) for s in ((6, 64), (2, 16), (2, 16), (64, width))]
     x, h0, c0, w = (f.requires_grad_(grad) for f in floats)
-    return x, None, h0, c0, w, keep, batch, steps, True, 16, False, grad
+    return x, None, h0, c0, w, keep, [batch, steps, 16, 1, 0, int(grad)]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -278,5 +277,7 @@ def test_a_debug_build_gives_up_waiting() -> None:
     old = guards.spinning_runner
     with concurrent_programs():
         guards.spinning_runner = one_after_another
-        triton_sequence.sequence_forward(gates, None, w, h, c, None, None, None, 3, config, limit=3)
+        rows = layout.Rows(1, 3, 1)
+        args = layout.Forward(gates, None, w, h, c, None, None, None, rows, True, units)
+        triton_sequence.sequence_forward(args, config, limit=3)
     assert guards.spinning_runner is old

@@ -65,9 +65,9 @@ def test_the_gate_table_follows_the_weights() -> None:
     for _ in range(2):
         with torch.no_grad():
             torch.testing.assert_close(kernels(ids).logits, reference(ids).logits)
-            table = kernels._gate_table._tables
+            table = lstm._tables[kernels.embed_tokens.weight]
             assert kernels(ids) is not None
-            assert kernels._gate_table._tables is table  # nothing was computed anew
+            assert lstm._tables[kernels.embed_tokens.weight] is table  # nothing was computed anew
             for model in (reference, kernels):
                 model.embed_tokens.weight.mul_(-2)
                 model.lstm.weight_hh_l0.add_(0.1)
@@ -75,8 +75,8 @@ def test_the_gate_table_follows_the_weights() -> None:
 
 def test_a_vast_vocabulary_is_not_tabled(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, kernels = both("none")
-    monkeypatch.setattr(lstm.GateTable, "MOST", 10)
-    monkeypatch.setattr(lstm.GateTable, "of", None)
+    monkeypatch.setattr(lstm, "TABLE_BYTES", 10)
+    monkeypatch.setattr(lstm, "gate_table", None)
     with torch.no_grad():
         logits: Tensor = kernels(torch.tensor(IDS)).logits
         torch.testing.assert_close(logits, reference(torch.tensor(IDS)).logits)

@@ -104,7 +104,7 @@ def _inference_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> 
     from fusion_model.kernels.triton import lstm
 
     module, embedding = _lstm(dtype, hidden), _random(dtype, V, D)
-    tables, weights = lstm.GateTable(), module.all_weights
+    weights = module.all_weights
     ids = torch.randint(V, (batch, steps), device=DEVICE)
     zeros = torch.zeros(batch, 1, hidden, device=DEVICE, dtype=dtype)
     inner = (zeros.transpose(0, 1), zeros.transpose(0, 1))
@@ -113,7 +113,7 @@ def _inference_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> 
     def theirs() -> Any:
         return module(F.embedding(ids, embedding), inner)
 
-    return partial(lstm.lstm_tokens, ids, embedding, (zeros, zeros), weights, tables), theirs
+    return partial(lstm.lstm_tokens, ids, embedding, (zeros, zeros), weights), theirs
 
 
 def _training_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> Pair:

@@ -15,6 +15,7 @@ from fusion_model.export.graphs.builder import Graph
 from onnx import TensorProto
 
 from fusion_model.config import EARLY, LATE
+from fusion_model.fusion import initial_state
 from fusion_model.model import FusionLMForCausalLM
 
 INT, FLOAT = TensorProto.INT64, TensorProto.FLOAT
@@ -182,7 +183,7 @@ class _Parts:
         h = g.op("Unsqueeze", self.projected(e), g.ints(0))
         h = g.op("Concat", *[h] * layers, axis=0) if layers > 1 else h
         zeros = g.op("Sub", h, h)
-        return {"init_hidden": (h, zeros), "init_cell": (zeros, h), "init_both": (h, h)}[fusion]
+        return initial_state(fusion, h, zeros)
 
     def start(self, e: str, state: tuple[str, str], fresh: str) -> tuple[str, str]:
         """The state to go on from: from e [B, E] where `fresh`, else the given one."""

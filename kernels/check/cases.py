@@ -7,7 +7,7 @@ Notation: B sequences, T steps, D input width, H hidden width, V vocabulary.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -134,6 +134,18 @@ def plan_of(case: Case, device: torch.device) -> str:
     return "persistent" if rows_plan(chip_of(device), *shape).persistent else "a launch a step"
 
 
+def of_budget(
+    kernel: Iterable[Tensor], eager: Iterable[Tensor], exact: Iterable[Tensor], dtype: str
+) -> float:
+    """The worst |kernel - exact| as a share of what equations in the same dtype are off, or so."""
+    shares = []
+    for k, e, x in zip(kernel, eager, exact, strict=True):
+        x = x.double()
+        budget = 1.5 * (e.double() - x).abs().max() + SMALL[dtype] * (x.abs().max() + 1)
+        shares.append(float((k.double() - x).abs().max() / budget))
+    return max(shares, key=lambda share: (share != share, share))
+
+
 def compare(case: Case, device: torch.device) -> Result:
     """|kernel - exact| against |equations in the same dtype - exact|; exact is float64."""
     leaves, run = build(case, device)
@@ -143,24 +155,20 @@ def compare(case: Case, device: torch.device) -> Result:
         kernel = outputs(case, leaves, run, kind, "triton")
     exact = outputs(case, leaves, run, torch.float64, "reference")
     eager = outputs(case, leaves, run, kind, "reference")
-    shares = []
-    for k, e, x in zip(kernel, eager, exact, strict=True):
-        x = x.double()
-        budget = 1.5 * (e.double() - x).abs().max() + SMALL[case.dtype] * (x.abs().max() + 1)
-        shares.append(float((k.double() - x).abs().max() / budget))
+    share = of_budget(kernel, eager, exact, case.dtype)
     fallback = [str(w.message) for w in caught if "Triton kernel" in str(w.message)]
     return {
-        "ok": all(share <= 1 for share in shares) and not fallback,  # NaN is not <= 1
-        "of_budget": max(shares, key=lambda share: (share != share, share)),
+        "ok": share <= 1 and not fallback,  # NaN is not <= 1
+        "of_budget": share,
         "plan": plan_of(case, device),
         "fallback": fallback,
         **asdict(case),
     }
 
 
-def check(operation: str, device: torch.device, dtypes: Iterable[str] = TYPES) -> list[Named]:
-    """The grid of an operation: kernels against float64."""
-    found = [case for case in cases(operation) if case.dtype in dtypes]
+def check(device: torch.device, operation: str, *dtypes: str) -> list[Named]:
+    """The grid of an operation, in all dtypes or these: kernels against float64."""
+    found = [case for case in cases(operation) if case.dtype in (dtypes or TYPES)]
     return [(str(case), partial(compare, case, device)) for case in found]
 
 
@@ -175,18 +183,17 @@ REPEATED = [
 ]
 
 
-def same(first: Iterable[Tensor], again: Iterable[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+def same(first: Sequence[Tensor], others: Iterable[Sequence[Tensor]]) -> Result:
+    """Whether the others are the same bits as the first."""
+    pairs = (zip(first, other, strict=True) for other in others)
+    differing = sum(not all(torch.equal(a, b) for a, b in pair) for pair in pairs)
+    return {"ok": not differing, "differing": differing}
 
 
 def repeated(case: Case, device: torch.device, times: int) -> Result:
     leaves, run = build(case, device)
-    first = outputs(case, leaves, run, TYPES[case.dtype], "triton")
-    differing = sum(
-        not same(first, outputs(case, leaves, run, TYPES[case.dtype], "triton"))
-        for _ in range(times - 1)
-    )
-    return {"ok": not differing, "differing": differing}
+    found = (outputs(case, leaves, run, TYPES[case.dtype], "triton") for _ in range(times))
+    return same(next(found), found)
 
 
 def repeats(device: torch.device, times: int = 200) -> list[Named]:
@@ -199,13 +206,15 @@ def replayed(case: Case, device: torch.device, times: int) -> Result:
     leaves, run = build(case, device)
     expected = [t.clone() for t in run(leaves, "triton")]
     graph, captured = cuda_graphs.record(lambda: run(leaves, "triton"))
-    differing = 0
-    for _ in range(times):
-        for tensor in captured:
-            tensor.zero_()
-        graph.replay()
-        differing += not same(captured, expected)
-    return {"ok": not differing, "differing": differing}
+
+    def replays() -> Iterator[Sequence[Tensor]]:
+        for _ in range(times):
+            for tensor in captured:
+                tensor.zero_()
+            graph.replay()
+            yield captured
+
+    return same(expected, replays())
 
 
 STEPS = [
@@ -228,9 +237,8 @@ def graphed_steps(case: Case, device: torch.device, times: int = 5) -> Result:
             found.append(outputs(case, leaves, run, kind, "triton"))
         finally:
             cuda_graphs.BYTES = old
-    replays = graphs.replays - before
-    differing = sum(not same(found[0], again) for again in found[1:])
-    return {"ok": not differing and replays > 0, "differing": differing, "replays": replays}
+    result, replays = same(found[0], found[1:]), graphs.replays - before
+    return result | {"ok": result["ok"] and replays > 0, "replays": replays}
 
 
 def replays(device: torch.device, times: int = 100) -> list[Named]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusion_model.kernels.check.cases import Named, Result
+from fusion_model.kernels.check.cases import TYPES, Named, Result
 from fusion_model.kernels.check.report import report
 
 BUDGET = 460.0  # seconds for everything
@@ -35,8 +35,8 @@ class Part:
     """Cases that run in one process after the other.
 
     Attributes:
-        home: `module:function` that lists them for a device; more after a second colon is a
-            literal argument.
+        home: `module:function` that lists them for a device; more, each after a colon, are
+            literal arguments.
         each: seconds that one case may take.
         timed: runs with nothing beside it.
     """
@@ -54,36 +54,15 @@ class Part:
 _HERE = "fusion_model.kernels.check"
 CHECKS = {
     "hangs": Part(f"{_HERE}.hangs:hangs", 20),
-    **{
-        f"sequence {dtype}": Part(f"{_HERE}.gpu:sequence_cases:{dtype}")
-        for dtype in ("bf16", "fp16", "fp32")
-    },
-    "prefix": Part(f"{_HERE}.gpu:prefix_cases"),
-    "surprisal": Part(f"{_HERE}.gpu:surprisal_cases"),
+    **{f"sequence {dtype}": Part(f"{_HERE}.cases:check:sequence:{dtype}") for dtype in TYPES},
+    "prefix": Part(f"{_HERE}.cases:check:prefix"),
+    "surprisal": Part(f"{_HERE}.cases:check:surprisal"),
     "token": Part(f"{_HERE}.decode_cases:check"),
     "repeats": Part(f"{_HERE}.cases:repeats"),
     "token repeats": Part(f"{_HERE}.decode_cases:repeats"),
     "graphs": Part(f"{_HERE}.cases:replays"),
     "token graphs": Part(f"{_HERE}.decode_cases:replays"),
 }
-
-
-def sequence_cases(device: torch.device, dtype: str) -> list[Named]:
-    from fusion_model.kernels.check import cases as gpu_cases
-
-    return gpu_cases.check("sequence", device, [dtype])
-
-
-def prefix_cases(device: torch.device) -> list[Named]:
-    from fusion_model.kernels.check import cases as gpu_cases
-
-    return gpu_cases.check("prefix", device)
-
-
-def surprisal_cases(device: torch.device) -> list[Named]:
-    from fusion_model.kernels.check import cases as gpu_cases
-
-    return gpu_cases.check("surprisal", device)
 
 
 def work_off(part: Part, out: Path, skip: int, device: torch.device) -> None:

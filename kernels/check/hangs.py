@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from fusion_model.kernels.check.cases import Named, Result
 from fusion_model.kernels.triton import configs, guards
+from fusion_model.kernels.triton.layout import Backward, Forward, Rows
 from torch import Tensor
 
 WIDTH, LOOKS = 64, 1000
@@ -43,10 +44,13 @@ def _in_vain(device: torch.device, backward: bool) -> Result:
 
     old, guards.spinning_runner = guards.spinning_runner, in_vain
     try:
+        rows = Rows(1, steps, 1)
         if backward:
-            sequence_backward(h, c, w, c_saved, gates, None, grad, held, steps, config, limit=LOOKS)
+            args = Backward(h, c, w, c_saved, gates, None, grad, held, rows, config.units)
+            sequence_backward(args, config, LOOKS)
         else:
-            sequence_forward(gates, None, w, h, c, None, None, None, steps, config, limit=LOOKS)
+            given = Forward(gates, None, w, h, c, None, None, None, rows, True, config.units)
+            sequence_forward(given, config, LOOKS)
         h.sum().item()  # waits for the launch
     finally:
         guards.spinning_runner = old

@@ -6,7 +6,7 @@ They come from the same pure functions that choose at run time: hidden widths 51
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ IDS = {"p_ids": "*i64", "p_targets": "*i64", "p_tokens": "*i64", "p_seed": "*i64
        "p_keep": "*u8", "p_done": "*u8", "p_count": "*i32"}  # fmt: skip
 FLOATS = ("p_c", "p_c_saved", "p_c_next", "p_c_before", "p_dc", "p_held", "p_max", "p_sum", "p_hit",
           "p_lse", "p_upstream", "p_logits", "p_temperature")  # fmt: skip
+
+LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
+FORWARD = "triton.lstm_sequence:sequence_forward_kernel"
+BACKWARD = "triton.lstm_sequence_backward:sequence_backward_kernel"
 
 
 @dataclass(frozen=True)
@@ -57,33 +61,30 @@ def make(
     name: str,
     home: str,
     dtype: torch.dtype,
-    scalars: tuple[str, ...],
     settings: Mapping[str, Any],
     spins: bool = False,
     products: bool = True,
 ) -> Variant:
     """A variant whose pointers are of `dtype`, but for those known to be float32 or integer."""
-    module, kernel = home.split(":")
-    found = importlib.import_module(f"fusion_model.kernels.{module}")
-    signature = dict.fromkeys(scalars, "i32")
-    for argument in getattr(found, kernel).arg_names:
+    variant = Variant(f"{name} {NAMES[dtype]}", home, {}, {}, {}, spins, products)
+    signature = {}
+    for argument in variant.kernel().arg_names:
         if argument.startswith("p_"):
             own = "*fp32" if argument in FLOATS else f"*{NAMES[dtype]}"
             signature[argument] = IDS.get(argument, own)
-    if kernel == "decode_choose":
+        elif argument not in settings:
+            signature[argument] = "i32"
+    if home.endswith(":decode_choose"):
         signature["p_count"] = "*i64"
-    launch = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
-    options = {k: v for k, v in settings.items() if k in launch}
-    options["enable_fp_fusion"] = True
+    options = {k: v for k, v in settings.items() if k in LAUNCH} | {"enable_fp_fusion": True}
     if spins:
         options["launch_cooperative_grid"] = True
-    constants = {k: v for k, v in settings.items() if k not in options}
-    return Variant(f"{name} {NAMES[dtype]}", home, signature, constants, options, spins, products)
+    constants = {k: v for k, v in settings.items() if k not in LAUNCH}
+    return replace(variant, signature=signature, constants=constants, options=options)
 
 
 def _sequences(chip: int) -> Iterator[Variant]:
-    from fusion_model.kernels.triton.lstm_sequence import sequence_constants, sequence_kernel
-    from fusion_model.kernels.triton.lstm_sequence_backward import backward_settings
+    from fusion_model.kernels.triton.lstm_sequence import sequence_constants
 
     modes = {
         "table": {"TABLE": True, "HAS_KEEP": False, "SAVE": False},
@@ -99,48 +100,39 @@ def _sequences(chip: int) -> Iterator[Variant]:
                 seen.add((dtype, hidden, config))
                 width = padded(hidden, config.units)
                 settings = sequence_constants(config, dtype, width) | {"LIMIT": 0}
-                kernel = sequence_kernel(config).__name__
                 shape = f"{hidden} U{config.units} B{config.columns}"
                 back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
                 for mode, flags in modes.items():
-                    if mode == "train" and (back is None or back.units != config.units):
-                        continue
-                    yield make(
-                        f"sequence {mode} {shape}", f"triton.lstm_sequence:{kernel}", dtype,
-                        ("steps", "batch", "one"), settings | flags, spins=True,
-                    )  # fmt: skip
+                    if mode == "table" or (back is not None and back.units == config.units):
+                        name = f"sequence {mode} {shape}"
+                        yield make(name, FORWARD, dtype, settings | flags, spins=True)
             back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, 16, dtype)
             if back is not None:
-                settings = backward_settings(back, dtype, padded(hidden, back.units))
-                yield make(
-                    f"sequence backward {hidden} U{back.units} B{back.columns}",
-                    "triton.lstm_sequence_backward:sequence_backward_kernel", dtype,
-                    ("steps", "batch"), settings | {"HAS_KEEP": True, "LIMIT": 0}, spins=True,
-                )  # fmt: skip
+                settings = sequence_constants(back, dtype, padded(hidden, back.units))
+                shape = f"{hidden} U{back.units} B{back.columns}"
+                settings |= {"HAS_KEEP": True, "LIMIT": 0}
+                yield make(f"sequence backward {shape}", BACKWARD, dtype, settings, spins=True)
 
 
 def _rows() -> Iterator[Variant]:
     from fusion_model.kernels.triton.lstm_step import backward_constants, forward_constants
 
+    modes = {
+        "decode": {"INPUT": 2, "HAS_KEEP": False, "SAVE": False},
+        "train": {"INPUT": 1, "HAS_KEEP": True, "SAVE": True},
+    }
+    step = "triton.lstm_step:rows_"
     for dtype in TYPES:
         for hidden in WIDTHS if dtype == torch.bfloat16 else (768,):
             for rows in (16, 64, 8192):
-                units = step_units(rows, hidden)
-                width = padded(hidden, units)
-                for mode, flags in {
-                    "decode": {"INPUT": 2, "HAS_KEEP": False, "SAVE": False},
-                    "train": {"INPUT": 1, "HAS_KEEP": True, "SAVE": True},
-                }.items():
-                    settings = forward_constants(rows, dtype, width, units) | flags
-                    yield make(
-                        f"rows {mode} {hidden} N{rows}", "triton.lstm_step:rows_forward", dtype,
-                        ("n", "batch"), settings,
-                    )  # fmt: skip
-                settings = backward_constants(rows, dtype, width, units) | {"HAS_KEEP": True}
-                yield make(
-                    f"rows backward {hidden} N{rows}", "triton.lstm_step:rows_backward", dtype,
-                    ("n", "n_next", "batch"), settings, products=settings["FUSED"],
-                )  # fmt: skip
+                units, shape = step_units(rows, hidden), f"{hidden} N{rows}"
+                sizes = rows, dtype, padded(hidden, units), units
+                for mode, flags in modes.items():
+                    settings = forward_constants(*sizes) | flags
+                    yield make(f"rows {mode} {shape}", f"{step}forward", dtype, settings)
+                settings = backward_constants(*sizes) | {"HAS_KEEP": True}
+                name, fused = f"rows backward {shape}", settings["FUSED"]
+                yield make(name, f"{step}backward", dtype, settings, products=fused)
 
 
 def _decode() -> Iterator[Variant]:
@@ -152,14 +144,10 @@ def _decode() -> Iterator[Variant]:
                 settings = linear_constants(rows, outputs, width, dtype)
                 settings |= {"STRIDE": width, "FUSION": fusion, "ROWS": fusion > 0}
                 name = f"{('vocabulary', 'projection', 'gate')[fusion]} N{rows}"
-                scalars = ("n", "outputs")
-                yield make(name, "triton.decode:decode_linear", dtype, scalars, settings)
+                yield make(name, "triton.decode:decode_linear", dtype, settings)
     for mode, greedy in (("greedy", True), ("sample top k", False)):
         settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": 8192, "num_warps": 8}
-        yield make(
-            mode, "triton.decode:decode_choose", torch.float32,
-            ("v", "batch", "steps", "k", "eos", "pad"), settings, products=False,
-        )  # fmt: skip
+        yield make(mode, "triton.decode:decode_choose", torch.float32, settings, products=False)
 
 
 def _surprisal() -> Iterator[Variant]:
@@ -169,39 +157,28 @@ def _surprisal() -> Iterator[Variant]:
         settings = surprisal_constants(512, dtype, True)
         for kernel in ("surprisal_forward", "surprisal_backward"):
             name = kernel.replace("_", " ")
-            yield make(name, f"triton.linear_cross_entropy:{kernel}", dtype, ("n", "v"), settings)
+            yield make(name, f"triton.linear_cross_entropy:{kernel}", dtype, settings)
 
 
 def _checks() -> Iterator[Variant]:
     """What only `fusion-lm gpu-check` runs, as it runs there: floors, and debug builds."""
     from fusion_model.kernels.check.hangs import DEBUG, LOOKS, WIDTH
     from fusion_model.kernels.triton.lstm_sequence import sequence_constants
-    from fusion_model.kernels.triton.lstm_sequence_backward import backward_settings
 
-    kind = torch.int32
-    scalars = {"empty_steps": ("steps",), "wait_in_vain": ("target",), "nothing": (),
-               "read_all": ("blocks", "rounds")}  # fmt: skip
-    settings: dict[str, dict[str, Any]] = {
+    alone: dict[str, dict[str, Any]] = {
         "empty_steps": {"LIMIT": 0, "num_warps": 4, "launch_cooperative_grid": True},
         "wait_in_vain": {"LIMIT": LOOKS, "num_warps": 4},
         "nothing": {"num_warps": 4},
         "read_all": {"BLOCK": 4096, "num_warps": 8},
     }
-    for kernel, own in settings.items():
+    for kernel, settings in alone.items():
         home = f"check.spin_kernels:{kernel}"
-        yield make(f"check {kernel}", home, kind, scalars[kernel], own, products=False)
-    flags = {"TABLE": False, "HAS_KEEP": False, "SAVE": False, "LIMIT": LOOKS}
-    forward, backward = DEBUG
-    yield make(
-        "sequence debug", "triton.lstm_sequence:sequence_forward_split", torch.bfloat16,
-        ("steps", "batch", "one"), sequence_constants(forward, torch.bfloat16, WIDTH) | flags,
-        spins=True,
-    )  # fmt: skip
-    own = backward_settings(backward, torch.bfloat16, WIDTH) | {"HAS_KEEP": False, "LIMIT": LOOKS}
-    yield make(
-        "sequence backward debug", "triton.lstm_sequence_backward:sequence_backward_kernel",
-        torch.bfloat16, ("steps", "batch"), own, spins=True,
-    )  # fmt: skip
+        yield make(f"check {kernel}", home, torch.int32, settings, products=False)
+    kind, flags = torch.bfloat16, {"HAS_KEEP": False, "LIMIT": LOOKS}
+    forward, backward = (sequence_constants(config, kind, WIDTH) | flags for config in DEBUG)
+    forward |= {"TABLE": False, "SAVE": False}
+    yield make("sequence debug", FORWARD, kind, forward, spins=True)
+    yield make("sequence backward debug", BACKWARD, kind, backward, spins=True)
 
 
 def variants(chip: int) -> list[Variant]:

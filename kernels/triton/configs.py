@@ -85,6 +85,17 @@ class TileConfig:
     warps: int
     stages: int
 
+    def settings(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Of kernels and launches, but for what the columns are."""
+        return {
+            "BLOCK_N": self.rows,
+            "BLOCK_K": self.depth,
+            "PRECISION": precision(dtype),
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
+
 
 def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
     """Forward step: `columns` are units, of four gates each (estimates; nobody measured)."""

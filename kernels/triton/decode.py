@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import TileConfig, precision
+from fusion_model.kernels.triton.configs import TileConfig
 from fusion_model.kernels.triton.decode_naive import Token
 from fusion_model.kernels.triton.lstm_step import OWN, TABLE, forward_constants, rows_forward
 from fusion_model.kernels.triton.primitives import sigmoid
@@ -138,16 +138,7 @@ def linear_config(rows: int, outputs: int, dtype: torch.dtype) -> TileConfig:
 
 def linear_constants(rows: int, outputs: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     config = linear_config(rows, outputs, dtype)
-    return {
-        "K": width,
-        "BLOCK_N": config.rows,
-        "BLOCK_O": config.columns,
-        "BLOCK_K": config.depth,
-        "PRECISION": precision(dtype),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
+    return config.settings(dtype) | {"K": width, "BLOCK_O": config.columns}
 
 
 def linear(

@@ -15,7 +15,7 @@ MASK = 0xFFFFFFFF
 
 
 class Token(NamedTuple):
-    """What a token reads, and what it writes: ids, tokens, done, made, h_next, c.
+    """What a token reads, and what it writes.
 
     The weights and biases of the LSTM are packed, as `layout.pack` does.
     """
@@ -45,6 +45,10 @@ class Token(NamedTuple):
     top_k: int  # 0: all
     eos: int  # -1: none
     pad: int  # what a sequence goes on with after eos
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        return ("ids", "tokens", "done", "made", "h_next", "c")
 
 
 def philox(seed: Tensor, words: Tensor, rows: Tensor, count: Tensor) -> Tensor:

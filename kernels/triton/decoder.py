@@ -1,9 +1,9 @@
-"""One token as an operator, the memory that it works on, and the CUDA graph of it.
+"""One token by kernels found right, the memory that it works on, and the CUDA graph of it.
 
 Notation: B sequences, H hidden width, HP padded, D features, V vocabulary, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,105 +12,35 @@ from fusion_model.kernels.cuda_graphs import record
 from fusion_model.kernels.triton.configs import on, padded, step_units
 from fusion_model.kernels.triton.decode import kernel_token
 from fusion_model.kernels.triton.decode_naive import Token, plain_token, scores
-from fusion_model.kernels.triton.guards import close, trusted
-from fusion_model.kernels.triton.layout import pack
+from fusion_model.kernels.triton.guards import trusted
+from fusion_model.kernels.triton.layout import copied, pack
 from torch import Tensor
 
-WRITTEN = ("ids", "tokens", "done", "made", "h_next", "c")
 
-
-def _agrees(args: Token) -> bool:
-    """The kernels against PyTorch, on copies: state, logits, and the choice among those logits."""
-    results = []
-    for run in (kernel_token, plain_token):
-        fresh = {name: getattr(args, name).clone() for name in WRITTEN}
-        results.append((run(args._replace(**fresh)), fresh))
-    (logits, got), (expected, wanted) = results
-    alike = [(logits, expected), (got["h_next"], wanted["h_next"]), (got["c"], wanted["c"])]
+def _trial(args: Token) -> Iterator[tuple[Tensor, Tensor]]:
+    """The kernels, and PyTorch, on copies: state, logits, and the choice among those logits."""
+    got, expected = (copied(args, dict.fromkeys(args.written)) for _ in range(2))
+    logits = kernel_token(got)
+    yield logits, plain_token(expected)
+    yield from ((got.h_next, expected.h_next), (got.c, expected.c), (got.made, expected.made))
     best = scores(logits, args)
-    chosen = torch.where(args.done.bool(), best.argmax(-1), got["ids"])
+    chosen = torch.where(args.done.bool(), best.argmax(-1), got.ids)
     # Logarithms may differ in their last bit: so may the choice between two that are as good.
     right = best.gather(1, chosen[:, None])[:, 0] >= best.amax(-1) - 1e-3
-    return (
-        all(close(a, b, args.h.dtype) for a, b in alike)
-        and bool(right.all())
-        and torch.equal(got["made"], wanted["made"])
-    )
+    yield right, torch.ones_like(right)
 
 
-@torch.library.custom_op("fusion_lm::decode_token", mutates_args=WRITTEN)
-def decode_token(
-    ids: Tensor,
-    tokens: Tensor,
-    done: Tensor,
-    made: Tensor,
-    seed: Tensor,
-    temperature: Tensor,
-    h: Tensor,
-    h_next: Tensor,
-    c: Tensor,
-    table: Tensor,
-    inner: list[Tensor],
-    outer: list[Tensor],
-    biases: list[Tensor],
-    projection: Tensor,
-    addend: Tensor,
-    vocabulary: Tensor,
-    bias: Tensor,
-    e: Tensor | None,
-    gate: Tensor | None,
-    gate_addend: Tensor | None,
-    units: int,
-    greedy: bool,
-    top_k: int,
-    eos: int,
-    pad: int,
-) -> Tensor:
-    """One token for every sequence; see `decoding.Token`. Returns the logits, [B, V] float32."""
-    args = Token(
-        ids, tokens, done, made, seed, temperature, h, h_next, c, table, inner, outer, biases,
-        projection, addend, vocabulary, bias, e, gate, gate_addend, units, greedy, top_k, eos, pad,
-    )  # fmt: skip
-    batch = len(ids)
+def decode_token(args: Token) -> Tensor:
+    """One token for every sequence; returns the logits, [B, V] float32."""
+    batch = len(args.ids)
     tall = sum(batch > rows for rows in (16, 32, 64))  # which tiles: see `step_config`
-    fusion = "gate" if gate is not None else "multiply" if e is not None else "plain"
-    choice = "greedy" if greedy else "top k" if top_k else "all"
-    key = (h.dtype, *h.shape[::2], *vocabulary.shape, units, tall, fusion, choice)
-    with on(h.device):
-        if trusted("decode_token", key, h.device, lambda: _agrees(args)):
-            return kernel_token(args)
-        return plain_token(args)
-
-
-@decode_token.register_fake
-def _(
-    ids: Tensor,
-    tokens: Tensor,
-    done: Tensor,
-    made: Tensor,
-    seed: Tensor,
-    temperature: Tensor,
-    h: Tensor,
-    h_next: Tensor,
-    c: Tensor,
-    table: Tensor,
-    inner: list[Tensor],
-    outer: list[Tensor],
-    biases: list[Tensor],
-    projection: Tensor,
-    addend: Tensor,
-    vocabulary: Tensor,
-    bias: Tensor,
-    e: Tensor | None,
-    gate: Tensor | None,
-    gate_addend: Tensor | None,
-    units: int,
-    greedy: bool,
-    top_k: int,
-    eos: int,
-    pad: int,
-) -> Tensor:
-    return h.new_empty(ids.shape[0], vocabulary.shape[0], dtype=torch.float32)
+    fusion = "gate" if args.gate is not None else "multiply" if args.e is not None else "plain"
+    choice = "greedy" if args.greedy else "top k" if args.top_k else "all"
+    shape = (*args.h.shape[::2], *args.vocabulary.shape, args.units)
+    key, dtype, device = (*shape, tall, fusion, choice), args.h.dtype, args.h.device
+    with on(device):
+        right = trusted("decode_token", dtype, key, device, lambda: _trial(args))
+        return kernel_token(args) if right else plain_token(args)
 
 
 @dataclass(frozen=True)
@@ -236,10 +166,11 @@ class Decoder:
             if kept is not None and given is not None:
                 kept.copy_(given)
 
-    def step(self) -> None:
-        """One token for every sequence; nothing here waits for the device."""
-        self.logits = decode_token(*self.steps[self.parity])
+    def step(self) -> Tensor:
+        """One token for every sequence, and the logits; nothing here waits for the device."""
+        self.logits = decode_token(self.steps[self.parity])
         self.parity = 1 - self.parity
+        return self.logits
 
     def state(self) -> tuple[Tensor, Tensor]:
         """(h, c) after the last step, each [B, L, H]."""
@@ -260,13 +191,8 @@ class TokenGraph:
         if decoder.done.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, not {decoder.done.device}")
         self.decoder, decoder.parity = decoder, 0
-
-        def step() -> Tensor | None:
-            decoder.step()
-            return decoder.logits
-
         with on(decoder.done.device):
-            self.graphs = [record(step), record(step)]
+            self.graphs = [record(decoder.step) for _ in range(2)]
 
     def step(self) -> None:
         """As `Decoder.step`, by replaying the graph."""

@@ -2,12 +2,14 @@
 first time that they run."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from fusion_model.kernels.triton.configs import Chip, chip_of, interpreting
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class LaunchRefused(RuntimeError):
@@ -56,35 +58,50 @@ checked: dict[tuple[Any, ...], bool] = {}
 """(kernel, device, configuration) -> whether it agreed with the reference."""
 
 
+def attempt(run: Callable[[], T], else_: str) -> T | None:
+    """What `run` gives; or None, and a warning of what happens instead."""
+    try:
+        return run()
+    except Exception as error:  # whatever Triton or the driver raise: what happens else is right
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{else_}: {reason}", RuntimeWarning, stacklevel=3)
+        return None
+
+
 def trusted(
-    name: str, key: tuple[Any, ...], device: torch.device, check: Callable[[], bool]
+    name: str,
+    dtype: torch.dtype,
+    key: tuple[Any, ...],
+    device: torch.device,
+    trial: Callable[[], Iterable[tuple[Tensor, Tensor]]],
 ) -> bool:
-    """Whether a kernel agrees with the reference here; found out once a device and configuration.
+    """Whether a kernel agrees with the equations here; found out once a device and configuration.
 
     A kernel that fails, or disagrees, is not used: a warning names it, and the caller computes
     without it. While a CUDA graph is being captured nothing can be compared; what was not
     checked before is then taken on trust.
+
+    Args:
+        dtype: of the products: how far results may be apart.
+        key: what else a configuration is known by.
+        trial: runs the kernel and the equations; pairs of what they gave.
     """
     if interpreting():
         return True  # the tests compare every kernel with the reference themselves
-    where = (name, str(device), *key)
+    where = (name, str(device), dtype, *key)
     if where not in checked:
         if torch.cuda.is_current_stream_capturing():
             return True
-        checked[where] = True  # the check itself comes through here
-        reason = "its results differ from the reference's"
-        try:
-            checked[where] = check()
-        except Exception as error:  # whatever Triton or the driver raise: the fallback is right
-            checked[where] = False
-            reason = f"{type(error).__name__}: {error}"
-        if not checked[where]:
-            warnings.warn(
-                f"Triton kernel {name} {key} is not used on {device}, PyTorch computes instead: "
-                f"{reason}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        checked[where] = True  # the trial itself comes through here
+
+        def compare() -> bool:
+            if not all(close(got, expected, dtype) for got, expected in trial()):
+                raise ArithmeticError("its results differ from the reference's")
+            return True
+
+        kernel = f"Triton kernel {name} {(dtype, *key)}"
+        said = f"{kernel} is not used on {device}, PyTorch computes instead"
+        checked[where] = attempt(compare, said) is not None
     return checked[where]
 
 

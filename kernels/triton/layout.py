@@ -1,4 +1,4 @@
-"""LSTM rows in the layout of the Triton kernels, in plain PyTorch: their reference and fallback.
+"""LSTM rows as the Triton kernels keep them: which run when, packed, and what a launch is given.
 
 Weights and input gates are packed, so that what a program of U units needs lies together. Packing
 is differentiable.
@@ -7,9 +7,9 @@ Notation: B sentences, R rows a sentence, N = B * R, T steps, N_t rows active at
 M = sum of N_t, H hidden width, HP = H padded, U units a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,34 +38,77 @@ class Rows:
 
 
 class Forward(NamedTuple):
-    """Arguments of whatever runs a layer forward; see `lstm_rows`. h, c, … are filled."""
+    """What runs a layer forward, by whichever kernel; h, c, c_saved and gates are filled."""
 
-    x_gates: Tensor
-    ids: Tensor | None
-    w: Tensor
-    h: Tensor
-    c: Tensor
-    keep: Tensor | None
-    c_saved: Tensor | None
-    gates: Tensor | None
+    x_gates: Tensor  # [T * B, 4 HP] where shared, else [M, 4 HP]; with ids a table [V, 4 HP]
+    ids: Tensor | None  # [T, B] int64
+    w: Tensor  # [4 HP, HP]
+    h: Tensor  # [N + M, HP]: the first N rows are given
+    c: Tensor  # [N, HP] float32: given, replaced by the last
+    keep: Tensor | None  # [T, B] uint8: 0 holds the state
+    c_saved: Tensor | None  # [N + M, HP] float32: the first N rows are given
+    gates: Tensor | None  # [M, 4 HP]: activated
     rows: Rows
-    shared: bool
+    shared: bool  # the rows of a sentence have the same input gates
     units: int
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        return ("h", "c", "c_saved", "gates")
+
+    def given(self) -> "Forward":
+        """What of it is read, but for a table, which outlives many calls."""
+        saved = None if self.c_saved is None else self.c_saved[: len(self.c)]
+        table: Any = self.x_gates if self.ids is None else None
+        return self._replace(x_gates=table, h=self.h[: len(self.c)], c_saved=saved, gates=None)
+
+    def trial(self) -> "Forward":
+        """A copy to try a kernel on: of a sequence at most three steps."""
+        rows = self.rows
+        if rows.count == 1:
+            rows = Rows(rows.batch, min(rows.steps, 3), 1)
+        total = rows.offsets()[-1]
+        ends = {"h": len(self.c) + total, "c": None, "c_saved": len(self.c) + total, "gates": total}
+        return copied(self._replace(rows=rows), ends)
 
 
 class Backward(NamedTuple):
-    """Arguments of whatever runs a layer backward; grad and held are filled, dc is replaced."""
+    """What runs a layer backward; grad and held are filled, dc is replaced."""
 
-    dh: Tensor
-    dc: Tensor
-    w: Tensor
-    c_saved: Tensor
-    gates: Tensor
-    keep: Tensor | None
-    grad: Tensor
-    held: Tensor
+    dh: Tensor  # [N + M, HP]: gradient of h from outside
+    dc: Tensor  # [N, HP] float32: gradient of the last c, replaced by that of the first
+    w: Tensor  # [4 HP, HP]
+    c_saved: Tensor  # [N + M, HP] float32
+    gates: Tensor  # [M, 4 HP]
+    keep: Tensor | None  # [T, B] uint8
+    grad: Tensor  # [M, 4 HP]: of the gates before activation
+    held: Tensor  # [N, HP] float32, zero: gradient of h that went past steps which held it
     rows: Rows
     units: int
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        return ("dc", "grad", "held")
+
+    def given(self) -> "Backward":
+        """What of it is read."""
+        unread: Any = None
+        return self._replace(grad=unread)
+
+    def trial(self) -> "Backward":
+        """A copy to try a kernel on."""
+        return copied(self, dict.fromkeys(self.written))
+
+
+Args = TypeVar("Args", bound=Any)
+
+
+def copied(args: Args, ends: Mapping[str, int | None]) -> Args:
+    """A named tuple with copies of these tensors, cut off at so many rows."""
+    kept = {name: getattr(args, name) for name in ends}
+    fresh = {name: t[: ends[name]].clone() for name, t in kept.items() if t is not None}
+    changed: Args = args._replace(**fresh)
+    return changed
 
 
 def pack(w: Tensor, units: int) -> Tensor:

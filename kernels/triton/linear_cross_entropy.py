@@ -8,14 +8,16 @@ products by PyTorch. No locks and no atomics: results are the same bits every ti
 Notation: N positions, D features, V vocabulary, TILES = ceil(V / BLOCK_V).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import on, precision, surprisal_config
-from fusion_model.kernels.triton.guards import close, trusted
+from fusion_model.kernels.triton.configs import on, surprisal_config
+from fusion_model.kernels.triton.guards import trusted
+from fusion_model.kernels.triton.primitives import load_part
 from torch import Tensor
 
 CHUNK = 2048  # positions a gradient tile: 32 MB at V = 8192 in bf16, within an L2 of 50 MB
@@ -50,12 +52,8 @@ def logits_tile(
     o_w = tl.where(o_v < v, o_v, 0)[None, :].to(tl.int64) * D + o_k[:, None]
     z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for k in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
-            b_x = tl.load(p_x + o_x + k)
-            b_w = tl.load(p_w + o_w + k)
-        else:
-            b_x = tl.load(p_x + o_x + k, mask=(o_k < D - k)[None, :], other=0.0)
-            b_w = tl.load(p_w + o_w + k, mask=(o_k < D - k)[:, None], other=0.0)
+        b_x = load_part(p_x + o_x + k, (o_k < D - k)[None, :], D % BLOCK_K > 0)
+        b_w = load_part(p_w + o_w + k, (o_k < D - k)[:, None], D % BLOCK_K > 0)
         z = tl.dot(b_x, b_w, z, input_precision=PRECISION)
     if HAS_BIAS:
         z += tl.load(p_bias + o_v, mask=o_v < v, other=0.0).to(tl.float32)[None, :]
@@ -130,17 +128,7 @@ def surprisal_backward(
 def surprisal_constants(width: int, dtype: torch.dtype, biased: bool) -> dict[str, Any]:
     """Tile and launch settings of both kernels."""
     config = surprisal_config(dtype)
-    return {
-        "D": width,
-        "HAS_BIAS": biased,
-        "BLOCK_N": config.rows,
-        "BLOCK_V": config.columns,
-        "BLOCK_K": config.depth,
-        "PRECISION": precision(dtype),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
+    return config.settings(dtype) | {"D": width, "HAS_BIAS": biased, "BLOCK_V": config.columns}
 
 
 def _forward(
@@ -197,19 +185,19 @@ def _plain_backward(
     return grad @ weight, grad.t() @ x, grad.sum(0)
 
 
-def _agrees(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Both kernels against PyTorch, on 200 random positions of this width."""
+def _trial(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both kernels, and PyTorch, on 200 random positions of this width."""
     x = torch.randn(200, x.shape[1], dtype=x.dtype, device=x.device)
     y = torch.arange(200, device=x.device) % len(weight)
-    got, expected = _forward(x, weight, bias, y), _plain_forward(x, weight, bias, y)
+    expected = _plain_forward(x, weight, bias, y)
     inputs = (x.new_ones(200, dtype=torch.float32), x, weight, bias, y, expected[1])
-    pairs = zip((*got, *_backward(*inputs)), (*expected, *_plain_backward(*inputs)), strict=True)
-    return all(close(a, b, x.dtype) for a, b in pairs)
+    yield from zip(_forward(x, weight, bias, y), expected, strict=True)
+    yield from zip(_backward(*inputs), _plain_backward(*inputs), strict=True)
 
 
-def _use_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    key = (x.dtype, x.shape[1], bias is not None)
-    return trusted("surprisal", key, x.device, lambda: _agrees(x, weight, bias))
+def _right(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    key = (x.shape[1], bias is not None)
+    return trusted("surprisal", x.dtype, key, x.device, lambda: _trial(x, weight, bias))
 
 
 @torch.library.custom_op("fusion_lm::surprisal_forward", mutates_args=())
@@ -217,12 +205,12 @@ def _forward_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     with on(x.device):
-        run = _forward if _use_kernel(x, weight, bias) else _plain_forward
+        run = _forward if _right(x, weight, bias) else _plain_forward
         return run(x, weight, bias, targets)
 
 
 @_forward_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     out = x.new_empty(x.shape[0], dtype=torch.float32)
     return out, torch.empty_like(out)
 
@@ -232,14 +220,12 @@ def _backward_op(
     upstream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     with on(x.device):
-        run = _backward if _use_kernel(x, weight, bias) else _plain_backward
+        run = _backward if _right(x, weight, bias) else _plain_backward
         return run(upstream.contiguous(), x, weight, bias, targets, lse)
 
 
 @_backward_op.register_fake
-def _(
-    upstream: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(_: Tensor, x: Tensor, weight: Tensor, *_rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), x.new_empty(weight.shape[0])
 
 

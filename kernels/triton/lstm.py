@@ -1,57 +1,48 @@
-"""Sequences and prefixes by the Triton kernels: several layers, packed and unpacked.
+"""Sequences and prefixes by the Triton kernels: one layer or several.
 
 Notation: B sentences, R rows a sentence, N = B * R, T steps, M = steps of all rows together,
 H hidden width, HP = H padded, U units a block, L layers, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels.triton.configs import RowsPlan, chip_of, padded, rows_plan
+from fusion_model.kernels.triton.configs import chip_of, padded, rows_plan
 from fusion_model.kernels.triton.layout import Rows, pack
-from fusion_model.kernels.triton.lstm_operator import lstm_rows
+from fusion_model.kernels.triton.lstm_operator import Plan, lstm_rows
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 State = tuple[Tensor, Tensor]
-
-
-def _pack_recurrent(w_hh: Tensor, units: int) -> Tensor:
-    """W_hh [4H, H] as [4 HP, HP]."""
-    hidden = w_hh.shape[1]
-    return pack(F.pad(w_hh, (0, padded(hidden, units) - hidden)), units).contiguous()
+TABLE_BYTES = 1 << 29  # of a table of input gates, at most
 
 
 def _run(
-    x_gates: Tensor,
+    packed: Callable[[int], State],
     ids: Tensor | None,
-    w: Tensor,
     initial: State,
+    dtype: torch.dtype,
     keep: Tensor | None,
     rows: Rows,
     shared: bool,
-    plan: RowsPlan,
     save: bool,
 ) -> State:
-    """h [N + M, H] and the last c [N, H] from packed gates and weights; see `lstm_rows`."""
-    hidden, kind = initial[0].shape[1], x_gates.dtype
+    """h [N + M, H] and the last c [N, H] from initial rows [N, H]; see `lstm_rows`.
+
+    `packed(units)` gives input gates and W_hh, packed for programs of so many units.
+    """
+    hidden, chip = initial[0].shape[1], chip_of(initial[0].device)
+    how = rows_plan(chip, hidden, rows.batch, rows.count, dtype, rows.steps, save)
+    x_gates, w = packed(how.units)
     h0, c0 = (F.pad(s, (0, w.shape[1] - hidden)) for s in initial)
-    h, c, _, _ = lstm_rows(
-        x_gates,
-        ids,
-        h0.to(kind).contiguous(),
-        c0.float().contiguous(),
-        w,
-        keep,
-        rows.batch,
-        rows.steps,
-        shared,
-        plan.units,
-        plan.persistent,
-        save,
-    )
-    return h[:, :hidden], c[:, :hidden].to(kind)
+    h0, c0 = h0.to(dtype).contiguous(), c0.float().contiguous()
+    plan = Plan(rows.batch, rows.steps, how.units, shared, how.persistent, save)
+    h, c, _, _ = lstm_rows(x_gates, ids, h0, c0, w, keep, [int(value) for value in plan])
+    return h[:, :hidden], c[:, :hidden].to(dtype)
 
 
 def _layer(
@@ -61,23 +52,19 @@ def _layer(
     keep: Tensor | None,
     rows: Rows,
     shared: bool,
-    places: Tensor | None = None,
 ) -> State:
-    """h [N + M, H] and the last c [N, H] of a layer, from inputs [*, D] and initial rows [N, H].
+    """h [N + M, H] and the last c [N, H] of a layer, from inputs [*, D] and initial rows [N, H]."""
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *initial, *weights))
+    packed = partial(_gates, x, weights)
+    return _run(packed, None, initial, x.dtype, keep, rows, shared, save)
 
-    Of packed sequences the inputs are real tokens only, which belong at `places` of [T * B].
-    """
+
+def _gates(x: Tensor, weights: Sequence[Tensor], units: int) -> State:
+    """Input gates [*, 4 HP] of x [*, D], and W_hh [4 HP, HP], packed."""
     w_ih, w_hh, b_ih, b_hh = weights
-    given = (x, *initial, w_ih, w_hh, b_ih, b_hh)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    chip, hidden = chip_of(x.device), w_hh.shape[1]
-    plan = rows_plan(chip, hidden, rows.batch, rows.count, x.dtype, rows.steps, save)
-    x_gates = F.linear(x, pack(w_ih, plan.units), pack(b_ih + b_hh, plan.units))
-    if places is not None:
-        padded_gates = x_gates.new_zeros(rows.steps * rows.batch, x_gates.shape[1])
-        x_gates = padded_gates.index_copy(0, places, x_gates)
-    w = _pack_recurrent(w_hh, plan.units)
-    return _run(x_gates, None, w, initial, keep, rows, shared, plan, save)
+    inner = F.pad(w_hh, (0, padded(w_hh.shape[1], units) - w_hh.shape[1]))
+    gates = F.linear(x, pack(w_ih, units), pack(b_ih + b_hh, units))
+    return gates, pack(inner, units).contiguous()
 
 
 def _steps_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -86,36 +73,43 @@ def _steps_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]
     return x.transpose(0, 1).flatten(0, 1), keep
 
 
+steps_taken: list[int] = [0]  # by any optimiser: fused ones leave a weight's version as it was
+
+
+def _count_step(*_: Any) -> None:
+    steps_taken[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 def versions(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     """Changes when one of the tensors does."""
-    return tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+    found = ((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+    return (steps_taken[0], *found)
 
 
-class GateTable:
-    """Input gates of every token, `embedding @ W_ih.T + biases`, [V, 4 HP], kept while they hold.
+_tables = WeakTensorKeyDictionary()  # embedding -> versions, {units: (table, W_hh packed)}
 
-    At inference a step's input is one token: a row of this table, and no product at all.
+
+def can_be_tabled(embedding: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a table of all tokens' input gates costs less than the product for those at hand."""
+    return len(embedding) * len(weights[0]) * embedding.element_size() <= TABLE_BYTES
+
+
+def gate_table(embedding: Tensor, weights: Sequence[Tensor], units: int) -> State:
+    """Input gates of every token, `embedding @ W_ih.T + biases`, [V, 4 HP], and W_hh, both packed.
+
+    At inference a step's input is one token: a row of this table, and no product at all. It is
+    made anew if a weight changed.
     """
-
-    MOST = 1 << 29  # bytes: beyond, the product for the tokens at hand is cheaper
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def fits(self, embedding: Tensor, weights: Sequence[Tensor]) -> bool:
-        return len(embedding) * len(weights[0]) * embedding.element_size() <= self.MOST
-
-    def of(self, embedding: Tensor, weights: Sequence[Tensor], units: int) -> State:
-        """The table and W_hh, packed for programs of so many units; anew if weights changed."""
-        w_ih, w_hh, b_ih, b_hh = weights
-        key = versions((embedding, *weights))
-        if key != self._key:
-            self._key, self._tables = key, {}
-        if units not in self._tables:
-            table = F.linear(embedding, pack(w_ih, units), pack(b_ih + b_hh, units))
-            self._tables[units] = table, _pack_recurrent(w_hh, units)
-        return self._tables[units]
+    key = versions((embedding, *weights))
+    if embedding not in _tables or _tables[embedding][0] != key:
+        _tables[embedding] = key, {}
+    kept: dict[int, State] = _tables[embedding][1]
+    if units not in kept:
+        kept[units] = _gates(embedding, weights, units)
+    return kept[units]
 
 
 @torch.no_grad()
@@ -124,19 +118,16 @@ def lstm_tokens(
     embedding: Tensor,
     state: State,
     weights: Sequence[Sequence[Tensor]],
-    tables: GateTable,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """`lstm_sequence` of the embeddings of tokens [B, T], embedding [V, D], without gradients."""
+    """As `fusion_model.kernels.lstm_tokens`, from a table of input gates."""
     batch, steps = ids.shape
     rows = Rows(batch, steps, 1)
     columns, keep = _steps_first(ids[:, :, None], mask)
-    chip, hidden = chip_of(ids.device), weights[0][1].shape[1]
-    plan = rows_plan(chip, hidden, batch, 1, embedding.dtype, steps, False)
-    table, w = tables.of(embedding, weights[0], plan.units)
+    packed = partial(gate_table, embedding, weights[0])
     initial = state[0][:, 0], state[1][:, 0]
     columns = columns.view(steps, batch).contiguous()
-    first = _run(table, columns, w, initial, keep, rows, True, plan, False)
+    first = _run(packed, columns, initial, embedding.dtype, keep, rows, True, False)
     return _layers_above(first, rows, state, weights, keep, 0.0)
 
 
@@ -175,33 +166,6 @@ def lstm_sequence(
     initial = state[0][:, 0], state[1][:, 0]
     first = _layer(below, initial, weights[0], keep, rows, True)
     return _layers_above(first, rows, state, weights, keep, dropout)
-
-
-def lstm_packed(
-    data: Tensor,
-    sizes: Tensor,
-    state: State,
-    weights: Sequence[Sequence[Tensor]],
-    dropout: float = 0.0,
-) -> tuple[Tensor, State]:
-    """Tokens [M, D] step by step, `sizes` [T] of them (on the CPU), the longest sequence first.
-
-    Returns the top layer's h, [M, H], and the last state, each [B, L, H].
-    """
-    batch, steps = int(sizes[0]), len(sizes)
-    rows, below, finals = Rows(batch, steps, 1), data, []
-    real = torch.arange(batch) < sizes[:, None]
-    keep = real.to(data.device, torch.uint8)
-    places = real.flatten().nonzero()[:, 0].to(data.device)
-    for layer, layer_weights in enumerate(weights):
-        if layer and dropout:
-            below = F.dropout(below, dropout)
-        initial = state[0][:, layer], state[1][:, layer]
-        h, c = _layer(below, initial, layer_weights, keep, rows, True, places)
-        below = h[batch:].index_select(0, places)
-        finals.append((h[-batch:], c))
-    last = torch.stack([h for h, _ in finals], 1), torch.stack([c for _, c in finals], 1)
-    return below, last
 
 
 def prefix_lstm(

@@ -4,24 +4,12 @@ Notation: as in `fusion_model.kernels.triton.layout`.
 """
 
 import torch
-from fusion_model.kernels.triton.layout import Rows, pack_parts, unpack
-from torch import Tensor
+from fusion_model.kernels.triton.layout import Backward, Forward, pack_parts, unpack
 
 
-def plain_forward(
-    x_gates: Tensor,
-    ids: Tensor | None,
-    w: Tensor,
-    h: Tensor,
-    c: Tensor,
-    keep: Tensor | None,
-    c_saved: Tensor | None,
-    gates: Tensor | None,
-    rows: Rows,
-    shared: bool,
-    units: int,
-) -> None:
+def plain_forward(args: Forward) -> None:
     """As `steps_forward`, in PyTorch: the reference, and what runs if the kernel is wrong."""
+    x_gates, ids, w, h, c, keep, c_saved, gates, rows, shared, units = args
     offsets, start = rows.offsets(), 0
     for t in range(rows.steps):
         n, after = rows.active(t), len(c) + offsets[t]
@@ -47,19 +35,9 @@ def plain_forward(
         start = after
 
 
-def plain_backward(
-    dh: Tensor,
-    dc: Tensor,
-    w: Tensor,
-    c_saved: Tensor,
-    gates: Tensor,
-    keep: Tensor | None,
-    grad: Tensor,
-    held: Tensor | None,
-    rows: Rows,
-    units: int,
-) -> None:
+def plain_backward(args: Backward) -> None:
     """As `steps_backward`, in PyTorch."""
+    dh, dc, w, c_saved, gates, keep, grad, held, rows, units = args
     offsets, count = rows.offsets(), len(dc)
     following = grad[:0]
     for t in reversed(range(rows.steps)):
@@ -70,7 +48,7 @@ def plain_backward(
         i, f, g, o = unpack(gates[offsets[t] : offsets[t + 1]].float(), units)
         squashed = torch.tanh(c_saved[after : after + n])
         real = torch.ones(n, 1, dtype=torch.bool, device=dh.device)
-        if keep is not None and held is not None:
+        if keep is not None:
             d += held[:n]
             real = keep[t].bool().repeat(n // rows.batch)[:, None]
             held[:n] = torch.where(real, 0.0, d)

@@ -6,7 +6,9 @@ a sentence. Each kernel is compared with the reference once before it is used.
 Notation: as in `fusion_model.kernels.triton.layout`.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from fusion_model.kernels.cuda_graphs import run_steps
@@ -16,7 +18,7 @@ from fusion_model.kernels.triton.configs import (
     sequence_backward_config,
     sequence_config,
 )
-from fusion_model.kernels.triton.guards import close, trusted
+from fusion_model.kernels.triton.guards import trusted
 from fusion_model.kernels.triton.layout import Backward, Forward, Rows
 from fusion_model.kernels.triton.lstm_naive import plain_backward, plain_forward
 from fusion_model.kernels.triton.lstm_sequence import sequence_forward
@@ -25,87 +27,51 @@ from fusion_model.kernels.triton.lstm_step import steps_backward, steps_forward
 from torch import Tensor
 
 
-def _run_forward(persistent: bool, args: Forward) -> None:
-    """Fill the outputs by the first kernel that fits and agrees with the reference."""
-    width, batch, dtype, device = args.w.shape[1], args.rows.batch, args.h.dtype, args.h.device
-    given = args.ids is not None, args.keep is not None, args.gates is not None
-    key = (dtype, width, args.units, *given)
-    config = sequence_config(chip_of(device), width, batch, dtype) if persistent else None
-    if config is not None:
+def _run(persistent: bool, args: Forward | Backward) -> None:
+    """Fill the outputs by the first kernel that fits and agrees with the equations."""
+    ways: Any = sequence_backward_config, sequence_backward, steps_backward, plain_backward
+    name = "backward"
+    if isinstance(args, Forward):
+        ways = sequence_config, sequence_forward, steps_forward, plain_forward
+        name = "forward"
+    config_of, sequence, steps, plain = ways
+    rows, width, dtype, device = args.rows, args.w.shape[1], args.w.dtype, args.w.device
 
-        def launch(*given: Any) -> None:
-            persistently: Any = sequence_forward
-            persistently(*given[:8], given[8].steps, config)
+    def right(kernel: str, run: Any, *more: Any) -> bool:
+        key = (width, args.units, *(value is None for value in args), *more)
+        return trusted(kernel, dtype, key, device, lambda: _trial(run, plain, args))
 
-        if trusted(
-            "sequence_forward", (*key, config), device, lambda: _agrees_forward(launch, args)
-        ):
-            return launch(*args)
-    size = (args.rows.active(0) > 16, args.rows.active(0) > 64, args.shared)
-    if trusted("rows_forward", key + size, device, lambda: _agrees_forward(steps_forward, args)):
-        first = len(args.c)  # rows of h and c_saved that are given, before the first step
-        reads: dict[str, int | None] = {
-            "x_gates": None,
-            "ids": None,
-            "w": None,
-            "c": None,
-            "keep": None,
-        }
-        reads |= {"h": first, "c_saved": first}
-        fixed = () if args.ids is None else ("x_gates",)
-        writes = ("h", "c", "c_saved", "gates")
-        return run_steps("rows_forward", steps_forward, args, reads, writes, fixed)
-    return plain_forward(*args)
+    with on(device):
+        config = config_of(chip_of(device), width, rows.batch, dtype) if persistent else None
+        if config is not None and config.units == args.units:
+            launch = partial(sequence, config=config)
+            if right(f"sequence_{name}", launch, config):
+                return launch(args)
+        shared = isinstance(args, Forward) and args.shared
+        if right(f"rows_{name}", steps, rows.active(0) > 16, rows.active(0) > 64, shared):
+            return run_steps(f"rows_{name}", steps, args)
+        plain(args)
 
 
-def _agrees_forward(run: Any, args: Forward) -> bool:
-    """Whether `run` gives what PyTorch gives, on at most three steps of the same input."""
-    rows, count = args.rows, len(args.c)
-    if rows.count == 1:
-        rows = Rows(rows.batch, min(rows.steps, 3), 1)
-    total = rows.offsets()[-1]
-    ends = {"h": count + total, "c": count, "c_saved": count + total, "gates": total}
-    results = []
-    for function in (run, plain_forward):
-        values = {name: getattr(args, name) for name in ends}
-        fresh: Any = {name: None if v is None else v.clone() for name, v in values.items()}
-        function(*args._replace(**fresh, rows=rows))
-        results.append(
-            [fresh[name][:end] for name, end in ends.items() if values[name] is not None]
-        )
-    return all(close(a, b, args.h.dtype) for a, b in zip(*results, strict=True))
+def _trial(run: Any, plain: Any, args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `run` writes, and what the equations do, on copies."""
+    got, expected = args.trial(), args.trial()
+    run(got)
+    plain(expected)
+    for name in args.written:
+        if getattr(args, name) is not None:
+            yield getattr(got, name), getattr(expected, name)
 
 
-def _run_backward(persistent: bool, args: Backward) -> None:
-    """As `_run_forward`."""
-    width, batch, dtype, device = args.w.shape[1], args.rows.batch, args.w.dtype, args.w.device
-    key = (dtype, width, args.units, args.keep is not None)
-    config = sequence_backward_config(chip_of(device), width, batch, dtype) if persistent else None
-    if config is not None and config.units == args.units:
+class Plan(NamedTuple):
+    """How a layer runs, as the list of integers that an operator can take."""
 
-        def launch(*given: Any) -> None:
-            persistently: Any = sequence_backward
-            persistently(*given[:8], given[8].steps, config)
-
-        if trusted(
-            "sequence_backward", (*key, config), device, lambda: _agrees_backward(launch, args)
-        ):
-            return launch(*args)
-    size = (args.rows.active(0) > 16, args.rows.active(0) > 64)
-    if trusted("rows_backward", key + size, device, lambda: _agrees_backward(steps_backward, args)):
-        reads = dict.fromkeys(("dh", "dc", "w", "c_saved", "gates", "keep", "held"))
-        writes = ("dc", "grad", "held")
-        return run_steps("rows_backward", steps_backward, args, reads, writes)
-    return plain_backward(*args)
-
-
-def _agrees_backward(run: Any, args: Backward) -> bool:
-    results = []
-    for function in (run, plain_backward):
-        fresh: Any = {name: getattr(args, name).clone() for name in ("dc", "grad", "held")}
-        function(*args._replace(**fresh))
-        results.append(list(fresh.values()))
-    return all(close(a, b, args.w.dtype) for a, b in zip(*results, strict=True))
+    batch: int
+    steps: int
+    units: int
+    shared: int  # the rows of a sentence have the same input gates
+    persistent: int  # all steps are one launch, where it fits
+    save: int  # keep what the backward pass needs
 
 
 @torch.library.custom_op("fusion_lm::lstm_rows", mutates_args=())
@@ -116,29 +82,15 @@ def lstm_rows(
     c0: Tensor,
     w: Tensor,
     keep: Tensor | None,
-    batch: int,
-    steps: int,
-    shared: bool,
-    units: int,
-    persistent: bool,
-    save: bool,
+    plan: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows of one layer.
-
-    Args:
-        x_gates: W_ih x + biases, packed: [T * B, 4 HP], shared by the rows of a sentence; or
-            [M, 4 HP], a row of its own for every row and step; or, with `ids`, a table [V, 4 HP].
-        ids: [T, B] int64, or None.
-        h0: [N, HP].
-        c0: [N, HP] float32.
-        w: W_hh packed, [4 HP, HP].
-        keep: [T, B] uint8, 0 holds the state; or None.
-        save: keep what the backward pass needs.
+    """The rows of one layer; inputs as in `Forward`, h0 [N, HP], c0 [N, HP] float32.
 
     Returns:
         h [N + M, HP]: h0, then of each step the active rows; the last c of every row [N, HP]; c
         likewise [N + M, HP] and the activated gates [M, 4 HP], both empty unless `save`.
     """
+    batch, steps, units, shared, persistent, save = plan
     rows = Rows(batch, steps, len(h0) // batch)
     width, count, total = w.shape[1], len(h0), rows.offsets()[-1]
     h = x_gates.new_empty(count + total, width)
@@ -148,28 +100,17 @@ def lstm_rows(
     gates = x_gates.new_empty(total if save else 0, 4 * width)
     if save:
         c_saved[:count] = c
-    saved, given = (c_saved, gates) if save else (None, None), (rows, shared, units)
-    with on(w.device):
-        _run_forward(persistent, Forward(x_gates, ids, w, h, c, keep, saved[0], saved[1], *given))
+    args = Forward(x_gates, ids, w, h, c, keep, c_saved, gates, rows, bool(shared), units)
+    _run(bool(persistent), args if save else args._replace(c_saved=None, gates=None))
     return h, c, c_saved, gates
 
 
 @lstm_rows.register_fake
 def _(
-    x_gates: Tensor,
-    ids: Tensor | None,
-    h0: Tensor,
-    c0: Tensor,
-    w: Tensor,
-    keep: Tensor | None,
-    batch: int,
-    steps: int,
-    shared: bool,
-    units: int,
-    persistent: bool,
-    save: bool,
+    x_gates: Tensor, ids: Any, h0: Tensor, c0: Tensor, w: Tensor, keep: Any, plan: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, width = h0.shape[0], w.shape[1]
+    batch, steps, *_, save = plan
+    rows, width = h0.shape
     total = Rows(batch, steps, rows // batch).offsets()[-1]
     return (
         x_gates.new_empty(rows + total, width),
@@ -188,21 +129,16 @@ def lstm_rows_backward(
     h: Tensor,
     c_saved: Tensor,
     gates: Tensor,
-    batch: int,
-    steps: int,
-    shared: bool,
-    units: int,
-    persistent: bool,
+    plan: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x_gates, h0, c0 and w, from those of h [N + M, HP] and of the last c [N, HP]."""
+    batch, steps, units, shared, persistent, _ = plan
     count, width = dc.shape
     rows = Rows(batch, steps, count // batch)
     offsets = rows.offsets()
     grad, dc, held = torch.empty_like(gates), dc.clone(), torch.zeros_like(dc)
-    with on(w.device):
-        _run_backward(
-            persistent, Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units)
-        )
+    args = Backward(dh, dc, w, c_saved, gates, keep, grad, held, rows, units)
+    _run(bool(persistent), args)
     of_h0 = ((grad[:count] @ w).float() + dh[:count] + held).to(dh.dtype)
     if rows.count == 1:
         h_before, of_x = h[: offsets[-1]], grad
@@ -220,28 +156,15 @@ def lstm_rows_backward(
 
 
 @lstm_rows_backward.register_fake
-def _(
-    dh: Tensor,
-    dc: Tensor,
-    w: Tensor,
-    keep: Tensor | None,
-    h: Tensor,
-    c_saved: Tensor,
-    gates: Tensor,
-    batch: int,
-    steps: int,
-    shared: bool,
-    units: int,
-    persistent: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = steps * batch if shared else gates.shape[0]
-    of_x = gates.new_empty(n, gates.shape[1])
+def _(dh: Tensor, dc: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, gates, (batch, steps, _, shared, _, _) = rest
+    of_x = gates.new_empty(steps * batch if shared else gates.shape[0], gates.shape[1])
     return of_x, dh.new_empty(dc.shape), torch.empty_like(dc), torch.empty_like(w)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, ids, _, _, w, keep, *plan, save = inputs
-    if not save or ids is not None:
+    _, ids, _, _, w, keep, plan = inputs
+    if not Plan(*plan).save or ids is not None:
         raise RuntimeError("lstm_rows has a gradient only with save=True and without ids")
     h, _, c_saved, gates = output
     ctx.save_for_backward(w, keep, h, c_saved, gates)
@@ -251,9 +174,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, dh: Tensor, dc: Tensor, *_: Any) -> tuple[Any, ...]:
     w, keep, h, c_saved, gates = ctx.saved_tensors
-    inputs = (dh.contiguous(), dc.contiguous(), w, keep, h, c_saved, gates, *ctx.plan)
+    inputs = (dh.contiguous(), dc.contiguous(), w, keep, h, c_saved, gates, ctx.plan)
     of_x, of_h0, of_c0, of_w = lstm_rows_backward(*inputs)
-    return of_x, None, of_h0, of_c0, of_w, *[None] * 7
+    return of_x, None, of_h0, of_c0, of_w, None, None
 
 
 lstm_rows.register_autograd(_gradients, setup_context=_save)

@@ -12,6 +12,7 @@ Notation: B sequences in groups of COLUMNS, T steps, U units a program, HP padde
 S warps. Gates are packed [HP / U blocks, 4 gates, U units] along their axis of 4 HP.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ import triton
 import triton.language as tl
 from fusion_model.kernels.triton.configs import SequenceConfig, precision
 from fusion_model.kernels.triton.guards import launch_spinning
+from fusion_model.kernels.triton.layout import Forward
 from fusion_model.kernels.triton.primitives import (
     arrive,
+    load_part,
     sigmoid,
     split_gates_first,
+    store_gates,
     sum_warps,
     tanh,
     wait_for,
 )
-from torch import Tensor
 
 
 @triton.jit
@@ -77,16 +80,12 @@ def advance(
         tl.store(p_c_saved + o_next, c_next, mask=store)
         p_g = p_gates + o_row[None, :] * (4 * WIDTH) + i_u * 4 * UNITS
         p_g += tl.arange(0, UNITS)[:, None]
-        kind = p_gates.dtype.element_ty
-        tl.store(p_g, i.to(kind), mask=store)
-        tl.store(p_g + UNITS, f.to(kind), mask=store)
-        tl.store(p_g + 2 * UNITS, g.to(kind), mask=store)
-        tl.store(p_g + 3 * UNITS, o.to(kind), mask=store)
+        store_gates(p_g, i, f, g, o, store, UNITS)
     return c_next, h_next
 
 
 @triton.jit(do_not_specialize=["steps", "batch", "one"])
-def sequence_forward_split(
+def sequence_forward_kernel(
     p_x,  # [T * B, 4 HP] input gates, or a table [V, 4 HP]
     p_ids,  # [T, B] int64: rows of the table, where TABLE
     p_w,  # [4 HP, HP]
@@ -106,72 +105,71 @@ def sequence_forward_split(
     CHUNK: tl.constexpr,
     RESIDENT: tl.constexpr,
     STAGED: tl.constexpr,
+    SPLIT: tl.constexpr,
     TABLE: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """K split over the warps: products [S, 4 U, CHUNK] x [S, CHUNK, COLUMNS] by mma."""
+    """K split over the warps: products [S, 4 U, CHUNK] x [S, CHUNK, COLUMNS] by mma.
+
+    Unless SPLIT, with all of W in shared memory: [4 U, CHUNK] x [CHUNK, COLUMNS] by wgmma, all
+    warps together.
+    """
     GATES: tl.constexpr = 4 * UNITS
-    DEPTH: tl.constexpr = CHUNK * (RESIDENT + STAGED)  # of one warp
-    MASKED: tl.constexpr = DEPTH * WARPS > WIDTH
+    DEPTH: tl.constexpr = CHUNK * (RESIDENT + STAGED)  # of one warp, where SPLIT
+    HELD: tl.constexpr = RESIDENT if SPLIT else STAGED  # chunks that are loaded before all loops
+    MASKED: tl.constexpr = (DEPTH * WARPS if SPLIT else DEPTH) > WIDTH
     i_u = tl.program_id(0)
     o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_b = o_b < batch
-    o_b = tl.where(m_b, o_b, 0)  # columns beyond the end read sequence 0
+    o_b = tl.where(m_b, o_b, tl.program_id(1) * COLUMNS)  # beyond the end: the group's first
     o_gate = i_u * GATES + tl.arange(0, GATES)
-    o_k = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, None, :]
-    o_kt = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, :, None]
-    o_w = o_gate[None, :, None] * WIDTH + o_k
-    o_h = o_b.to(tl.int64)[None, None, :] * WIDTH + o_kt
-    resident = ()
-    for j in tl.static_range(RESIDENT):
-        if MASKED:
-            b_w = tl.load(p_w + o_w + j * CHUNK, mask=o_k + j * CHUNK < WIDTH, other=0.0)
-        else:
-            b_w = tl.load(p_w + o_w + j * CHUNK)
-        resident = resident + (b_w,)
     o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
+    p_mine = p_count + tl.program_id(1)
+    if SPLIT:
+        o_k = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, None, :]
+        o_kt = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, CHUNK)[None, :, None]
+        o_w = o_gate[None, :, None] * WIDTH + o_k
+        o_h = o_b.to(tl.int64)[None, None, :] * WIDTH + o_kt
+    else:
+        o_k, o_kt = tl.arange(0, CHUNK)[None, :], tl.arange(0, CHUNK)[:, None]
+        o_w = o_gate[:, None] * WIDTH + o_k
+        o_h = o_b.to(tl.int64)[None, :] * WIDTH + o_kt
+    held = ()
+    for j in tl.static_range(HELD):
+        m_k = o_k + j * CHUNK < WIDTH
+        held = held + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
     c = tl.load(p_c + o_state)
     h = tl.load(p_h + o_state)
-    p_mine = p_count + tl.program_id(1)
     outer = one * 0
     while outer < one:
         staged = ()
-        for j in tl.static_range(RESIDENT, RESIDENT + STAGED):
-            if MASKED:
-                b_w = tl.load(p_w + o_w + j * CHUNK, mask=o_k + j * CHUNK < WIDTH, other=0.0)
-            else:
-                b_w = tl.load(p_w + o_w + j * CHUNK)
-            staged = staged + (b_w,)
+        for j in tl.static_range(HELD, RESIDENT + STAGED):
+            m_k = o_k + j * CHUNK < WIDTH
+            staged = staged + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
         t = steps * 0
         while t < steps:
             z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
             wait_for(p_mine, tl.num_programs(0) * t, LIMIT)
             p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
-            z = tl.zeros((WARPS, GATES, COLUMNS), tl.float32)
-            for j in tl.static_range(RESIDENT):
-                # volatile: a plain load may be moved out of the loop, or served from L1
-                if MASKED:
-                    m_k = o_kt + j * CHUNK < WIDTH
-                    b_h = tl.load(p_h_t + o_h + j * CHUNK, mask=m_k, other=0.0, volatile=True)
-                else:
-                    b_h = tl.load(p_h_t + o_h + j * CHUNK, volatile=True)
-                z = tl.dot(resident[j], b_h, z, input_precision=PRECISION)
-            if STAGED > 0:
+            z = tl.zeros((WARPS, GATES, COLUMNS) if SPLIT else (GATES, COLUMNS), tl.float32)
+            for j in tl.static_range(HELD):
+                m_h = o_kt + j * CHUNK < WIDTH
+                b_h = load_part(p_h_t + o_h + j * CHUNK, m_h, MASKED, True)
+                z = tl.dot(held[j], b_h, z, input_precision=PRECISION)
+            if HELD < RESIDENT + STAGED:
                 for _ in range(one):
                     for j in tl.static_range(STAGED):
-                        o_j = o_h + (RESIDENT + j) * CHUNK
-                        if MASKED:
-                            m_k = o_kt + (RESIDENT + j) * CHUNK < WIDTH
-                            b_h = tl.load(p_h_t + o_j, mask=m_k, other=0.0, volatile=True)
-                        else:
-                            b_h = tl.load(p_h_t + o_j, volatile=True)
+                        o_j = (RESIDENT + j) * CHUNK
+                        b_h = load_part(p_h_t + o_h + o_j, o_kt + o_j < WIDTH, MASKED, True)
                         z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
+            if SPLIT:
+                z = sum_warps(z, WARPS, GATES, COLUMNS)
             c, h = advance(
-                sum_warps(z, WARPS, GATES, COLUMNS) + z_x, c, h, t, p_h, p_keep, p_c_saved,
-                p_gates, o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
+                z + z_x, c, h, t, p_h, p_keep, p_c_saved, p_gates,
+                o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
             )  # fmt: skip
             arrive(p_mine)
             t += 1
@@ -180,112 +178,15 @@ def sequence_forward_split(
     tl.store(p_c + o_state, c, mask=m_b[None, :] & (o_u >= 0)[:, None])
 
 
-@triton.jit(do_not_specialize=["steps", "batch", "one"])
-def sequence_forward_shared(
-    p_x,  # as in sequence_forward_split
-    p_ids,
-    p_w,
-    p_h,
-    p_c,
-    p_keep,
-    p_c_saved,
-    p_gates,
-    p_count,
-    steps,
-    batch,
-    one,
-    WIDTH: tl.constexpr,
-    UNITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    STAGED: tl.constexpr,
-    TABLE: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    """W in shared memory: products [4 U, CHUNK] x [CHUNK, COLUMNS] by wgmma, all warps together."""
-    GATES: tl.constexpr = 4 * UNITS
-    MASKED: tl.constexpr = CHUNK * STAGED > WIDTH
-    i_u = tl.program_id(0)
-    o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    m_b = o_b < batch
-    o_b = tl.where(m_b, o_b, 0)
-    o_gate = i_u * GATES + tl.arange(0, GATES)
-    o_k = tl.arange(0, CHUNK)
-    o_w = o_gate[:, None] * WIDTH + o_k[None, :]
-    o_h = o_b.to(tl.int64)[None, :] * WIDTH + o_k[:, None]
-    staged = ()
-    for j in tl.static_range(STAGED):
-        if MASKED:
-            m_w = (o_k + j * CHUNK < WIDTH)[None, :]
-            staged = staged + (tl.load(p_w + o_w + j * CHUNK, mask=m_w, other=0.0),)
-        else:
-            staged = staged + (tl.load(p_w + o_w + j * CHUNK),)
-    o_state = o_b.to(tl.int64)[None, :] * WIDTH + (i_u * UNITS + tl.arange(0, UNITS))[:, None]
-    c = tl.load(p_c + o_state)
-    h = tl.load(p_h + o_state)
-    p_mine = p_count + tl.program_id(1)
-    t = steps * 0
-    while t < steps:
-        z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
-        wait_for(p_mine, tl.num_programs(0) * t, LIMIT)
-        p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
-        z = tl.zeros((GATES, COLUMNS), tl.float32)
-        for j in tl.static_range(STAGED):
-            if MASKED:
-                m_h = (o_k + j * CHUNK < WIDTH)[:, None]
-                b_h = tl.load(p_h_t + o_h + j * CHUNK, mask=m_h, other=0.0, volatile=True)
-            else:
-                b_h = tl.load(p_h_t + o_h + j * CHUNK, volatile=True)
-            z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
-        c, h = advance(
-            z + z_x, c, h, t, p_h, p_keep, p_c_saved, p_gates,
-            o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
-        )  # fmt: skip
-        arrive(p_mine)
-        t += 1
-    o_u = tl.arange(0, UNITS)
-    tl.store(p_c + o_state, c, mask=m_b[None, :] & (o_u >= 0)[:, None])
-
-
 def sequence_constants(config: SequenceConfig, dtype: Any, width: int) -> dict[str, Any]:
     """Tile and launch settings, but for what a call itself decides."""
-    return {
-        "WIDTH": width,
-        "UNITS": config.units,
-        "COLUMNS": config.columns,
-        "WARPS": config.warps,
-        "CHUNK": config.chunk,
-        "RESIDENT": config.resident,
-        "STAGED": config.staged,
-        "PRECISION": precision(dtype),
-        "num_warps": config.warps,
-        "num_stages": 1,
-    }
+    fields = {name.upper(): value for name, value in asdict(config).items()}
+    launch = {"num_warps": config.warps, "num_stages": 1}
+    return fields | {"WIDTH": width, "PRECISION": precision(dtype)} | launch
 
 
-def sequence_kernel(config: SequenceConfig) -> Any:
-    return sequence_forward_split if config.split else sequence_forward_shared
-
-
-def sequence_forward(
-    x_gates: Tensor,
-    ids: Tensor | None,
-    w: Tensor,
-    h: Tensor,
-    c: Tensor,
-    keep: Tensor | None,
-    c_saved: Tensor | None,
-    gates: Tensor | None,
-    steps: int,
-    config: SequenceConfig,
-    limit: int = 0,
-) -> None:
-    """Shapes as in `fusion_model.kernels.triton.lstm`; fills h, c, c_saved, gates.
+def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> None:
+    """All T steps in one launch.
 
     Args:
         limit: looks at a counter before a program gives up waiting; 0 waits as long as it takes.
@@ -293,10 +194,10 @@ def sequence_forward(
     Raises:
         LaunchRefused: the grid does not fit on the device as a whole.
     """
-    batch, width = len(c), w.shape[1]
-    groups = config.groups(batch)
+    x_gates, ids, w, h, c, keep, c_saved, gates, rows, *_ = args
+    width, groups = w.shape[1], config.groups(rows.batch)
     launch_spinning(
-        sequence_kernel(config),
+        sequence_forward_kernel,
         (config.programs(width), groups),
         (
             x_gates,
@@ -308,10 +209,10 @@ def sequence_forward(
             c if c_saved is None else c_saved,
             h if gates is None else gates,
             torch.zeros(groups, dtype=torch.int32, device=h.device),
-            steps,
-            batch,
+            rows.steps,
+            rows.batch,
             1,
-        ),
+        ),  # fmt: skip
         h.device,
         TABLE=ids is not None,
         HAS_KEEP=keep is not None,

@@ -8,16 +8,23 @@ product by PyTorch afterwards.
 Notation: as in `fusion_model.kernels.triton.lstm_sequence`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from fusion_model.kernels.triton.configs import SequenceConfig
 from fusion_model.kernels.triton.guards import launch_spinning
+from fusion_model.kernels.triton.layout import Backward
 from fusion_model.kernels.triton.lstm_sequence import sequence_constants
-from fusion_model.kernels.triton.primitives import arrive, sum_warps, tanh, wait_for
-from torch import Tensor
+from fusion_model.kernels.triton.primitives import (
+    arrive,
+    cell_backward,
+    load_gates,
+    load_part,
+    store_gates,
+    sum_warps,
+    tanh,
+    wait_for,
+)
 
 
 @triton.jit(do_not_specialize=["steps", "batch"])
@@ -39,6 +46,8 @@ def sequence_backward_kernel(
     WARPS: tl.constexpr,
     CHUNK: tl.constexpr,
     RESIDENT: tl.constexpr,
+    STAGED: tl.constexpr,  # none here
+    SPLIT: tl.constexpr,  # always
     HAS_KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -48,34 +57,26 @@ def sequence_backward_kernel(
     i_u = tl.program_id(0)
     o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_b = o_b < batch
-    o_b = tl.where(m_b, o_b, 0).to(tl.int64)
+    o_b = tl.where(m_b, o_b, tl.program_id(1) * COLUMNS).to(tl.int64)
     o_u = i_u * UNITS + tl.arange(0, UNITS)
     o_s = tl.arange(0, WARPS)[:, None, None] * DEPTH
     o_k, o_kt = o_s + tl.arange(0, CHUNK)[None, None, :], o_s + tl.arange(0, CHUNK)[None, :, None]
     weights = ()
     for j in tl.static_range(RESIDENT):
         p_w = p_wt + o_u[None, None, :] * (4 * WIDTH) + o_kt + j * CHUNK
-        if MASKED:
-            weights = weights + (tl.load(p_w, mask=o_kt + j * CHUNK < 4 * WIDTH, other=0.0),)
-        else:
-            weights = weights + (tl.load(p_w),)
+        weights = weights + (load_part(p_w, o_kt + j * CHUNK < 4 * WIDTH, MASKED),)
     o_g = o_b[None, :, None] * (4 * WIDTH) + o_k
     o_state = o_b[:, None] * WIDTH + o_u[None, :]
     o_gate = o_b[:, None] * (4 * WIDTH) + i_u * 4 * UNITS + tl.arange(0, UNITS)[None, :]
     store = m_b[:, None] & (o_u >= 0)[None, :]
     dc = tl.load(p_dc + o_state)
     held = tl.zeros((COLUMNS, UNITS), tl.float32)
-    kind = p_grad.dtype.element_ty
     p_mine = p_count + tl.program_id(1)
     t = steps - 1
     while t >= 0:
         # All that does not depend on the other programs is read before the wait.
         o_t = t.to(tl.int64) * batch
-        p_g = p_gates + o_t * (4 * WIDTH) + o_gate
-        i = tl.load(p_g).to(tl.float32)
-        f = tl.load(p_g + UNITS).to(tl.float32)
-        g = tl.load(p_g + 2 * UNITS).to(tl.float32)
-        o = tl.load(p_g + 3 * UNITS).to(tl.float32)
+        i, f, g, o = load_gates(p_gates + o_t * (4 * WIDTH) + o_gate, UNITS)
         before = tl.load(p_c + o_t * WIDTH + o_state)
         o_after = (o_t + batch) * WIDTH + o_state
         squashed = tanh(tl.load(p_c + o_after))
@@ -85,60 +86,27 @@ def sequence_backward_kernel(
             p_next = p_grad + (o_t + batch) * (4 * WIDTH) + o_g
             total = tl.zeros((WARPS, COLUMNS, UNITS), tl.float32)
             for j in tl.static_range(RESIDENT):
-                if MASKED:
-                    m_k = o_k + j * CHUNK < 4 * WIDTH
-                    b_g = tl.load(p_next + j * CHUNK, mask=m_k, other=0.0, volatile=True)
-                else:
-                    b_g = tl.load(p_next + j * CHUNK, volatile=True)
+                m_k = o_k + j * CHUNK < 4 * WIDTH
+                b_g = load_part(p_next + j * CHUNK, m_k, MASKED, True)
                 total = tl.dot(b_g, weights[j], total, input_precision=PRECISION)
             dh += sum_warps(total, WARPS, COLUMNS, UNITS)
-        through = dc + dh * o * (1.0 - squashed * squashed)
-        d_i = through * g * i * (1.0 - i)
-        d_f = through * before * f * (1.0 - f)
-        d_g = through * i * (1.0 - g * g)
-        d_o = dh * squashed * o * (1.0 - o)
+        keep = m_b[:, None]
         if HAS_KEEP:
             keep = (tl.load(p_keep + o_t + o_b) != 0)[:, None]
-            d_i, d_f = tl.where(keep, d_i, 0.0), tl.where(keep, d_f, 0.0)
-            d_g, d_o = tl.where(keep, d_g, 0.0), tl.where(keep, d_o, 0.0)
             held = tl.where(keep, 0.0, dh)
-            dc = tl.where(keep, through * f, dc)
-        else:
-            dc = through * f
+        d_i, d_f, d_g, d_o, dc = cell_backward(dh, dc, i, f, g, o, squashed, before, keep, HAS_KEEP)
         p_out = p_grad + o_t * (4 * WIDTH) + o_gate
-        tl.store(p_out, d_i.to(kind), mask=store)
-        tl.store(p_out + UNITS, d_f.to(kind), mask=store)
-        tl.store(p_out + 2 * UNITS, d_g.to(kind), mask=store)
-        tl.store(p_out + 3 * UNITS, d_o.to(kind), mask=store)
+        store_gates(p_out, d_i, d_f, d_g, d_o, store, UNITS)
         arrive(p_mine)
         t -= 1
     tl.store(p_dc + o_state, dc, mask=store)
     tl.store(p_held + o_state, held, mask=store)
 
 
-def backward_settings(config: SequenceConfig, dtype: Any, width: int) -> dict[str, Any]:
-    """Tile and launch settings, but for what a call itself decides."""
-    constants = sequence_constants(config, dtype, width)
-    del constants["STAGED"]
-    return constants
-
-
-def sequence_backward(
-    dh: Tensor,
-    dc: Tensor,
-    w: Tensor,
-    c_saved: Tensor,
-    gates: Tensor,
-    keep: Tensor | None,
-    grad: Tensor,
-    held: Tensor,
-    steps: int,
-    config: SequenceConfig,
-    limit: int = 0,
-) -> None:
-    """Fills grad and held, replaces dc; the rest as in `sequence_forward`."""
-    batch, width = len(dc), w.shape[1]
-    groups = config.groups(batch)
+def sequence_backward(args: Backward, config: SequenceConfig, limit: int = 0) -> None:
+    """As `sequence_forward`."""
+    dh, dc, w, c_saved, gates, keep, grad, held, rows, _ = args
+    width, groups = w.shape[1], config.groups(rows.batch)
     launch_spinning(
         sequence_backward_kernel,
         (config.programs(width), groups),
@@ -152,11 +120,11 @@ def sequence_backward(
             dc if keep is None else keep,
             grad,
             torch.zeros(groups, dtype=torch.int32, device=dh.device),
-            steps,
-            batch,
-        ),
+            rows.steps,
+            rows.batch,
+        ),  # fmt: skip
         dh.device,
         HAS_KEEP=keep is not None,
         LIMIT=limit,
-        **backward_settings(config, dh.dtype, width),
+        **sequence_constants(config, dh.dtype, width),
     )

@@ -13,10 +13,17 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import precision, step_backward_config, step_config
-from fusion_model.kernels.triton.layout import Rows
-from fusion_model.kernels.triton.primitives import sigmoid, split_gates, tanh
-from torch import Tensor
+from fusion_model.kernels.triton.configs import step_backward_config, step_config
+from fusion_model.kernels.triton.layout import Backward, Forward
+from fusion_model.kernels.triton.primitives import (
+    cell_backward,
+    load_gates,
+    load_part,
+    sigmoid,
+    split_gates,
+    store_gates,
+    tanh,
+)
 
 FUSED_ROWS = 64  # a backward step of more multiplies by PyTorch: its tiles re-use more than ours
 OWN, SHARED, TABLE = 0, 1, 2  # where a row's input gates lie: row n, row n % B, row ids[n % B]
@@ -55,12 +62,9 @@ def rows_forward(
     o_w = o_gate[None, :] * WIDTH + o_k[:, None]
     z = tl.zeros((BLOCK_N, 4 * UNITS), tl.float32)
     for k in range(0, WIDTH, BLOCK_K):
-        if WIDTH % BLOCK_K == 0:
-            b_h = tl.load(p_h + o_h + k)
-            b_w = tl.load(p_w + o_w + k)
-        else:
-            b_h = tl.load(p_h + o_h + k, mask=(o_k < WIDTH - k)[None, :], other=0.0)
-            b_w = tl.load(p_w + o_w + k, mask=(o_k < WIDTH - k)[:, None], other=0.0)
+        m_k = o_k < WIDTH - k
+        b_h = load_part(p_h + o_h + k, m_k[None, :], WIDTH % BLOCK_K > 0)
+        b_w = load_part(p_w + o_w + k, m_k[:, None], WIDTH % BLOCK_K > 0)
         z = tl.dot(b_h, b_w, z, input_precision=PRECISION)
     o_x = o_row
     if INPUT >= 1:
@@ -72,24 +76,20 @@ def rows_forward(
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
     o_u = i_u * UNITS + tl.arange(0, UNITS)
     o_state = o_row[:, None] * WIDTH + o_u[None, :]
-    before = tl.load(p_c + o_state)
+    store = m_n[:, None] & (o_u >= 0)[None, :]
+    before = tl.load(p_c + o_state, mask=store, other=0.0)  # row 0 is another program's to replace
     c = f * before + i * g
     h = (o * tanh(c)).to(p_h_next.dtype.element_ty)
     if HAS_KEEP:
         keep = (tl.load(p_keep + o_row % batch) != 0)[:, None]
         c = tl.where(keep, c, before)
         h = tl.where(keep, h, tl.load(p_h + o_state))
-    store = m_n[:, None] & (o_u >= 0)[None, :]
     tl.store(p_c + o_state, c, mask=store)
     tl.store(p_h_next + o_state, h, mask=store)
     if SAVE:
         tl.store(p_c_next + o_state, c, mask=store)
         p_g = p_gates + o_row[:, None] * (4 * WIDTH) + i_u * 4 * UNITS + tl.arange(0, UNITS)[None]
-        kind = p_gates.dtype.element_ty
-        tl.store(p_g, i.to(kind), mask=store)
-        tl.store(p_g + UNITS, f.to(kind), mask=store)
-        tl.store(p_g + 2 * UNITS, g.to(kind), mask=store)
-        tl.store(p_g + 3 * UNITS, o.to(kind), mask=store)
+        store_gates(p_g, i, f, g, o, store, UNITS)
 
 
 @triton.jit(do_not_specialize=["n", "n_next", "batch"])
@@ -118,7 +118,8 @@ def rows_backward(
     TILES: tl.constexpr = WIDTH // UNITS
     i_n, i_u = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_row = tl.where(o_n < n, o_n, 0).to(tl.int64)
+    m_n = o_n < n
+    o_row = tl.where(m_n, o_n, 0).to(tl.int64)
     o_u = i_u * UNITS + tl.arange(0, UNITS)
     o_k = tl.arange(0, BLOCK_K)
     o_state = o_row[:, None] * WIDTH + o_u[None, :]
@@ -132,81 +133,37 @@ def rows_backward(
             b_g = tl.load(p_next + o_g + k, mask=(o_n < n_next)[:, None], other=0.0)
             b_w = tl.load(p_w + o_w + k * WIDTH)
             dh = tl.dot(b_g, b_w, dh, input_precision=PRECISION)
-    store = (o_n < n)[:, None] & (o_u >= 0)[None, :]
+    store = m_n[:, None] & (o_u >= 0)[None, :]
     dh += tl.load(p_dh + o_state).to(tl.float32)
-    dc = tl.load(p_dc + o_state)
+    dc = tl.load(p_dc + o_state, mask=store, other=0.0)  # as in the forward pass
     o_gate = o_row[:, None] * (4 * WIDTH) + i_u * 4 * UNITS + tl.arange(0, UNITS)[None, :]
-    i = tl.load(p_gates + o_gate).to(tl.float32)
-    f = tl.load(p_gates + o_gate + UNITS).to(tl.float32)
-    g = tl.load(p_gates + o_gate + 2 * UNITS).to(tl.float32)
-    o = tl.load(p_gates + o_gate + 3 * UNITS).to(tl.float32)
+    i, f, g, o = load_gates(p_gates + o_gate, UNITS)
     squashed = tanh(tl.load(p_c + o_state))
     before = tl.load(p_c_before + o_state)
+    keep = m_n[:, None]
     if HAS_KEEP:
-        dh += tl.load(p_held + o_state)
+        dh += tl.load(p_held + o_state, mask=store, other=0.0)
         keep = (tl.load(p_keep + o_row % batch) != 0)[:, None]
         tl.store(p_held + o_state, tl.where(keep, 0.0, dh), mask=store)
-    through = dc + dh * o * (1.0 - squashed * squashed)
-    d_i = through * g * i * (1.0 - i)
-    d_f = through * before * f * (1.0 - f)
-    d_g = through * i * (1.0 - g * g)
-    d_o = dh * squashed * o * (1.0 - o)
-    passed = through * f
-    if HAS_KEEP:
-        d_i, d_f = tl.where(keep, d_i, 0.0), tl.where(keep, d_f, 0.0)
-        d_g, d_o = tl.where(keep, d_g, 0.0), tl.where(keep, d_o, 0.0)
-        passed = tl.where(keep, passed, dc)
-    tl.store(p_dc + o_state, passed, mask=store)
-    kind = p_grad.dtype.element_ty
-    tl.store(p_grad + o_gate, d_i.to(kind), mask=store)
-    tl.store(p_grad + o_gate + UNITS, d_f.to(kind), mask=store)
-    tl.store(p_grad + o_gate + 2 * UNITS, d_g.to(kind), mask=store)
-    tl.store(p_grad + o_gate + 3 * UNITS, d_o.to(kind), mask=store)
+    d_i, d_f, d_g, d_o, dc = cell_backward(dh, dc, i, f, g, o, squashed, before, keep, HAS_KEEP)
+    tl.store(p_dc + o_state, dc, mask=store)
+    store_gates(p_grad + o_gate, d_i, d_f, d_g, d_o, store, UNITS)
 
 
 def forward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str, Any]:
     """Tile and launch settings of `rows_forward`, but for what a call itself decides."""
-    config = step_config(rows, dtype, units)
-    return {
-        "WIDTH": width,
-        "UNITS": units,
-        "BLOCK_N": config.rows,
-        "BLOCK_K": config.depth,
-        "PRECISION": precision(dtype),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
+    return step_config(rows, dtype, units).settings(dtype) | {"WIDTH": width, "UNITS": units}
 
 
 def backward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str, Any]:
     """As `forward_constants`, of `rows_backward`."""
-    config = step_backward_config(rows, dtype, units)
-    constants = forward_constants(rows, dtype, width, units)
-    return constants | {
-        "FUSED": rows <= FUSED_ROWS,
-        "BLOCK_N": config.rows,
-        "BLOCK_K": config.depth,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
+    settings = step_backward_config(rows, dtype, units).settings(dtype)
+    return settings | {"WIDTH": width, "UNITS": units, "FUSED": rows <= FUSED_ROWS}
 
 
-def steps_forward(
-    x_gates: Tensor,
-    ids: Tensor | None,
-    w: Tensor,
-    h: Tensor,
-    c: Tensor,
-    keep: Tensor | None,
-    c_saved: Tensor | None,
-    gates: Tensor | None,
-    rows: Rows,
-    shared: bool,
-    units: int,
-) -> None:
-    """All T steps. Shapes as in `fusion_model.kernels.triton.lstm`; fills h, c, c_saved, gates."""
+def steps_forward(args: Forward) -> None:
+    """All T steps, a launch each."""
+    x_gates, ids, w, h, c, keep, c_saved, gates, rows, shared, units = args
     width, count, offsets = w.shape[1], len(c), rows.offsets()
     source = TABLE if ids is not None else SHARED if shared else OWN
     start = 0  # where the rows before this step's begin in h
@@ -217,38 +174,17 @@ def steps_forward(
         x = x_gates if ids is not None else x_gates[t * rows.batch if shared else done :]
         after = count + done
         rows_forward[grid](
-            x,
-            x if ids is None else ids[t],
-            h[start:],
-            w,
-            c,
-            c if keep is None else keep[t],
-            h[after:],
-            c if c_saved is None else c_saved[after:],
-            h if gates is None else gates[done:],
-            n,
-            rows.batch,
-            INPUT=source,
-            HAS_KEEP=keep is not None,
-            SAVE=gates is not None,
-            **constants,
-        )
+            x, x if ids is None else ids[t], h[start:], w, c, c if keep is None else keep[t],
+            h[after:], c if c_saved is None else c_saved[after:],
+            h if gates is None else gates[done:], n, rows.batch,
+            INPUT=source, HAS_KEEP=keep is not None, SAVE=gates is not None, **constants,
+        )  # fmt: skip
         start = after
 
 
-def steps_backward(
-    dh: Tensor,
-    dc: Tensor,
-    w: Tensor,
-    c_saved: Tensor,
-    gates: Tensor,
-    keep: Tensor | None,
-    grad: Tensor,
-    held: Tensor | None,
-    rows: Rows,
-    units: int,
-) -> None:
-    """The steps from the last to the first; fills grad, replaces dc and held."""
+def steps_backward(args: Backward) -> None:
+    """The steps from the last to the first."""
+    dh, dc, w, c_saved, gates, keep, grad, held, rows, units = args
     width, count, offsets = w.shape[1], len(dc), rows.offsets()
     n_next = 0
     for t in reversed(range(rows.steps)):
@@ -260,20 +196,8 @@ def steps_backward(
         if n_next and not constants["FUSED"]:
             following = following @ w
         rows_backward[grid](
-            following if n_next else grad,
-            w,
-            dh[count + done :],
-            dc,
-            dc if held is None else held,
-            gates[done:],
-            c_saved[count + done :],
-            c_saved[before:],
-            dc if keep is None else keep[t],
-            grad[done:],
-            n,
-            n_next,
-            rows.batch,
-            HAS_KEEP=keep is not None,
-            **constants,
-        )
+            following if n_next else grad, w, dh[count + done :], dc, held, gates[done:],
+            c_saved[count + done :], c_saved[before:], dc if keep is None else keep[t],
+            grad[done:], n, n_next, rows.batch, HAS_KEEP=keep is not None, **constants,
+        )  # fmt: skip
         n_next = n

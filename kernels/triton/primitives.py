@@ -36,6 +36,56 @@ def split_gates_first(z, UNITS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def load_part(p, m, MASKED: tl.constexpr, VOLATILE: tl.constexpr = False):
+    """A tile at p; where MASKED, as not all tiles are whole, zeros where m is false.
+
+    VOLATILE: a plain load may be moved out of a loop, or served from L1.
+    """
+    if MASKED:
+        x = tl.load(p, mask=m, other=0.0, volatile=VOLATILE)
+    else:
+        x = tl.load(p, volatile=VOLATILE)
+    return x
+
+
+@triton.jit
+def load_gates(p, UNITS: tl.constexpr):
+    """Activated gates, each the shape of p, which points to the first."""
+    i, f = tl.load(p).to(tl.float32), tl.load(p + UNITS).to(tl.float32)
+    g, o = tl.load(p + 2 * UNITS).to(tl.float32), tl.load(p + 3 * UNITS).to(tl.float32)
+    return i, f, g, o
+
+
+@triton.jit
+def store_gates(p, i, f, g, o, mask, UNITS: tl.constexpr):
+    """Four of a block's gates, or of their gradients, where `load_gates` finds them."""
+    kind = p.dtype.element_ty
+    tl.store(p, i.to(kind), mask=mask)
+    tl.store(p + UNITS, f.to(kind), mask=mask)
+    tl.store(p + 2 * UNITS, g.to(kind), mask=mask)
+    tl.store(p + 3 * UNITS, o.to(kind), mask=mask)
+
+
+@triton.jit
+def cell_backward(dh, dc, i, f, g, o, squashed, before, keep, HAS_KEEP: tl.constexpr):
+    """Gradients of the gates before activation, and of the c before, from those of h and c.
+
+    squashed is tanh(c), before is the c before; where keep is false the state was held.
+    """
+    through = dc + dh * o * (1.0 - squashed * squashed)
+    d_i = through * g * i * (1.0 - i)
+    d_f = through * before * f * (1.0 - f)
+    d_g = through * i * (1.0 - g * g)
+    d_o = dh * squashed * o * (1.0 - o)
+    passed = through * f
+    if HAS_KEEP:
+        d_i, d_f = tl.where(keep, d_i, 0.0), tl.where(keep, d_f, 0.0)
+        d_g, d_o = tl.where(keep, d_g, 0.0), tl.where(keep, d_o, 0.0)
+        passed = tl.where(keep, passed, dc)
+    return d_i, d_f, d_g, d_o, passed
+
+
+@triton.jit
 def sum_warps(x, WARPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Sum of [WARPS, M, N] over its first axis, which is spread over the warps.
 
