@@ -120,8 +120,7 @@ def test_each_stage_of_generation_gets_its_own_time(lm: fusion_model.FusionLM) -
 def test_scoring_is_split_too(lm: fusion_model.FusionLM) -> None:
     clock = Clock()
     engine = engines.TorchEngine(slowed(lm, clock))
-    log_probs = clock.slow(lm.model.token_log_probs, 2.0)
-    with replaced(lm.model, "token_log_probs", log_probs):
+    with replaced(lm, "log_probs", clock.slow(lm.log_probs, 2.0)):
         found = latency.profile(
             engine, SENTENCES, runs=1, tokens=3, score_batches=2, recorder=Recorder(clock)
         )

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from fusion_model.benchmarks.profile.spans import Recorder, replaced
 
+from fusion_model.data import corpus
 from fusion_model.data.text import Document
-from fusion_model.prefixes import planner as planning
 
 TOKENISER, ENCODER, LSTM = "tokeniser", "prefix encoding", "LSTM and fusion"
 VOCABULARY, HOST = "vocabulary and sampling", "host"
@@ -33,7 +33,7 @@ class Engine(Protocol):
 
 
 def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
-    found = [(planning, "encode_sentences", TOKENISER)]
+    found = [(corpus, "encode_sentences", TOKENISER)]
     if planner is not None:
         found += [(planner, name, TOKENISER) for name in ("items", "last_items")]
         found.append((planner.encoder, "encode", ENCODER))
