@@ -84,7 +84,6 @@ def test_imports_point_one_way(path: Path) -> None:
         assert {m.split(".")[0] for m in imports_of(path)} <= known
 
 
-@pytest.mark.xfail(reason="opened after the moves")
 def test_no_circles() -> None:
     """Nor by an import inside a function, but for the public names of a package."""
     graph = {name: ours(path) & set(MODULES) for name, path in MODULES.items()}
@@ -123,7 +122,6 @@ TORCH_FREE = (
 )
 
 
-@pytest.mark.xfail(reason="opened after the moves")
 def test_some_files_need_no_torch() -> None:
     """By themselves, and by all that is imported with them."""
     free = [n for n in MODULES if n in TORCH_FREE or n.startswith(("data.", "export.runtime."))]
@@ -138,7 +136,6 @@ def test_some_files_need_no_torch() -> None:
             waiting.append(other)
 
 
-@pytest.mark.xfail(reason="opened after the moves")
 def test_files_are_small() -> None:
     long = [p.name for p in SOURCES if len(p.read_text().splitlines()) > LIMIT]
     assert not long
