@@ -118,16 +118,8 @@ def test_each_stage_of_generation_gets_its_own_time(lm: fusion_model.FusionLM) -
 def test_scoring_is_split_too(lm: fusion_model.FusionLM) -> None:
     clock = Clock()
     engine = engines.TorchEngine(slowed(lm, clock))
-<<<<<<< HEAD
-    log_probs = clock.slow(lm.model.token_log_probs, 2.0)
-    with replaced(lm.model, "token_log_probs", log_probs):
-        found = latency.profile(engine, SENTENCES, runs=2, tokens=3, recorder=Recorder(clock))
-=======
     with replaced(lm, "log_probs", clock.slow(lm.log_probs, 2.0)):
-        found = latency.profile(
-            engine, SENTENCES, runs=1, tokens=3, score_batches=2, recorder=Recorder(clock)
-        )
->>>>>>> h2
+        found = latency.profile(engine, SENTENCES, runs=2, tokens=3, recorder=Recorder(clock))
     for _, split in found.scoring:
         (parts,) = split.parts
         assert parts == pytest.approx(
