@@ -84,6 +84,22 @@ def test_autocast_runs_in_bfloat16_close_to_float32() -> None:
     torch.testing.assert_close(rounded.float(), exact, atol=2e-2, rtol=2e-2)
 
 
+def test_torch_lstm_sees_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own on a GPU computes in float16 whatever was asked for."""
+    seen = []
+    lstm = torch.lstm
+
+    def spy(*args):
+        seen.append((torch.is_autocast_enabled("cpu"), args[0].dtype))
+        return lstm(*args)
+
+    monkeypatch.setattr(torch, "lstm", spy)
+    module, zeros = nn.LSTM(8, 16, 1), torch.zeros(4, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        lstm_sequence(torch.randn(4, 6, 8), (zeros, zeros), module.all_weights)
+    assert seen == [(False, torch.bfloat16)]
+
+
 def test_dropout_acts_between_layers_only() -> None:
     x, zeros = torch.randn(2, 5, 4).double(), torch.zeros(2, 2, 6).double()
     module = lstm(4, 6, 2)

@@ -73,6 +73,19 @@ def test_the_gate_table_follows_the_weights() -> None:
                 model.lstm.weight_hh_l0.add_(0.1)
 
 
+def test_the_gate_table_follows_a_fused_optimiser() -> None:
+    """It leaves the version of a weight as it was."""
+    reference, kernels = both("none")
+    ids = torch.tensor(IDS)
+    optimizer = torch.optim.Adam(kernels.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            reference.load_state_dict(kernels.state_dict())
+            torch.testing.assert_close(kernels(ids).logits, reference(ids).logits)
+        kernels(ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
 def test_a_vast_vocabulary_is_not_tabled(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, kernels = both("none")
     monkeypatch.setattr(lstm, "TABLE_BYTES", 10)

@@ -196,23 +196,15 @@ def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> N
     """
     x_gates, ids, w, h, c, keep, c_saved, gates, rows, *_ = args
     width, groups = w.shape[1], config.groups(rows.batch)
+    given = (
+        x_gates, x_gates if ids is None else ids, w, h, c, c if keep is None else keep,
+        c if c_saved is None else c_saved, h if gates is None else gates,
+        torch.zeros(groups, dtype=torch.int32, device=h.device), rows.steps, rows.batch, 1,
+    )  # fmt: skip
     launch_spinning(
         sequence_forward_kernel,
         (config.programs(width), groups),
-        (
-            x_gates,
-            x_gates if ids is None else ids,
-            w,
-            h,
-            c,
-            c if keep is None else keep,
-            c if c_saved is None else c_saved,
-            h if gates is None else gates,
-            torch.zeros(groups, dtype=torch.int32, device=h.device),
-            rows.steps,
-            rows.batch,
-            1,
-        ),  # fmt: skip
+        given,
         h.device,
         TABLE=ids is not None,
         HAS_KEEP=keep is not None,

@@ -107,22 +107,14 @@ def sequence_backward(args: Backward, config: SequenceConfig, limit: int = 0) ->
     """As `sequence_forward`."""
     dh, dc, w, c_saved, gates, keep, grad, held, rows, _ = args
     width, groups = w.shape[1], config.groups(rows.batch)
+    given = (
+        w.t().contiguous(), dh, dc, held, gates, c_saved, dc if keep is None else keep, grad,
+        torch.zeros(groups, dtype=torch.int32, device=dh.device), rows.steps, rows.batch,
+    )  # fmt: skip
     launch_spinning(
         sequence_backward_kernel,
         (config.programs(width), groups),
-        (
-            w.t().contiguous(),
-            dh,
-            dc,
-            held,
-            gates,
-            c_saved,
-            dc if keep is None else keep,
-            grad,
-            torch.zeros(groups, dtype=torch.int32, device=dh.device),
-            rows.steps,
-            rows.batch,
-        ),  # fmt: skip
+        given,
         dh.device,
         HAS_KEEP=keep is not None,
         LIMIT=limit,
