@@ -21,7 +21,7 @@ from fusion_model.data.text import Document
 from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.encoders.pretrained import HFEncoder
-from fusion_model.errors import ExportError
+from fusion_model.errors import EncoderError, ExportError
 from fusion_model.language_model import FusionLM
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.prefixes.planner import PrefixPlanner
@@ -208,7 +208,8 @@ def check_text(
     Raises:
         ExportError: the perplexity is more than `TEXT_LIMIT` off.
     """
-    corpus = Corpus.from_documents([Document("text", list(sentences))], lm.tokenizer)
+    shown = [s for s in sentences if lm.planner is None or _fits(lm.planner.encoder, s)]
+    corpus = Corpus.from_documents([Document("text", shown)], lm.tokenizer)
     batches = exported = lm.encode_corpus(corpus)
     if encoder is not None and lm.planner is not None:
         config = lm.model.config
@@ -232,6 +233,14 @@ def check_text(
     worst, mean = float(np.abs(errors).max()), float(np.abs(errors).mean())
     return {"perplexity_ratio": ratio, "mean_error_nats": mean, "max_error_nats": worst,
             "tokens": len(errors)}  # fmt: skip
+
+
+def _fits(encoder: TextEncoder, sentence: str) -> bool:
+    try:
+        encoder.inputs_from_texts([sentence])
+    except EncoderError:
+        return False
+    return True
 
 
 def check_encoder(encoder: HFEncoder, exported: Any, texts: Sequence[str]) -> float:

@@ -90,10 +90,15 @@ def test_what_needs_pytorch_says_so_in_one_line(text: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
-def test_export_names_the_extra_that_is_missing(missing: str, export: Path, tmp_path: Path) -> None:
+def test_export_names_the_extra_that_is_missing(
+    missing: str, bpe, bert_folder: Path, tmp_path: Path
+) -> None:
+    """Of an encoder that PyTorch's exporter traces: pooling `mask` of exact texts."""
+    options = {"fusion": "concat", "pooling": "mask"}
+    folder = saved_model(tmp_path / "model", bpe, bert_folder, **options)
     code = f"import sys; sys.modules[{missing!r}] = None; from fusion_model.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "export", export.parent, tmp_path / "out", "--encoder"],
+        [sys.executable, "-c", code, "export", folder, tmp_path / "out", "--encoder"],
         capture_output=True,
         text=True,
     )

@@ -252,12 +252,11 @@ class HFEncoder(TokenInputs):
         """ids [N, L] -> [N, dim], by transformers alone; ids are those of `EncoderInput`s, and what
         these have for `static` behind them."""
         last = -1 if self.holds else max(ids.shape[1] - self.after - 1, 0)
-        read = ids.new_empty(len(ids), 0)
-        if self.read:
-            read = self._by_transformers(ids[:, :-1] if self.holds else ids)
-        if len(self.read) == len(self.poolings):
-            return read
-        return self._in_order(read, self.model.get_input_embeddings()(ids[:, last]))
+        static: Tensor = self.model.get_input_embeddings()(ids[:, last])
+        if not self.read:
+            return static
+        read = self._by_transformers(ids[:, :-1] if self.holds else ids)
+        return read if len(self.read) == len(self.poolings) else self._in_order(read, static)
 
     def _by_transformers(self, ids: Tensor) -> Tensor:
         """As `_by_trees`, of ids [N, L]: the reference."""
@@ -267,7 +266,7 @@ class HFEncoder(TokenInputs):
         if names - {"mask"}:
             outputs = self.model(input_ids=ids, output_hidden_states=True), None
         if "mask" in names:
-            mask = ids.new_full((len(ids), 1), self.tokenizer.mask_token_id)
+            mask = torch.full_like(ids[:, :1], self.tokenizer.mask_token_id)  # traced, too
             masked = torch.cat([ids[:, :end], mask, ids[:, end:]], dim=1)
             outputs = outputs[0], self.model(input_ids=masked, output_hidden_states=True)
         found = []
