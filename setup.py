@@ -57,7 +57,8 @@ setup(
         "triton": TRITON,
         # One of the two: both install as `onnxruntime` and overwrite each other.
         "onnx": [*ONNX, "onnxruntime>=1.22"],
-        "onnx-gpu": [*ONNX, f"onnxruntime-gpu>=1.22; {CUDA}"],
+        # From 1.24 on it tells which nodes run where.
+        "onnx-gpu": [*ONNX, f"onnxruntime-gpu[cuda,cudnn]>=1.24; {CUDA}"],
         "bench": [
             *MINILM,
             *ONNX,

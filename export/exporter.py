@@ -164,7 +164,8 @@ def _write_graphs(
         text = check_text(lm, sequences, encoder, split_sentences(read_text(TEXT)))
     parity = check_parity(lm.model, sequences, steps, precision)
     checks = ["onnx.checker", "shape inference"]
-    return {"nodes": nodes, "parity": parity, "text": text, "checks": checks}
+    return {"nodes": nodes, "parity": parity, "text": text, "checks": checks,
+            "probe": sequences.probe().tolist()}  # fmt: skip
 
 
 def _write_encoder(encoder: Any, folder: Path, precision: str, opset: int) -> dict[str, Any] | None:

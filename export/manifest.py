@@ -60,6 +60,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{' and '.join(map(str, OPSETS))}; {again}"
         )
     for name, recorded in manifest["files"].items():
+        if Path(name).name != name:
+            raise ExportError(f"{path} names {name!r}, which does not lie beside it: {again}")
         if not (folder / name).is_file():
             raise ExportError(f"{folder / name} is missing: {again}")
         if sha256(folder / name) != recorded["sha256"]:

@@ -16,7 +16,7 @@ from conftest import SENTENCES, wordpiece
 from fusion_model.export import OnnxFusionLM, export_model
 from fusion_model.export.manifest import read_manifest
 from fusion_model.export.runtime.generation import GenerationOptions, generate_rows, probabilities
-from fusion_model.export.runtime.session import check_placement, check_version
+from fusion_model.export.runtime.session import check_placement, check_version, choose_device
 from fusion_model.export.runtime.steps import Steps
 from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model
@@ -280,6 +280,60 @@ def test_cuda_that_does_not_start_is_refused(export: Path, monkeypatch) -> None:
     )
     with pytest.raises(ExportError, match="CUDAExecutionProvider could not be started"):
         OnnxFusionLM(export, device="cuda")
+
+
+def test_auto_goes_on_with_the_cpu_and_says_why(export: Path, monkeypatch, capsys) -> None:
+    """Where CUDA is there and does not start, and for int8, which it has no kernels for."""
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    real, asked = onnxruntime.InferenceSession, []
+
+    def without_cuda(path, options, providers):
+        asked.append(providers[0])
+        own = [p for p in providers if isinstance(p, str)]
+        return real(path, options, providers=own)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_cuda)
+    assert OnnxFusionLM(export).device == "cpu"
+    assert asked[0] == ("CUDAExecutionProvider", {"use_tf32": "0"})
+    assert (
+        "running on the CPU: CUDAExecutionProvider could not be started" in capsys.readouterr().err
+    )
+    asked.clear()
+    assert choose_device("auto", "int8", export / "model.onnx") == "cpu"
+    assert not asked
+    assert "int8 runs on the CPU" in capsys.readouterr().err
+
+
+def test_a_device_that_computes_otherwise_is_refused(export: Path) -> None:
+    exported = OnnxFusionLM(export, device="cpu")
+    probe = exported.manifest["verified"]["probe"]
+    exported._sequences.check_probe(probe)
+    with pytest.raises(ExportError, match=r"up to 0\.01 nats from those that were verified"):
+        exported._sequences.check_probe([*probe[:-1], probe[-1] + 0.01])
+
+
+def test_edges(export: Path) -> None:
+    exported = OnnxFusionLM(export, device="cpu")
+    e = np.zeros((1, 2, exported.model["prefix_size"]), dtype=np.float32)
+    for wrong in (-1, -100, exported.model["vocab_size"]):
+        with pytest.raises(ExportError, match="this model has tokens"):
+            exported.token_log_probs(np.array([[1, 2, wrong]]), e)
+    padded = exported.token_log_probs(np.array([[1, 2, -100]]), e, np.array([2]))
+    assert padded.shape == (1,)
+    none = np.zeros((0, 3), dtype=np.int64)
+    assert exported.token_log_probs(none, e[:0]).shape == (0,)
+    assert exported.generate([]) == []
+    assert exported.generate(["", ""], max_new_tokens=2)
+
+
+def test_a_manifest_that_names_other_folders_is_refused(export: Path, tmp_path: Path) -> None:
+    manifest = json.loads((export / "manifest.json").read_text())
+    for name in ("../secret", "/etc/hostname"):
+        manifest["files"] = {name: {"sha256": "0", "bytes": 1}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ExportError, match="does not lie beside it"):
+            read_manifest(tmp_path)
 
 
 def test_nodes_that_fell_to_the_cpu_are_named(bert_pair) -> None:

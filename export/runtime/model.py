@@ -50,15 +50,17 @@ class OnnxFusionLM(TextModel):
         self, folder: str | Path, *, device: str = "auto", threads: int | None = None
     ) -> None:
         self.folder = Path(folder)
-        self.device = choose_device(device)
         self.threads = default_threads() if threads is None else threads
         self.manifest = read_manifest(self.folder)
         check_version(runtime().__version__, self.manifest["oldest_onnxruntime"])
+        self.device = choose_device(device, self.manifest["precision"], self.folder / SEQUENCE)
         self.model: dict[str, Any] = self.manifest["model"]
         described = self.manifest["tokenizer"]
         self.tokenizer = TextTokenizer(self.folder / TOKENIZER, described)
         self.shuffle = self.model["shuffle"]
         self._sequences = Sequences(self._open(SEQUENCE), self.model)
+        if self.device != "cpu" and "probe" in self.manifest["verified"]:
+            self._sequences.check_probe(self.manifest["verified"]["probe"])
 
     def _open(self, name: str) -> Any:
         return open_session(self.folder / name, self.device, self.threads)
@@ -130,8 +132,10 @@ class OnnxFusionLM(TextModel):
         if e is not None and e.ndim == 2:
             e = np.repeat(e[:, None], ids.shape[-1] - 1, axis=1)
         self._sequences.check(ids[..., :-1], e)
-        ids = ids.astype(np.int64, copy=False)
         ends = np.full(len(ids), ids.shape[1]) if lengths is None else np.asarray(lengths)
+        real = np.arange(ids.shape[1]) < ends[:, None]
+        self._sequences.check_ids(np.where(real, ids, 0))  # the last ones, too, which are targets
+        ids = ids.astype(np.int64, copy=False)
         return self.log_probs(ids[:, :-1], next_tokens(ids, ends), e, None, None)[0]
 
     def generate(
@@ -158,6 +162,8 @@ class OnnxFusionLM(TextModel):
         """
         chosen = GenerationOptions.parse(options)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
         if streamer is not None and (len(prompts), chosen.num_beams) != (1, 1):
             raise ExportError("a streamer follows one row: give one prompt and no beams")
         rows = [self.prompt_row(p) for p in prompts]

@@ -4,6 +4,7 @@ Notation: B sequences, T tokens, E width of the prefix embeddings, L layers, H h
 Nothing here needs PyTorch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,19 @@ class Sequences:
         self._session, self._model = session, model
         self._inputs = {i.name: i.type for i in session.get_inputs()}
 
+    def check_ids(self, ids: np.ndarray) -> None:
+        """Refuse what is no [B, T] of tokens of the vocabulary; see `check`."""
+        vocabulary = self._model["vocab_size"]
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise ExportError(
+                f"input_ids is {ids.dtype} of shape {list(ids.shape)}: expected integers, [B, T]"
+            )
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+            raise ExportError(
+                f"input_ids holds {ids.min()}..{ids.max()}: this model has tokens "
+                f"0..{vocabulary - 1}"
+            )
+
     def check(self, ids: np.ndarray, e: np.ndarray | None) -> None:
         """Refuse ids outside the vocabulary, and embeddings of the wrong width or shape.
 
@@ -35,16 +49,8 @@ class Sequences:
         Raises:
             ExportError: what was given, and what is needed.
         """
-        vocabulary, size = self._model["vocab_size"], self._model["prefix_size"]
-        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-            raise ExportError(
-                f"input_ids is {ids.dtype} of shape {list(ids.shape)}: expected integers, [B, T]"
-            )
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
-            raise ExportError(
-                f"input_ids holds {ids.min()}..{ids.max()}: this model has tokens "
-                f"0..{vocabulary - 1}"
-            )
+        self.check_ids(ids)
+        size = self._model["prefix_size"]
         if self._model["fusion"] == "none":
             return
         expected = [*ids.shape, size]
@@ -79,9 +85,21 @@ class Sequences:
                 prefix starts anew, the tokens before, [B, S].
 
         Raises:
-            ExportError: see `check`.
+            ExportError: see `check`; targets outside the vocabulary, or of another shape.
         """
         self.check(ids, e)
+        vocabulary = self._model["vocab_size"]
+        if (
+            targets.shape != ids.shape
+            or not 0 <= targets.min(initial=0) <= targets.max(initial=0) < vocabulary
+        ):
+            raise ExportError(
+                f"targets of shape {list(targets.shape)} must be {list(ids.shape)}, and hold "
+                f"tokens 0..{vocabulary - 1}"
+            )
+        if not ids.size:
+            empty = np.zeros(ids.shape, dtype=np.float32)
+            return empty, empty, state
         feed = {"targets": targets, "boundary_ids": boundary}
         if "prefix_embeds" in self._inputs and e is not None:
             feed["prefix_embeds"] = e.astype(np.float32, copy=False)
@@ -96,6 +114,23 @@ class Sequences:
         feed |= {"input_ids": ids, "h0": state[0], "c0": state[1]}
         target, edge, h, c = self._session.run(names, feed)
         return target, edge, (h, c)
+
+    def probe(self) -> np.ndarray:
+        """Log-probabilities of fixed tokens under fixed embeddings, [N]: alike on all devices."""
+        generator = np.random.default_rng(0)
+        ids, targets = generator.integers(self._model["vocab_size"], size=(2, 2, 9))
+        e = generator.normal(0, 0.1, (2, 9, self._model["prefix_size"])).astype(np.float32)
+        return self.run(ids, targets, e, np.zeros(1, dtype=np.int64))[0].ravel()
+
+    def check_probe(self, expected: Sequence[float]) -> None:
+        """Raise `ExportError` where this device's probe is not the one that was exported."""
+        error = float(np.abs(self.probe() - np.array(expected)).max())
+        half = any("float16" in kind for kind in self._inputs.values())
+        if not error <= (5e-2 if half else 1e-3):
+            raise ExportError(
+                f"on this device log-probabilities are up to {error:.2g} nats from those that were "
+                "verified at export: use device cpu, and another driver or ONNX Runtime"
+            )
 
     def _run_prefixes(self, feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Early fusion, some prefixes at a time: the first ones are short, and so is their run."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from fusion_model.export.manifest import OLDEST_RUNTIME
 
+from fusion_model import progress
 from fusion_model.errors import ExportError, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -50,15 +51,26 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def choose_device(device: str) -> str:
-    """`cpu` or `cuda`, chosen for `auto`: CUDA where ONNX Runtime has it.
+def choose_device(device: str, precision: str, path: Path) -> str:
+    """`cpu` or `cuda`. For `auto` CUDA where ONNX Runtime has it, it starts, and the graph at
+    `path` runs there; the CPU for int8, whose products have no CUDA kernels. A note says why not.
 
     Raises:
         ExportError: unknown, or not there.
     """
     available = runtime().get_available_providers()
     if device == "auto":
-        return "cuda" if PROVIDERS["cuda"] in available else "cpu"
+        if PROVIDERS["cuda"] not in available:
+            return "cpu"
+        if precision == "int8":
+            progress.note("int8 runs on the CPU: its products have no CUDA kernels")
+            return "cpu"
+        try:
+            open_session(path, "cuda", 1)
+        except ExportError as error:
+            progress.note(f"running on the CPU: {error}")
+            return "cpu"
+        return "cuda"
     if device not in PROVIDERS:
         raise ExportError(
             f"unknown device {device!r} for ONNX Runtime: choose one of auto, "
@@ -98,7 +110,11 @@ def open_session(path: Path, device: str, threads: int) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors; what falls to the CPU is refused below
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    providers = [provider] if device == "cpu" else [provider, PROVIDERS["cpu"]]
+    providers: list[Any] = [provider]
+    if device == "cuda":
+        ort.preload_dlls()  # those of pip's CUDA packages, or of PyTorch where it is imported
+        # TensorFloat-32 keeps ten bits: float32 would not be what was verified.
+        providers = [(provider, {"use_tf32": "0"}), PROVIDERS["cpu"]]
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises kinds of its own, none of them public
