@@ -13,7 +13,14 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path for a file or folder that takes the place of `path` once the block is through."""
+    """A path for a file or folder that takes the place of `path` once the block is through.
+
+    What a link names is replaced, and the link stays. A device or a pipe is written to.
+    """
+    path = path.resolve()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
     temporary = path.with_name("saving-" + path.name)
     _remove(temporary)
     try:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ import torch
 from conftest import SENTENCES
 from typer.testing import CliRunner
 
+import fusion_model
 from fusion_model.cli import app
+from fusion_model.commands.app import output
+from fusion_model.files import write_text
 from fusion_model.training.options import TrainingOptions
 from fusion_model.training.run import train
 
@@ -257,3 +261,32 @@ def test_help_lists_the_commands() -> None:
         assert name in stdout
     _, stdout, _ = run("train", "--help")
     assert "--prefix-dropout-schedule" in stdout
+
+
+def test_devices_pipes_and_links_are_written_through(tmp_path: Path) -> None:
+    """A file that is whole or absent, but never in the place of something else."""
+    link, pipe = tmp_path / "link.tsv", tmp_path / "pipe"
+    (tmp_path / "real.tsv").write_text("old")
+    link.symlink_to(tmp_path / "real.tsv")
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert (tmp_path / "real.tsv").read_text() == "new"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        with output(pipe) as file:
+            file.write("through")
+        assert read.result(10) == "through"
+    assert pipe.is_fifo()
+    with output(Path(os.devnull)) as file:
+        file.write("gone")
+    assert Path(os.devnull).is_char_device()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.tsv", "pipe", "real.tsv"]
+
+
+def test_version_and_module() -> None:
+    for command in (["fusion_model.cli"], ["fusion_model"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command, "--version"], capture_output=True, text=True
+        )
+        assert done.stdout == f"fusion-lm {fusion_model.__version__}\n"

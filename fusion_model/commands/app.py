@@ -23,6 +23,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from fusion_model import __version__
+
+        print(f"fusion-lm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 MODEL_HELP = "folder, hub name, or fusion-lm-small, which ships"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 TextFiles = Annotated[
@@ -191,10 +212,8 @@ def output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    from fusion_model.files import replacing
+
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yield file
+        file.close()  # before it takes the other's place

@@ -7,8 +7,6 @@ import typer
 
 from fusion_model.commands.app import (
     AnyModel,
-    Model,
-    Running,
     Split,
     Store,
     TextFiles,
@@ -17,14 +15,21 @@ from fusion_model.commands.app import (
 )
 
 
+def _opened(lm: Any, chosen: AnyModel, store: Path | None) -> Any:
+    from fusion_model.errors import FusionLMError
+
+    if chosen.onnx is not None and store is not None:
+        raise FusionLMError("--store does not go with --onnx: its embeddings are kept in memory")
+    return lm.open_store(store)
+
+
 @command
 def evaluate(
     *,
-    model: Model,
     text: TextFiles,
     split: Split = "sentences",
     store: Store = None,
-    how: Running,
+    chosen: AnyModel,
 ) -> None:
     """Perplexity of a text, in every unit that is in use."""
     from rich.console import Console
@@ -33,10 +38,11 @@ def evaluate(
     from fusion_model.data.text import read_documents
 
     documents = read_documents(text, split)
-    lm = how.load(model)
-    with lm.open_store(store) as vectors:
+    lm = chosen.open()
+    with _opened(lm, chosen, store) as vectors:
         result = lm.perplexity(documents, vectors)
-    table = Table("measure", "value", title=f"{model} on {', '.join(text)}")
+    name = chosen.model or chosen.onnx
+    table = Table("measure", "value", title=f"{name} on {', '.join(text)}")
     table.columns[1].justify = "right"
     for name, value in (
         ("perplexity per token", f"{result.perplexity:.3f}"),
@@ -70,18 +76,12 @@ def score(
 ) -> None:
     """Surprisal of every word as TSV, in bits and nats."""
     from fusion_model.data.text import read_documents
-    from fusion_model.errors import FusionLMError
 
     documents = read_documents(text, split)
     lm = chosen.open()
     options: dict[str, Any] = {"context": context, "whitespace_correction": whitespace_correction}
-    if chosen.onnx is None:
-        with lm.open_store(store) as vectors:
-            words = lm.score(documents, store=vectors, **options)
-    elif store is not None:
-        raise FusionLMError("--store does not go with --onnx: its embeddings are kept in memory")
-    else:
-        words = lm.score(documents, **options)
+    with _opened(lm, chosen, store) as vectors:
+        words = lm.score(documents, store=vectors, **options)
     with output(out) as file:
         print("document\tsentence\tword\ttext\tbits\tnats\ttokens", file=file)
         for w in words:
