@@ -84,7 +84,7 @@ class Positions:
 def test_attention_in_buckets(sizes: list[int], branches: int, relative: bool) -> None:
     layers, trees = Positions(relative), []
     for size in sizes:
-        tree = Tree([1] * size, 0, size - 1)
+        tree = Tree([1] * size, [], size - 1)
         for tail in [[]] + [[5, 6, 7 + i] for i in range(branches)]:
             assert tree.add(tail)
         trees.append(tree.flat({"cls": Query(1, True, 0)}, 1))
@@ -213,7 +213,7 @@ def test_words_of_a_stream_are_tokenised_once(bert_folder: Path, monkeypatch) ->
 
 
 def test_the_deepest_branch_is_kept() -> None:
-    tree = Tree([1, 2], 0, 1)
+    tree = Tree([1, 2], [], 1)
     for tail in ([5], [5, 6], [5, 7], [5, 7, 8]):
         assert tree.add(tail)
     assert not tree.add([9])  # it begins otherwise

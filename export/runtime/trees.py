@@ -105,16 +105,18 @@ class TreeEncoder(TokenInputs):
             entries: the cached text that each tree goes on from, and that gets its nodes.
         """
         flats = [tree.flat(self.queries, self.after) for tree in trees]
-        pasts = [entry.states[:, : tree.past] for tree, entry in zip(trees, entries, strict=False)]
+        pasts = [
+            entry.states[:, : len(tree.past)] for tree, entry in zip(trees, entries, strict=False)
+        ]
         names = sorted({_output(p) for p in self.read} | ({"states"} if entries else set()))
-        feed = self._feed(flats, pasts, trees, entries)
+        feed = self._feed(trees, flats, pasts)
         found = dict(zip(names, self._session.run(names, feed), strict=True))
         rows = []
         for i, (tree, flat) in enumerate(zip(trees, flats, strict=True)):
-            entry = entries[i] if entries else None
+            entry, past = entries[i] if entries else None, len(tree.past)
             kept = tree.deepest() if entry is not None else []
             if entry is not None:
-                entry.states[:, tree.past : tree.past + len(kept)] = found["states"][:, i, kept]
+                entry.states[:, past : past + len(kept)] = found["states"][:, i, kept]
             columns = []
             for p in self.read:
                 output, nodes = found[_output(p)][i], flat.nodes[p.name]
@@ -124,19 +126,15 @@ class TreeEncoder(TokenInputs):
                 total = flat.sees @ output[: len(flat.tokens)]
                 if entry is not None:
                     layer = self._means.index(p.layer)
-                    total += entry.sums[tree.past - 1, layer] if tree.past else 0
-                    entry.sums[tree.past : tree.past + len(kept), layer] = total[kept]
-                count = flat.sees[nodes].sum(axis=1, keepdims=True) + tree.past
+                    total += entry.sums[past - 1, layer] if past else 0
+                    entry.sums[past : past + len(kept), layer] = total[kept]
+                count = flat.sees[nodes].sum(axis=1, keepdims=True) + past
                 columns.append(total[nodes] / count)
             rows.append(np.concatenate(columns, axis=1))
         return np.concatenate(rows).astype(np.float32, copy=False)
 
     def _feed(
-        self,
-        flats: Sequence[FlatTree],
-        pasts: Sequence[np.ndarray],
-        trees: Sequence[Tree],
-        entries: Sequence[Entry],
+        self, trees: Sequence[Tree], flats: Sequence[FlatTree], pasts: Sequence[np.ndarray]
     ) -> dict[str, np.ndarray]:
         """The graph's inputs; what lies behind a tree's nodes is padding that nothing reads."""
         count, most = len(flats), max((len(flat.tokens) for flat in flats), default=0)
@@ -150,11 +148,9 @@ class TreeEncoder(TokenInputs):
             ids[i, :size], positions[i, :size] = flat.tokens, flat.positions
             sees[i, :size, behind : behind + size] = flat.sees
             if i < len(pasts):
-                held, tree = pasts[i].shape[1], trees[i]
+                held = pasts[i].shape[1]
                 past[:, i, :held], sees[i, :size, :held] = pasts[i], True
-                head = len(entries[i].head) if held else 0
-                after_head = range(tree.depth - (held - head), tree.depth)
-                seen_positions[i, :held] = [*range(head), *after_head] if held else []
+                seen_positions[i, :held] = trees[i].past
         seen_positions[:, behind:] = positions
         return {"input_ids": ids, "positions": positions, "seen_positions": seen_positions,
                 "sees": sees, "past": past}  # fmt: skip

@@ -230,19 +230,18 @@ class HFEncoder(TokenInputs):
 
     def _by_trees(self, layers: EncoderLayers, trees: Sequence[Tree]) -> Tensor:
         """Vectors of exact texts [N, P E]; those with a mask in them are trees of their own."""
-        columns: dict[Pooling, Tensor] = {}
-        for masked in (False, True):
-            own = [p for p in self.read if (p.name == "mask") == masked]
-            if not own:
-                continue
-            read = [Pooling("last", p.layer) for p in own] if masked else own
-            if masked:
-                trees = [
-                    Tree(self._with_mask(tree.head), 0, tree.depth + 1, ends=[-1]) for tree in trees
-                ]
-            found = TreePass(layers, read, self.queries, self.after).run(trees)
-            columns |= zip(own, found, strict=True)
-        return torch.cat([columns[p] for p in self.read], dim=1)
+        plain = [p for p in self.read if p.name != "mask"]
+        masks = [p for p in self.read if p.name == "mask"]
+        found: dict[Pooling, Tensor] = {}
+        if plain:
+            run = TreePass(layers, plain, self.queries, self.after).run
+            found |= zip(plain, run(trees), strict=True)
+        if masks:
+            heads = [self._with_mask(tree.head) for tree in trees]
+            of_heads = [Tree(h, [], len(h) - self.after, ends=[-1]) for h in heads]
+            run = TreePass(layers, [p._replace(name="last") for p in masks], {}, self.after).run
+            found |= zip(masks, run(of_heads), strict=True)
+        return torch.cat([found[p] for p in self.read], dim=1)
 
     def _with_mask(self, ids: list[int]) -> list[int]:
         end = len(ids) - self.after

@@ -9,7 +9,6 @@ Notation: M nodes in all; N trees in a bucket, Q query rows and K keys of each; 
 E = A d.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,17 +129,12 @@ class TreeAttention:
     def _with_bias(
         self, asking: Sequence[Sequence[int]], nodes: Tensor
     ) -> list[tuple[Bucket, Tensor]]:
-        """Buckets, each with what is added to its scores, [N, 1 or A, Q, K]: -inf where a key is
-        hidden. `nodes` [R] are those that ask."""
-        at, found = self._positions, []
-        for bucket in make_buckets(self._trees, asking, at.device):
-            bias = torch.zeros(bucket.sees.shape, device=at.device)
-            bias = bias.masked_fill_(~bucket.sees, -torch.inf)[:, None]
-            asked = nodes.to(at.device)[bucket.queries]
-            relative = self._layers.position_bias(at[asked], at[bucket.keys])
-            bias = bias if relative is None else bias + relative
-            found.append((bucket, bias.to(self._layers.dtype)))
-        return found
+        """Buckets with what is added to their scores; `nodes` [R] are those that ask."""
+        at, asked = self._positions, self._positions[nodes.to(self._positions.device)]
+        return [
+            (b, _bias(b.sees, asked[b.queries], at[b.keys], self._layers))
+            for b in make_buckets(self._trees, asking, at.device)
+        ]
 
     def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `EncoderLayers.run`; nodes after the last tree are padding."""
@@ -163,13 +157,24 @@ class TreeAttention:
         return torch.cat(found)
 
 
+def _bias(sees: Tensor, asked: Tensor, keys: Tensor, layers: EncoderLayers) -> Tensor:
+    """What is added to scores, [N, 1 or A, Q, K]: -inf where a key is hidden.
+
+    Args:
+        sees: [N, Q, K] bool.
+        asked, keys: positions, [N, Q] and [N, K].
+    """
+    bias = torch.zeros(sees.shape, device=sees.device).masked_fill_(~sees, -torch.inf)[:, None]
+    relative = layers.position_bias(asked, keys)
+    return (bias if relative is None else bias + relative).to(layers.dtype)
+
+
 class CachedAttention:
-    """Attention of trees that go on from cached texts. The entries get what is computed on the way
-    to each tree's deepest node; see `TreeAttention`.
+    """Attention of trees that go on from cached texts; see `TreeAttention`.
 
     Args:
         trees, flats: each, and its nodes.
-        entries: of each tree, with room for these.
+        entries: of each tree, with room; it gets what is computed on the way to the deepest node.
     """
 
     def __init__(
@@ -180,69 +185,63 @@ class CachedAttention:
         layers: EncoderLayers,
         entries: Sequence[Entry],
     ) -> None:
-        self._trees, self._flats, self._entries = trees, flats, entries
-        ends = list(itertools.accumulate(len(flat.tokens) for flat in flats))
-        self._rows = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
-        self._kept: list[list[int] | slice] = []
-        self._sees: list[Tensor] = []
-        self._bias: list[Tensor | None] = []
-        for tree, flat, own in zip(trees, flats, self._rows, strict=True):
+        self._parts: list[_Part] = []
+        start = 0
+        for tree, flat, entry in zip(trees, flats, entries, strict=True):
+            past, rows = len(tree.past), slice(start, start + len(flat.tokens))
+            sees = torch.from_numpy(np.pad(flat.sees, ((0, 0), (past, 0)), constant_values=True))
+            bias = None
+            if layers.relative is not None or not sees.all():
+                keys = positions.new_tensor([*tree.past, *flat.positions])[None]
+                bias = _bias(sees.to(keys.device)[None], keys[:, past:], keys, layers)
             kept = tree.deepest()
             in_a_row = kept == [*range(len(kept))]
-            self._kept.append(slice(len(kept)) if in_a_row else kept)
-            sees = torch.from_numpy(np.pad(flat.sees, ((0, 0), (tree.past, 0)), constant_values=1))
-            self._sees.append(sees.to(positions.device))
-            bias = None if sees.all() else torch.zeros(sees.shape)
-            if bias is not None:
-                bias = bias.masked_fill_(~sees, -torch.inf).to(positions.device)
-            if layers.relative is not None:
-                bias = self._relative(tree, positions[own], layers, bias)
-            self._bias.append(None if bias is None else bias.to(layers.dtype))
-
-    def _relative(
-        self, tree: Tree, at: Tensor, layers: EncoderLayers, bias: Tensor | None
-    ) -> Tensor:
-        head = len(self._entries[len(self._bias)].head) if tree.past else 0
-        behind = range(tree.depth - (tree.past - head), tree.depth) if tree.past else ()
-        past = torch.tensor([*range(head), *behind], dtype=at.dtype, device=at.device)
-        relative = layers.position_bias(at[None], torch.cat([past, at])[None])
-        assert relative is not None
-        return relative[0] if bias is None else relative[0] + bias
+            nodes = slice(len(kept)) if in_a_row else kept
+            held = slice(past, past + len(kept))
+            self._parts.append(_Part(flat, entry, rows, nodes, held, sees, bias))
+            start = rows.stop
 
     def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `EncoderLayers.run`."""
         out = torch.zeros_like(query)
-        for i, entry in enumerate(self._entries):
-            own = self._rows[i]
-            all_keys = self._with_past(i, entry.states[2 * number], key)
-            all_values = self._with_past(i, entry.states[2 * number + 1], value)
-            parts = query[own], all_keys, all_values
-            q, k, v = (part.transpose(0, 1)[None] for part in parts)
-            found = F.scaled_dot_product_attention(q, k, v, self._bias[i])
-            out[own] = found[0].transpose(0, 1)
+        for part in self._parts:
+            keys = part.with_past(part.entry.states[2 * number], key[part.rows])
+            values = part.with_past(part.entry.states[2 * number + 1], value[part.rows])
+            q, k, v = (x.transpose(0, 1)[None] for x in (query[part.rows], keys, values))
+            found = F.scaled_dot_product_attention(q, k, v, part.bias)
+            out[part.rows] = found[0].transpose(0, 1)
         return out
-
-    def _with_past(self, i: int, held: Tensor, new: Tensor) -> Tensor:
-        """Keys or values that a tree's nodes see; those that are kept are written now."""
-        past, new = self._trees[i].past, new[self._rows[i]]
-        kept = new[self._kept[i]]
-        held[past : past + len(kept)] = kept
-        if len(kept) == len(new):  # one path: it now lies behind its past
-            return held[: past + len(new)]
-        return torch.cat([held[:past], new])
 
     def mean(self, number: int, output: Tensor) -> Tensor:
         """As `TreeAttention.mean`; `number` is the layer's among those whose sums are kept."""
         found = []
-        for tree, flat, entry, own, sees, kept in zip(
-            *(self._trees, self._flats, self._entries, self._rows, self._sees, self._kept),
-            strict=True,
-        ):
-            total = sees[:, tree.past :].float() @ output[own].float()
-            if tree.past:
-                total += entry.sums[tree.past - 1, number]
-            new = total[kept]
-            entry.sums[tree.past : tree.past + len(new), number] = new
-            ends = flat.nodes["mean"]
+        for part in self._parts:
+            sums, sees, past = part.entry.sums, part.sees.to(output.device), part.held.start
+            total = sees[:, past:].float() @ output[part.rows].float()
+            if past:
+                total += sums[past - 1, number]
+            sums[part.held, number] = total[part.nodes]
+            ends = part.flat.nodes["mean"]
             found.append(total[ends] / sees[ends].sum(-1, keepdim=True))
         return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tree that goes on: its nodes are `rows` of the pass, `nodes` of these are kept, at `held`
+    of the entry; `sees` [L, P + L] and `bias` are of its past, too."""
+
+    flat: FlatTree
+    entry: Entry
+    rows: slice
+    nodes: slice | list[int]
+    held: slice
+    sees: Tensor
+    bias: Tensor | None
+
+    def with_past(self, held: Tensor, new: Tensor) -> Tensor:
+        """Keys or values that the nodes see, those `new` that are kept written to `held`."""
+        held[self.held] = new[self.nodes]
+        if self.held.stop - self.held.start == len(new):  # one path: it now lies behind its past
+            return held[: self.held.stop]
+        return torch.cat([held[: self.held.start], new])

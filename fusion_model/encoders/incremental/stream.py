@@ -80,11 +80,11 @@ class Stream:
         latest: dict[Any, tuple[list[int], Tree]] = {}
         for row, (head, tail) in enumerate(texts):
             source, held = self.cache.find(head, tail[:-1]) if tail else (None, -1)
-            known = max(held, 0)
+            known, depth = max(held, 0), len(head) - self._encoder.after
             key = tuple(head), id(source), held
             if key not in latest or not latest[key][1].add(tail[known:]):
-                past = 0 if source is None else len(head) + held
-                tree = Tree([] if past else head, past, len(head) - self._encoder.after + known)
+                past = [*range(len(head)), *range(depth, depth + known)] if source else []
+                tree = Tree([] if past else head, past, depth + known)
                 tree.add(tail[known:])
                 latest[key] = [], tree
                 planned.append(latest[key])

@@ -48,14 +48,14 @@ class Tree:
     Attributes:
         head: tokens that see one another, and that all later nodes see; none where there is a
             past.
-        past: how many nodes were computed before; every node sees them all.
+        past: positions of nodes that were computed before; every node sees them all.
         depth: position of the first node after the head or the past.
         tokens, parents: of each node; parent -1 is the head or the past.
         ends: the node that each text ends at, -1 for the head's own.
     """
 
     head: list[int]
-    past: int
+    past: list[int]
     depth: int
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -161,7 +161,7 @@ def grow_trees(
         if tree is None or tree.head != head or not tree.add(tail):
             if tree is not None:
                 yield rows, tree
-            tree, rows = Tree(head, 0, len(head) - after), []
+            tree, rows = Tree(head, [], len(head) - after), []
             tree.add(tail)
         rows.append(row)
     if tree is not None:
