@@ -28,7 +28,7 @@ from fusion_model.export.manifest import (
     WEIGHTS,
     write_manifest,
 )
-from fusion_model.export.runtime.encoder import open_encoder
+from fusion_model.export.runtime.model import open_encoder
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.session import open_session, runtime
 from fusion_model.export.runtime.steps import Steps
