@@ -12,21 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from fusion_model import progress
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document, read_documents
-from fusion_model.encoders import load_encoder
 from fusion_model.encoders.controls import BAGS
 from fusion_model.encoders.pretrained import HFEncoder, counted_tokens
 from fusion_model.errors import CheckpointError
 from fusion_model.experiments.baselines import MODELS
 from fusion_model.experiments.corpora import Texts
 from fusion_model.experiments.sizes import Size
-from fusion_model.files import write_text
+from fusion_model.files import replacing, write_text
 from fusion_model.language_model import FusionLM
-from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.loading import load
 from fusion_model.scoring import score_sentences
 from fusion_model.training.options import TrainingOptions
 from fusion_model.training.run import train
@@ -53,13 +51,12 @@ class Scores:
     Attributes:
         nats: of every token, float32 [N].
         sentences: the sentence that each token is of, int32 [N].
-        words, characters: of the text.
+        words: of the text.
     """
 
     nats: np.ndarray
     sentences: np.ndarray
     words: int
-    characters: int
 
     @property
     def mean(self) -> float:
@@ -93,9 +90,7 @@ class Run:
     def scores(self, name: str) -> Scores:
         """On one of the study's tests."""
         with np.load(self.losses[name]) as saved:
-            return Scores(
-                saved["nats"], saved["sentences"], int(saved["words"]), int(saved["characters"])
-            )
+            return Scores(saved["nats"], saved["sentences"], int(saved["words"]))
 
 
 class Study:
@@ -191,8 +186,20 @@ class Study:
     def score(self, run: Run) -> None:
         """Losses on all tests, once; settings that dev did not choose need none."""
         for name, path in self.texts.tests.items():
-            if not run.losses[name].exists():
-                self._score(run, name, path)
+            if run.losses[name].exists():
+                continue
+            lm = self.open(run)
+            documents, corpus = _read(path, lm, run.options)
+            with lm.open_store(self.store(run.options)) as store:
+                scores = score_sentences(lm, lm.encode_corpus(corpus, store))
+            with replacing(run.losses[name]) as temporary:
+                np.savez_compressed(
+                    temporary,
+                    nats=np.concatenate([s.tokens for s in scores]),
+                    sentences=np.repeat(np.arange(len(scores)), [len(s.tokens) for s in scores]),
+                    words=sum(len(s.split()) for d in documents for s in d.sentences),
+                    characters=corpus.characters,
+                )
 
     def encoding(self, run: Run) -> tuple[int, float]:
         """Vectors that the runs of this text and store encoded, and the seconds it took them.
@@ -263,22 +270,8 @@ class Study:
     def open(self, run: Run) -> FusionLM:
         """The trained model, with its encoder; on a GPU if there is one, as training is."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = MODELS[run.arm.model].from_pretrained(run.folder)
-        model.to(device)
-        tokenizer = AutoTokenizer.from_pretrained(run.folder)
-        options = run.options
-        if options.fusion == "none":
-            return FusionLM(model, tokenizer, None)
-        encoder = load_encoder(
-            options.encoder,
-            options.pooling,
-            dtype=options.encoder_dtype,
-            device=device,
-            directory=run.folder,
-            dim=model.config.prefix_size,
-            policy=options.policy,
-        )
-        return FusionLM(model, tokenizer, PrefixPlanner(encoder, tokenizer, options.view))
+        dtype, kind = run.options.encoder_dtype, MODELS[run.arm.model]
+        return load(str(run.folder), device=device, encoder_dtype=dtype, model_class=kind)
 
     def encoder_work(self, run: Run) -> float:
         """Tokens that go through the whole encoder for each token of the test text: one that
@@ -293,21 +286,6 @@ class Study:
         with counted_tokens(encoder) as tokens:
             lm.encode_corpus(corpus)
         return sum(tokens) * encoder.deepest / encoder.depth / sum(corpus.positions)
-
-    def _score(self, run: Run, name: str, path: Path) -> None:
-        lm = self.open(run)
-        documents, corpus = _read(path, lm, run.options)
-        with lm.open_store(self.store(run.options)) as store:
-            scores = score_sentences(lm, lm.encode_corpus(corpus, store))
-        temporary = run.folder / "losses.tmp.npz"
-        np.savez_compressed(
-            temporary,
-            nats=np.concatenate([s.tokens for s in scores]),
-            sentences=np.repeat(np.arange(len(scores)), [len(s.tokens) for s in scores]),
-            words=sum(len(s.split()) for d in documents for s in d.sentences),
-            characters=corpus.characters,
-        )
-        temporary.replace(run.losses[name])
 
 
 def _read(path: Path, lm: FusionLM, options: TrainingOptions) -> tuple[list[Document], Corpus]:

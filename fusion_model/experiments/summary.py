@@ -72,8 +72,7 @@ def perplexity_table(tables: list[dict[str, Any]]) -> str:
 
 
 def _milli(estimate: dict[str, float], sign: bool = False) -> str:
-    scaled = {k: estimate[k] * MILLI for k in ("value", "low", "high")}
-    return interval(Estimate(**scaled), 1, sign)
+    return interval(Estimate(**estimate).scaled(MILLI), 1, sign)
 
 
 def update(readme: str, folder: Path) -> str:
