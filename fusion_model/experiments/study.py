@@ -73,7 +73,6 @@ class Run:
     """A finished run; `metrics` has a row an epoch, see `fusion_model.training.run`.
 
     Attributes:
-        seconds: of training, without dev text and encoding.
         dev_loss: of the best epoch, nats a token.
         losses: file of each test, by the name that the study has for it.
     """
@@ -83,7 +82,6 @@ class Run:
     options: TrainingOptions
     metrics: list[dict[str, Any]]
     parameters: int
-    seconds: float
     dev_loss: float
     losses: Mapping[str, Path]
 
@@ -169,7 +167,13 @@ class Study:
     def run(self, arm: Arm, settings: Mapping[str, float], seed: int) -> Run:
         """One run, from its folder if it was done before."""
         options = self.options(arm, settings, seed)
-        saved = {"model": arm.model, **_settings(options), "text": self.texts.train.name}
+        # What differs from the defaults: options that come later leave old runs valid.
+        own = {
+            f.name: getattr(options, f.name)
+            for f in dataclasses.fields(options)
+            if f.name not in ("train_file", "dev_file") and getattr(options, f.name) != f.default
+        }
+        saved = {"model": arm.model, **own, "text": self.texts.train.name}
         digest = hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()[:10]
         label = "".join(c if c.isalnum() else "-" for c in arm.name)
         folder = next(iter((self.out / "runs").glob(f"*-{digest}")), None)
@@ -257,15 +261,14 @@ class Study:
         try:
             result = json.loads((folder / "result.json").read_text())
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            parameters, seconds = int(result["parameters"]), sum(m["seconds"] for m in metrics)
+            parameters, best = int(result["parameters"]), min(m["dev_loss"] for m in metrics)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} is damaged ({error}): delete it to repeat") from None
-        best = min(m["dev_loss"] for m in metrics)
         # The text's folder has a hash in its name: another text never meets these losses.
         losses = {
             name: folder / f"losses-{text.name}.npz" for name, text in self.texts.tests.items()
         }
-        return Run(arm, folder, options, metrics, parameters, seconds, best, losses)
+        return Run(arm, folder, options, metrics, parameters, best, losses)
 
     def open(self, run: Run) -> FusionLM:
         """The trained model, with its encoder; on a GPU if there is one, as training is."""
@@ -291,12 +294,3 @@ class Study:
 def _read(path: Path, lm: FusionLM, options: TrainingOptions) -> tuple[list[Document], Corpus]:
     documents = read_documents([str(path)], "lines")
     return documents, Corpus.from_documents(documents, lm.tokenizer, options.max_tokens)
-
-
-def _settings(options: TrainingOptions) -> dict[str, Any]:
-    """What differs from the defaults: options that come later leave old runs valid."""
-    return {
-        f.name: getattr(options, f.name)
-        for f in dataclasses.fields(options)
-        if f.name not in ("train_file", "dev_file") and getattr(options, f.name) != f.default
-    }

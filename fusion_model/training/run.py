@@ -157,7 +157,7 @@ class TrainingRun:
         out: Path,
         prepared: TrainingData,
         accelerator: Accelerator,
-        build: Callable[[FusionLMConfig], FusionLMForCausalLM],
+        build: Callable[[FusionLMConfig], FusionLMForCausalLM] = FusionLMForCausalLM,
     ) -> None:
         self.options, self.out, self.accelerator = options, out, accelerator
         self.prepared, self.data, self.dev = prepared, prepared.train, prepared.dev
