@@ -28,7 +28,7 @@ from fusion_model.export.manifest import (
     WEIGHTS,
     write_manifest,
 )
-from fusion_model.export.runtime.encoder import open_encoder
+from fusion_model.export.runtime.model import open_encoder
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.session import open_session, runtime
 from fusion_model.export.runtime.steps import Steps
@@ -87,7 +87,12 @@ def export_model(
         CheckpointError, EncoderError: see `fusion_model.load`.
     """
     out = Path(out).absolute()
-    _check_request(out, precision, opset)
+    if precision not in PRECISIONS:
+        raise ExportError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported: choose {' or '.join(map(str, OPSETS))}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
+        raise ExportError(f"{out} holds something else than an export: name another folder")
     runtime()
     lm = _load(model, encoder, encoder_path, precision)
     network, source = lm.model, None if lm.planner is None else lm.planner.encoder
@@ -130,15 +135,6 @@ def _load(
         with suppress(EncoderError):
             return load(model, encoder=encoder_path)
     return FusionLM(network, tokenizer, None)
-
-
-def _check_request(out: Path, precision: str, opset: int) -> None:
-    if precision not in PRECISIONS:
-        raise ExportError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
-    if opset not in OPSETS:
-        raise ExportError(f"opset {opset} is not supported: choose {' or '.join(map(str, OPSETS))}")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
-        raise ExportError(f"{out} holds something else than an export: name another folder")
 
 
 def _write_graphs(

@@ -137,11 +137,14 @@ def _hold_to_limits(figures: dict[str, float], precision: str) -> None:
             f"(sequence) and {step:.2g} (step) nats ({kind}), allowed are {limit:.2g}; export "
             "with --precision fp32"
         )
-    ratio = figures["perplexity_ratio"]
-    if not abs(ratio - 1) <= PERPLEXITY_LIMITS[precision]:
+    _hold_ratio(figures["perplexity_ratio"], PERPLEXITY_LIMITS[precision], "perplexity")
+
+
+def _hold_ratio(ratio: float, limit: float, what: str) -> None:
+    if not abs(ratio - 1) <= limit:
         raise ExportError(
-            f"the export's perplexity is {ratio:.4f} times PyTorch's, which is more than "
-            f"{PERPLEXITY_LIMITS[precision]:.2g} off: export with --precision fp32"
+            f"the export's {what} is {ratio:.4f} times PyTorch's, which is more than {limit:.2g} "
+            "off: export with --precision fp32"
         )
 
 
@@ -225,11 +228,7 @@ def check_text(
         parts.append(found[targets >= 0].astype(np.float64) - exact)
     errors = np.concatenate(parts)
     ratio = float(np.exp(-errors.mean()))
-    if not abs(ratio - 1) <= TEXT_LIMIT:
-        raise ExportError(
-            f"the export's perplexity of a text is {ratio:.4f} times PyTorch's, which is more than "
-            f"{TEXT_LIMIT:.2g} off: export with --precision fp32"
-        )
+    _hold_ratio(ratio, TEXT_LIMIT, "perplexity of a text")
     worst, mean = float(np.abs(errors).max()), float(np.abs(errors).mean())
     return {"perplexity_ratio": ratio, "mean_error_nats": mean, "max_error_nats": worst,
             "tokens": len(errors)}  # fmt: skip

@@ -27,6 +27,7 @@ def load(
     encoder_dtype: str = "float32",
     backend: str = "auto",
     policy: str | None = None,
+    model_class: type[FusionLMForCausalLM] = FusionLMForCausalLM,
 ) -> FusionLM:
     """A saved model with tokenizer and encoder: safetensors only, no remote code.
 
@@ -40,12 +41,13 @@ def load(
         backend: one of `fusion_model.kernels.BACKENDS`.
         policy: in place of the model's own, to measure what it costs: the scores are then of
             embeddings that the model was not trained with.
+        model_class: the subclass that was trained.
 
     Raises:
         CheckpointError: missing, damaged, pickled, or no fusion language model.
         EncoderError: the encoder is missing, or is not the one of the training.
     """
-    model, tokenizer = load_model(name)
+    model, tokenizer = load_model(name, model_class)
     model.to(device=device, dtype=resolve_dtype(dtype, device))  # type: ignore[call-arg]
     try:
         model.set_backend(backend)
@@ -75,7 +77,9 @@ def load(
     return FusionLM(model, tokenizer, PrefixPlanner(found, tokenizer, config.view, shares))
 
 
-def load_model(name: str) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, model_class: type[FusionLMForCausalLM] = FusionLMForCausalLM
+) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]:
     """Weights in float32 and tokenizer, without the encoder; `name` and errors as in `load`."""
     source = str(SHIPPED / name) if (SHIPPED / name).is_dir() else name
     path = Path(source)
@@ -94,7 +98,7 @@ def load_model(name: str) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, FusionLMConfig):
             raise CheckpointError(f"{source} is a {config.model_type} model, not a fusion-lm one")
-        loaded: Any = FusionLMForCausalLM.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -25,10 +25,6 @@ class Update(Protocol):
     def __call__(self, done: int, total_or_text: int | str = "", /) -> None: ...
 
 
-def _quiet() -> bool:
-    return os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
-
-
 @contextmanager
 def track(description: str, total: int, start: int = 0) -> Iterator[Update]:
     """A bar while the block runs; call the result with (done) or (done, text)."""
@@ -40,7 +36,8 @@ def track(description: str, total: int, start: int = 0) -> Iterator[Update]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=_quiet(), transient=True) as bar:
+    quiet = os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
         task = bar.add_task(description, total=total, completed=start)
 
         def update(done: int, total_or_text: int | str = "", /) -> None:

@@ -7,6 +7,7 @@ word's is the sum over its tokens; words are what whitespace separates. Nothing 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -126,10 +127,7 @@ def sum_words(
         words: the sentence is these, joined by single spaces.
         offsets: (start, end) of every token in that sentence, spaces included or not.
     """
-    starts, position = [], 0
-    for word in words:
-        starts.append(position)
-        position += len(word) + 1
+    starts = list(accumulate((len(word) + 1 for word in words), initial=0))
     nats, counts = [0.0] * (len(words) + 1), [0] * (len(words) + 1)
     first_token = [len(offsets)] * (len(words) + 1)
     at = 0

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,15 +15,17 @@ from conftest import ARCHITECTURES, SENTENCES
 from fusion_model.export import export_model
 from fusion_model.export import exporter as exporter_module
 from fusion_model.export.graphs import language as graphs_module
-from fusion_model.export.runtime.encoder import open_encoder
+from fusion_model.export.runtime.model import open_encoder
 from fusion_model.export.runtime.tokenizer import TextTokenizer, describe_tokenizer
 from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model, session
+from rich.console import Console
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from test_cli import fails, run
 
 import fusion_model
-from fusion_model.encoders import TextEncoder, load_encoder
+from fusion_model.commands.demo import _show_export as show_export
+from fusion_model.encoders import load_encoder
 from fusion_model.encoders.controls import BagEncoder
 from fusion_model.errors import ExportError
 
@@ -129,7 +132,7 @@ def test_an_earlier_export_is_replaced(model_folder: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out" / "counts.json").exists()
 
 
-def exported_encoder(folder: Path, pooling: str, out: Path) -> tuple[object, TextEncoder]:
+def exported_encoder(folder: Path, pooling: str, out: Path) -> tuple[Any, Any]:
     encoder = load_encoder(str(folder), pooling)
     out.mkdir()
     described = exporter_module._write_encoder(encoder, out, "fp32", 20)
@@ -138,7 +141,7 @@ def exported_encoder(folder: Path, pooling: str, out: Path) -> tuple[object, Tex
     return encoder, open_encoder(out, {"encoder": described, "model": {}}, "cpu", 1)
 
 
-def agrees(encoder, exported) -> None:
+def agrees(encoder, exported: Any) -> None:
     inputs = encoder.inputs_from_texts(TEXTS)
     assert exported.inputs_from_texts(TEXTS) == inputs
     assert exported.inputs_from_ids([[5, 6], []]) == encoder.inputs_from_ids([[5, 6], []])
@@ -213,3 +216,12 @@ def test_tokenizer_is_the_same_without_transformers(bpe, tmp_path: Path) -> None
     assert len(light) == len(bpe)
     assert light.get_vocab() == bpe.get_vocab()
     assert (light.bos_token_id, light.eos_token_id, light.pad_token_id) == (1, 2, 0)
+
+
+def test_the_demo_shows_an_export(model_folder: Path, capsys) -> None:
+    show_export(fusion_model.load(str(model_folder)), Console())
+    shown = capsys.readouterr().out
+    bits = dict(re.findall(r"^ (PyTorch|ONNX \w+) +([\d.]+) +[\d.]+ ", shown, re.MULTILINE))
+    assert bits["ONNX fp32"] == bits["PyTorch"]
+    assert float(bits["ONNX int8"]) == pytest.approx(float(bits["PyTorch"]), rel=0.02)
+    assert "PyTorch fp32" in shown

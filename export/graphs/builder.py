@@ -36,11 +36,12 @@ class Graph:
     Args:
         name: of the graph.
         dtype: float32 or float16, of weights and of arithmetic.
+        prefix: of the names of nodes and of values.
     """
 
-    def __init__(self, name: str, dtype: type = np.float32) -> None:
-        self.name, self.dtype = name, np.dtype(dtype)
-        self._nodes: list[onnx.NodeProto] = []
+    def __init__(self, name: str, dtype: type = np.float32, prefix: str = "") -> None:
+        self.name, self.dtype, self._prefix = name, np.dtype(dtype), prefix
+        self.nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -57,22 +58,20 @@ class Graph:
 
     def weight(self, name: str, array: np.ndarray) -> str:
         """A parameter, kept in the graph's dtype."""
-        self._weights[name] = numpy_helper.from_array(
-            np.ascontiguousarray(array, dtype=self.dtype), name
-        )
+        return self._constant(name, np.ascontiguousarray(array, dtype=self.dtype))
+
+    def _constant(self, name: str, array: np.ndarray) -> str:
+        self._weights[name] = numpy_helper.from_array(array, name)
         return name
 
     def ints(self, *values: int) -> str:
         """A constant of integers, [len(values)] int64."""
         name = "ints_" + "_".join(str(v) for v in values).replace("-", "m")
-        self._weights[name] = numpy_helper.from_array(np.array(values, dtype=np.int64), name)
-        return name
+        return self._constant(name, np.array(values, dtype=np.int64))
 
     def scalar(self, value: int) -> str:
         """A constant integer, [] int64."""
-        name = f"int_{value}".replace("-", "m")
-        self._weights[name] = numpy_helper.from_array(np.array(value, dtype=np.int64), name)
-        return name
+        return self._constant(f"int_{value}".replace("-", "m"), np.array(value, dtype=np.int64))
 
     def floating(self, value: float) -> str:
         """A constant number, [] in the graph's dtype."""
@@ -86,15 +85,13 @@ class Graph:
         self, kind: str, *inputs: str, outs: Sequence[str], **attributes: Any
     ) -> list[str]:
         """Add a node with several outputs; an empty name leaves one out."""
-        node = helper.make_node(
-            kind, list(inputs), list(outs), name=f"{kind}_{len(self._nodes)}", **attributes
-        )
-        self._nodes.append(node)
+        name = f"{self._prefix}{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, outs, name=name, **attributes))
         return list(outs)
 
     def fresh(self, kind: str) -> str:
         """A name that no value has yet."""
-        return f"{kind.lower()}_{len(self._nodes)}"
+        return f"{self._prefix}{kind.lower()}_{len(self.nodes)}"
 
     def linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray) -> str:
         """x [..., in] times weight [out, in] plus bias [out]."""
@@ -110,7 +107,7 @@ class Graph:
     def model(self, opset: int) -> onnx.ModelProto:
         """The finished model."""
         graph = helper.make_graph(
-            self._nodes, self.name, self._inputs, self._outputs, list(self._weights.values())
+            self.nodes, self.name, self._inputs, self._outputs, list(self._weights.values())
         )
         return helper.make_model(
             graph,

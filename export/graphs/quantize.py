@@ -13,10 +13,10 @@ not multiplied.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx
+from fusion_model.export.graphs.builder import Graph
 from fusion_model.export.graphs.weights import SMALL
 from onnx import TensorProto, helper, numpy_helper
 
@@ -28,25 +28,6 @@ INT32, FLOAT, UINT8 = TensorProto.INT32, TensorProto.FLOAT, TensorProto.UINT8
 def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
     """The int8 form of a float32 graph: products with constant weights, and LSTMs."""
     return _Quantized(model).model()
-
-
-class _Nodes:
-    """Nodes of a graph, or of a `Scan`'s body, under construction."""
-
-    def __init__(self, prefix: str) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self._prefix = prefix
-
-    def op(self, kind: str, *inputs: str, out: str = "", **attributes: Any) -> str:
-        out = out or f"{self._prefix}.{kind.lower()}_{len(self.nodes)}"
-        self.several(kind, inputs, [out], **attributes)
-        return out
-
-    def several(
-        self, kind: str, inputs: Sequence[str], outs: Sequence[str], **attributes: Any
-    ) -> None:
-        name = f"{self._prefix}.{kind}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, outs, name=name, **attributes))
 
 
 class _Quantized:
@@ -63,7 +44,7 @@ class _Quantized:
         graph = self._source.graph
         nodes: list[onnx.NodeProto] = []
         for number, node in enumerate(graph.node):
-            new = _Nodes(f"int8_{number}")
+            new = Graph("int8", prefix=f"int8_{number}.")
             if node.op_type == "MatMul" and self._matrix(node.input[1]) is not None:
                 self._product(new, node.input[0], node.input[1], node.output[0])
             elif node.op_type == "LSTM":
@@ -105,7 +86,7 @@ class _Quantized:
             f"{name}.scale", scale.astype(np.float32)
         )
 
-    def _rows(self, new: _Nodes, x: str, weight: tuple[str, str], out: str = "") -> str:
+    def _rows(self, new: Graph, x: str, weight: tuple[str, str], out: str = "") -> str:
         """x [..., K] times a quantised weight: [..., N] float32."""
         constant = self._constant
         size = new.op("ReduceMax", new.op("Abs", x), constant("int8.last", np.array([-1])))
@@ -124,7 +105,7 @@ class _Quantized:
         )
         return new.op("Mul", product, scale, out=out)
 
-    def _product(self, new: _Nodes, x: str, name: str, out: str = "") -> str:
+    def _product(self, new: Graph, x: str, name: str, out: str = "") -> str:
         """x times a weight of the graph; for joined x a sum, so that each part has its scale."""
         weight = self._matrix(name)
         assert weight is not None
@@ -144,7 +125,7 @@ class _Quantized:
             start = end
         return total
 
-    def _lstm(self, new: _Nodes, node: onnx.NodeProto) -> None:
+    def _lstm(self, new: Graph, node: onnx.NodeProto) -> None:
         """The standard operator's inputs and outputs: Y [T, 1, N, H], Y_h and Y_c [1, N, H]."""
         x, w, r, b, lengths, h0, c0 = node.input
         name = w.rpartition(".")[0] + w[-1]
@@ -157,10 +138,11 @@ class _Quantized:
             states.append(self._constant("int8.step", np.zeros(1, dtype=np.int32)))
         ends = [f"{name}.{output}" for output in ("h", "c", "steps")[: len(states)]]
         every = f"{name}.every"
-        new.several(
+        new.op_several(
             "Scan",
-            [*states, new.op("Add", gates, bias)],
-            [*ends, every],
+            *states,
+            new.op("Add", gates, bias),
+            outs=[*ends, every],
             body=self._step(name, self._weight(r, outer.T), lengths),
             num_scan_inputs=1,
         )
@@ -173,11 +155,11 @@ class _Quantized:
     def _step(self, name: str, outer: tuple[str, str], lengths: str) -> onnx.GraphProto:
         """A step of all rows: h and c [N, H], with `lengths` the step's number, and gates [N, 4H]
         to the same and h; a row that is over keeps its state."""
-        new = _Nodes(f"{name}.step")
+        new = Graph(f"{name}.step", prefix=f"{name}.step.")
         h, c, t, gates = (f"{name}.{what}_in" for what in ("h", "c", "t", "gates"))
         scores = new.op("Add", gates, self._rows(new, h, outer))
         parts = [f"{name}.{gate}" for gate in "iofg"]  # ONNX's order
-        new.several("Split", [scores], parts, axis=1, num_outputs=4)
+        new.op_several("Split", scores, outs=parts, axis=1, num_outputs=4)
         i, o, f = (new.op("Sigmoid", part) for part in parts[:3])
         held = new.op("Mul", f, c)
         c_next = new.op("Add", held, new.op("Mul", i, new.op("Tanh", parts[3])))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from fusion_model.export.manifest import SEQUENCE, STEP, TOKENIZER, read_manifest
-from fusion_model.export.runtime.encoder import open_encoder
+from fusion_model.export.runtime.encoder import OnnxEncoder
 from fusion_model.export.runtime.generation import GenerationOptions, generate_rows
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.session import (
@@ -19,7 +19,10 @@ from fusion_model.export.runtime.session import (
 )
 from fusion_model.export.runtime.steps import Steps
 from fusion_model.export.runtime.tokenizer import TextTokenizer
+from fusion_model.export.runtime.trees import TreeEncoder
 
+from fusion_model.encoders import TextEncoder
+from fusion_model.encoders.controls import BagEncoder, ZeroEncoder
 from fusion_model.errors import ExportError
 from fusion_model.prefixes.planner import PrefixPlanner, check_causal
 from fusion_model.prefixes.stream import PrefixStream
@@ -209,3 +212,24 @@ class OnnxFusionLM(TextModel):
             return np.tile(e, (len(rows), last, 1))
 
         return Steps(session, self.model, device, one, one_vector=True)
+
+
+def open_encoder(folder: Path, manifest: dict[str, Any], device: str, threads: int) -> TextEncoder:
+    """The encoder of an export.
+
+    Raises:
+        ExportError: the model was exported without it.
+    """
+    described, name = manifest["encoder"], manifest["model"].get("encoder")
+    if described is None:
+        raise ExportError(
+            f"{folder} was exported without its encoder ({name}): export again with --encoder, or "
+            "pass prefix embeddings to token_log_probs"
+        )
+    policy = described.get("policy", "every")
+    if described["kind"] == "zeros":
+        return ZeroEncoder(described["dim"], policy)
+    if described["kind"] == "bag":
+        return BagEncoder.load(name, folder, policy)
+    kind = TreeEncoder if described["kind"] == "trees" else OnnxEncoder
+    return kind(folder, described, device, threads)

@@ -40,15 +40,12 @@ def runtime() -> Any:
 
 def check_version(version: str, oldest: str = OLDEST_RUNTIME) -> None:
     """Raise `ExportError` for an ONNX Runtime older than `oldest`."""
-    if _numbers(version) < _numbers(oldest):
+    found, needed = ([int(part) for part in v.split(".")[:2]] for v in (version, oldest))
+    if found < needed:
         raise ExportError(
             f"ONNX Runtime {version} is too old: {oldest} or later is needed "
             "(pip install --upgrade onnxruntime)"
         )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def choose_device(device: str, precision: str, path: Path) -> str:

@@ -94,7 +94,9 @@ class Steps:
         for length in sorted({len(row) for row in rows}):
             places = [i for i, row in enumerate(rows) if len(row) == length]
             some = [rows[i] for i in places]
-            logits[places], state = self._run(some, some, self._zeros(len(some)), fresh=True)
+            shape = self._model["num_layers"], len(some), self._model["hidden_size"]
+            zeros = np.zeros(shape, self._dtype)
+            logits[places], state = self._run(some, some, self._placed(zeros, zeros), fresh=True)
             states.append(state)
             order += places
         return logits, states, order
@@ -121,10 +123,6 @@ class Steps:
         self._session.run_with_iobinding(binding)
         scores, h, c = binding.get_outputs()
         return scores.numpy(), (h, c)
-
-    def _zeros(self, batch: int) -> State:
-        shape = (self._model["num_layers"], batch, self._model["hidden_size"])
-        return self._placed(*(np.zeros(shape, self._dtype) for _ in range(2)))
 
     def _placed(self, h: np.ndarray, c: np.ndarray) -> State:
         place = runtime().OrtValue.ortvalue_from_numpy

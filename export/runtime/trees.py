@@ -6,83 +6,48 @@ are read (all but `static`).
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from fusion_model.export.manifest import ENCODER, ENCODER_TOKENIZER, ENCODER_WEIGHTS
-from fusion_model.export.runtime.session import open_session
-from fusion_model.export.runtime.tokenizer import TextTokenizer
+from fusion_model.export.manifest import ENCODER_WEIGHTS
+from fusion_model.export.runtime.encoder import OnnxEncoder, Rows
 
 from fusion_model.encoders.incremental.cache import Entry
 from fusion_model.encoders.incremental.stream import Stream
 from fusion_model.encoders.incremental.trees import FlatTree, Tree, grow_trees
-from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.encoders.pooling import Pooling, read_of
-from fusion_model.errors import EncoderError
-
-BUDGET = {"cpu": 2048, "cuda": 65536}  # nodes at once
 
 
-class TreeEncoder(TokenInputs):
-    """`encoder.onnx` of an export: exact and incremental texts, whole or as they grow.
+class TreeEncoder(OnnxEncoder):
+    """Exact and incremental texts, whole or as they grow; see `OnnxEncoder`."""
 
-    Args:
-        folder: of the export.
-        described: the manifest's part on the encoder.
-        device, threads: see `fusion_model.export.runtime.session.open_session`.
-    """
+    tokens_at_once: ClassVar = {"cpu": 2048, "cuda": 65536}  # nodes
 
     def __init__(self, folder: Path, described: dict[str, Any], device: str, threads: int) -> None:
-        tokenizer = TextTokenizer(folder / ENCODER_TOKENIZER, described["tokenizer"])
-        parts = (described[key] for key in ("name", "pooling", "window", "policy"))
-        name, pooling, window, policy = parts
-        super().__init__(name, tokenizer, pooling, window, policy)
-        self.dim: int = described["dim"]
-        self.content_sha256: str = described["content_sha256"]
+        super().__init__(folder, described, device, threads)
         self.read = read_of(self.poolings, described["depth"])
-        self.budget = BUDGET[device]
         self._width = self.dim // len(self.poolings)
+        self._read_width = len(self.read) * self._width
         self._deepest = max((p.layer for p in self.read), default=0)
         self._means = sorted({p.layer for p in self.read if p.name == "mean"})
         shape = described["vocabulary"], self._width
         weights = folder / ENCODER_WEIGHTS
         self._words = np.memmap(weights, "<f4", "r", described["words"], shape)
-        self._session = open_session(folder / ENCODER, device, threads)
-        self.precision: str = described["precision"]
-        if parse_policy(policy).name == "incremental":
+        self._incremental = parse_policy(self.policy).name == "incremental"
+        if self._incremental:
             self.stream = lambda: Stream(self)
 
     @property
     def fingerprint(self) -> str:
-        """Content, pooling and precision, as PyTorch's encoders have it."""
-        dtype = {"fp32": "float32"}.get(self.precision, self.precision)
-        incremental = parse_policy(self.policy).name == "incremental"
-        own = f"hf:{self.content_sha256}:{self.pooling}:{dtype}"
-        return f"{own}:incremental" if incremental else own
+        """As that of PyTorch's encoders."""
+        return super().fingerprint + (":incremental" if self._incremental else "")
 
-    def encode(
-        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
-    ) -> np.ndarray:
-        """Vectors, [N, dim] float32, in the order of `inputs`; duplicates run once.
-
-        Raises:
-            EncoderError: NaN or infinity.
-        """
-        places = {given: i for i, given in enumerate(dict.fromkeys(inputs))}
-        unique = list(places)
-        read = np.empty((len(unique), len(self.read) * self._width), dtype=np.float32)
-        done = 0
-        texts = [self.split(given) for given in unique] if self.read else []
+    def _batches(self, inputs: Sequence[EncoderInput]) -> Rows:
+        texts = [self.split(given) for given in inputs] if self.read else []
         for rows, trees in _similar(grow_trees(texts, self.after), self.budget):
-            read[rows] = self.run(trees)
-            done += len(rows)
-            if progress:
-                progress(done, len(unique))
-        out = self.with_static(unique, read)
-        if not np.isfinite(out).all():
-            raise EncoderError(f"{self.name} gave NaN or infinity: export its model again")
-        return out[[places[given] for given in inputs]]
+            yield rows, self.run(trees)
 
     def empty(self) -> tuple[np.ndarray, np.ndarray]:
         """States [2 K, 0, E] and sums [0, means, E] of a text without nodes."""

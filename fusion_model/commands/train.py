@@ -51,7 +51,7 @@ def embed(
     device = resolve_device(vectors.device)
     found = embed_text(text, encoder, out, **vars(vectors) | {"device": device})
     if found is not None:
-        print(f"{out}: {found.vectors:,} vectors for {found.positions:,} positions")
+        print("{}: {:,} vectors for {:,} positions".format(out, *found))
 
 
 if installed("torch"):  # without it, only what runs an exported model is offered

@@ -15,7 +15,7 @@ from fusion_model.experiments.arms import STATIC, WIDER
 from fusion_model.experiments.corpora import Texts, plain_name, write_test, write_texts
 from fusion_model.experiments.figures import curves, intervals
 from fusion_model.experiments.report import Findings, interval, plain_number, signed
-from fusion_model.experiments.statistics import Estimate, scaled
+from fusion_model.experiments.statistics import Estimate
 from fusion_model.experiments.study import Arm, Study
 from fusion_model.experiments.tables import (
     Results,
@@ -149,7 +149,7 @@ def _add_sizes(
             scores = [run.scores("test") for run in runs]
             difference = None
             if name in found:
-                difference = scaled(found[name], len(scores[0].nats) / scores[0].words)
+                difference = found[name].scaled(len(scores[0].nats) / scores[0].words)
                 gains.setdefault(name, []).append((sentences, difference))
             per_word = plain_number(float(np.mean([s.per_word for s in scores])))
             perplexity = interval(perplexity_of(runs), 1)
@@ -170,7 +170,7 @@ def _add_sizes(
         {name: [(n, e.value) for n, e in points] for name, points in gains.items()},
         "training sentences",
         f"nats a word − {WIDER}",
-        log_x=True,
+        x_scale="log",
         errors={name: [(e.low, e.high) for _, e in points] for name, points in gains.items()},
         zero=True,
     )
@@ -235,8 +235,7 @@ def _add_costs(findings: Findings, study: Study, results: Results) -> None:
         "encoder tokens a token (logarithmic from 1)",
         "test perplexity (per token)",
         errors={name: [(e.low, e.high)] for name, e in found.items()},
-        symlog_x=True,
-        integer_x=False,
+        x_scale="symlog",
     )
 
 

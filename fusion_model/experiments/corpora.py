@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fusion_model.data.text import Document, read_documents
 from fusion_model.errors import FusionLMError
 from fusion_model.files import write_text
@@ -99,41 +101,31 @@ def write_texts(
             f"the corpus {name} has {available:,} sentences, {sum(sizes):,} are needed (training, "
             "dev and test): give more text, or choose --corpus"
         )
-    parts: dict[str, dict[str, list[str]]] = {"dev": {}, "test": {}, "train": {}}
     starts = [0] * len(documents)
-    for part, size in (("dev", dev), ("test", test), ("train", train)):
-        for i, share in enumerate(_shares([len(d.sentences) for d in documents], size)):
-            sentences = documents[i].sentences[starts[i] : starts[i] + share]
-            starts[i] += share
-            if sentences:
-                parts[part][f"{i:03d}-{Path(documents[i].name).stem}"] = sentences
     folders = {
-        part: _write(f"{plain_name(name)}-{part}-{size}", files, out)
-        for (part, files), size in zip(parts.items(), (dev, test, train), strict=True)
+        part: _write(f"{plain_name(name)}-{part}-{size}", _take(documents, size, starts), out)
+        for part, size in (("dev", dev), ("test", test), ("train", train))
     }
     return Texts(name, folders["train"], folders["dev"], {"test": folders["test"]})
 
 
 def write_test(name: str, documents: Sequence[Document], size: int, out: Path) -> Path:
     """A test text of another domain, up to `size` sentences."""
-    lengths = [len(d.sentences) for d in documents]
-    shares = _shares(lengths, min(size, sum(lengths)))
-    files = {
-        f"{i:03d}-{Path(d.name).stem}": d.sentences[:share]
-        for i, (d, share) in enumerate(zip(documents, shares, strict=True))
-        if share
-    }
-    return _write(f"{plain_name(name)}-domain", files, out)
+    size = min(size, sum(len(d.sentences) for d in documents))
+    return _write(f"{plain_name(name)}-domain", _take(documents, size, [0] * len(documents)), out)
 
 
-def _shares(lengths: Sequence[int], size: int) -> list[int]:
-    """`size` split in proportion to `lengths`, rounding so that it adds up."""
-    total, taken, shares, passed = sum(lengths), 0, [], 0
-    for length in lengths:
-        passed += length
-        shares.append(size * passed // total - taken)
-        taken += shares[-1]
-    return shares
+def _take(documents: Sequence[Document], size: int, starts: list[int]) -> dict[str, list[str]]:
+    """The next sentences of each document by file name, `size` in proportion to the documents'
+    lengths; `starts`, the sentences that were taken before, move on."""
+    passed = np.cumsum([0, *(len(d.sentences) for d in documents)])
+    taken = {}
+    for i, share in enumerate(np.diff(size * passed // passed[-1]).tolist()):
+        if share:
+            name = f"{i:03d}-{Path(documents[i].name).stem}"
+            taken[name] = documents[i].sentences[starts[i] : starts[i] + share]
+        starts[i] += share
+    return taken
 
 
 def plain_name(name: str) -> str:

@@ -50,12 +50,7 @@ def shift(ours: Tensor, theirs: Tensor) -> float:
     return nats / float(torch.log(torch.tensor(2.0)))
 
 
-def run(
-    models: Mapping[str, Sequence[FusionLM]],
-    note: str,
-    ending: str = ENDING,
-    beginnings: Sequence[str] = BEGINNINGS,
-) -> Findings:
+def run(models: Mapping[str, Sequence[FusionLM]], note: str) -> Findings:
     """The next tokens of every model after every beginning, and the shift from the ending alone.
 
     Args:
@@ -65,17 +60,17 @@ def run(
     findings = Findings(
         "examples",
         "How the next word shifts with the prefix",
-        f"The tokens after “… {ending}”, by what stands before; a hyphen marks one that begins a "
+        f"The tokens after “… {ENDING}”, by what stands before; a hyphen marks one that begins a "
         "longer word. The shift is the Jensen–Shannon divergence, in bits, from the same model's "
         "distribution after the ending alone; the mean over seeds with its 95 % interval over "
         "seeds. Probabilities are means over seeds, too. " + note,
     )
     rows: list[list[str]] = []
     panel: dict[str, list[Estimate]] = {}
-    start = ending.capitalize()
+    start = ENDING.capitalize()
     alone = {name: [next_token(lm, start) for lm in lms] for name, lms in models.items()}
-    for beginning in ("", *beginnings):
-        prefix = f"{beginning} {ending}" if beginning else start
+    for beginning in ("", *BEGINNINGS):
+        prefix = f"{beginning} {ENDING}" if beginning else start
         shifts = []
         for name, lms in models.items():
             log_p = [next_token(lm, prefix) for lm in lms]
@@ -92,7 +87,7 @@ def run(
     columns = ["before", "model", "next", "shift"]
     findings.tables.append(Table("next-words", findings.setting, columns, rows, 3, wrapped=(0, 2)))
     findings.figures["shift"] = intervals(
-        {f"“… {ending}”": panel}, "shift of the next word (bits)", list(models), zero=True
+        {f"“… {ENDING}”": panel}, "shift of the next word (bits)", list(models), zero=True
     )
     means = [sum(row[i].value for row in panel.values()) / len(panel) for i in range(len(models))]
     shown_means = (f"{n} {plain_number(m)} bits" for n, m in zip(models, means, strict=True))

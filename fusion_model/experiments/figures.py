@@ -35,14 +35,15 @@ def curves(
     xlabel: str,
     ylabel: str,
     *,
-    log_x: bool = False,
+    x_scale: str = "linear",
     log_y: bool = False,
     errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     zero: bool = False,
-    integer_x: bool = True,
-    symlog_x: bool = False,
 ) -> "Figure":
-    """A line an arm, through (x, y); `errors` are (low, high) of each point."""
+    """A line an arm, through (x, y); `errors` are (low, high) of each point.
+
+    A linear x is of whole numbers.
+    """
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
     figure, (axes,) = _figure(6.0, 3.4)
@@ -70,15 +71,15 @@ def curves(
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
-    ticks = sorted({x for points in lines.values() for x, _ in points})
-    if log_x:
+    if x_scale == "log":
+        ticks = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    elif symlog_x:
+    elif x_scale == "symlog":
         axes.set_xscale("symlog", linthresh=1)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-    elif integer_x:
+    else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -108,12 +109,11 @@ def intervals(
             offset = (s - (len(series) - 1) / 2) * 0.24
             y = np.arange(len(labels)) + offset
             found = [rows[label][s] for label in labels]
-            low = [e.value - (e.low if np.isfinite(e.low) else e.value) for e in found]
-            high = [(e.high if np.isfinite(e.high) else e.value) - e.value for e in found]
+            value, low, high = np.array([(e.value, e.low, e.high) for e in found]).T
             a.errorbar(
-                [e.value for e in found],
+                value,
                 y,
-                xerr=np.maximum([low, high], 0),
+                xerr=np.maximum(np.nan_to_num([value - low, high - value]), 0),
                 fmt=MARKERS[s + first],
                 color=COLOURS[s + first],
                 markersize=4,

@@ -64,13 +64,9 @@ class Experiments:
         """The texts of `data`, read once."""
         return find_corpora([d for d in self.data if not _only_reading_times(d)])
 
-    @property
-    def encoder_note(self) -> str:
-        """What stands in every table."""
-        return self._note({self.encoder})
-
     @staticmethod
     def _note(encoders: set[str]) -> str:
+        """What stands in every table."""
         if encoders == {"minilm"}:
             return "Encoder: all-MiniLM-L6-v2, which stands in for the paper's BERT."
         return f"Encoder: {', '.join(sorted(encoders)) or 'none'}."
@@ -101,7 +97,7 @@ class Experiments:
             # A copy: `domain` trains on other sentences of the corpus than the rest.
             study = copy(self.study)
             arms = arms_of(name, self.size, *self._encoder_shape())
-            findings = comparisons.run(name, study, arms, self.corpora, self.encoder_note)
+            findings = comparisons.run(name, study, arms, self.corpora, self._note({self.encoder}))
         if name in SCORING and self.models:
             findings.title += ", models trained beforehand"
         return findings.write(self.out / name)
@@ -167,7 +163,7 @@ class Experiments:
             study = comparisons.resized(self.study, largest, self.corpora[self.study.texts.name])
             arms = arms_of(name, study.size, *self._encoder_shape())
             results = study.results(arms)
-            note = describe(study, self.encoder_note)
+            note = describe(study, self._note({self.encoder}))
             return {a: [study.open(r) for r in runs] for a, runs in results.items()}, note
         loaded = {Path(n).name: [load(n, encoder_dtype="auto")] for n in names}
         if len(loaded) < 2:

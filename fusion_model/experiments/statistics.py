@@ -18,11 +18,9 @@ class Estimate:
     high: float
     p: float | None = None
 
-
-def scaled(estimate: Estimate, factor: float) -> Estimate:
-    """In another unit; p stays."""
-    e = estimate
-    return Estimate(e.value * factor, e.low * factor, e.high * factor, e.p)
+    def scaled(self, factor: float) -> "Estimate":
+        """In another unit; p stays."""
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.p)
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:

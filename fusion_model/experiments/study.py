@@ -12,21 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from fusion_model import progress
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document, read_documents
-from fusion_model.encoders import load_encoder
 from fusion_model.encoders.controls import BAGS
 from fusion_model.encoders.pretrained import HFEncoder, counted_tokens
 from fusion_model.errors import CheckpointError
 from fusion_model.experiments.baselines import MODELS
 from fusion_model.experiments.corpora import Texts
 from fusion_model.experiments.sizes import Size
-from fusion_model.files import write_text
+from fusion_model.files import replacing, write_text
 from fusion_model.language_model import FusionLM
-from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.loading import load
 from fusion_model.scoring import score_sentences
 from fusion_model.training.options import TrainingOptions
 from fusion_model.training.run import train
@@ -53,13 +51,12 @@ class Scores:
     Attributes:
         nats: of every token, float32 [N].
         sentences: the sentence that each token is of, int32 [N].
-        words, characters: of the text.
+        words: of the text.
     """
 
     nats: np.ndarray
     sentences: np.ndarray
     words: int
-    characters: int
 
     @property
     def mean(self) -> float:
@@ -76,7 +73,6 @@ class Run:
     """A finished run; `metrics` has a row an epoch, see `fusion_model.training.run`.
 
     Attributes:
-        seconds: of training, without dev text and encoding.
         dev_loss: of the best epoch, nats a token.
         losses: file of each test, by the name that the study has for it.
     """
@@ -86,16 +82,13 @@ class Run:
     options: TrainingOptions
     metrics: list[dict[str, Any]]
     parameters: int
-    seconds: float
     dev_loss: float
     losses: Mapping[str, Path]
 
     def scores(self, name: str) -> Scores:
         """On one of the study's tests."""
         with np.load(self.losses[name]) as saved:
-            return Scores(
-                saved["nats"], saved["sentences"], int(saved["words"]), int(saved["characters"])
-            )
+            return Scores(saved["nats"], saved["sentences"], int(saved["words"]))
 
 
 class Study:
@@ -174,7 +167,13 @@ class Study:
     def run(self, arm: Arm, settings: Mapping[str, float], seed: int) -> Run:
         """One run, from its folder if it was done before."""
         options = self.options(arm, settings, seed)
-        saved = {"model": arm.model, **_settings(options), "text": self.texts.train.name}
+        # What differs from the defaults: options that come later leave old runs valid.
+        own = {
+            f.name: getattr(options, f.name)
+            for f in dataclasses.fields(options)
+            if f.name not in ("train_file", "dev_file") and getattr(options, f.name) != f.default
+        }
+        saved = {"model": arm.model, **own, "text": self.texts.train.name}
         digest = hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()[:10]
         label = "".join(c if c.isalnum() else "-" for c in arm.name)
         folder = next(iter((self.out / "runs").glob(f"*-{digest}")), None)
@@ -191,8 +190,20 @@ class Study:
     def score(self, run: Run) -> None:
         """Losses on all tests, once; settings that dev did not choose need none."""
         for name, path in self.texts.tests.items():
-            if not run.losses[name].exists():
-                self._score(run, name, path)
+            if run.losses[name].exists():
+                continue
+            lm = self.open(run)
+            documents, corpus = _read(path, lm, run.options)
+            with lm.open_store(self.store(run.options)) as store:
+                scores = score_sentences(lm, lm.encode_corpus(corpus, store))
+            with replacing(run.losses[name]) as temporary:
+                np.savez_compressed(
+                    temporary,
+                    nats=np.concatenate([s.tokens for s in scores]),
+                    sentences=np.repeat(np.arange(len(scores)), [len(s.tokens) for s in scores]),
+                    words=sum(len(s.split()) for d in documents for s in d.sentences),
+                    characters=corpus.characters,
+                )
 
     def encoding(self, run: Run) -> tuple[int, float]:
         """Vectors that the runs of this text and store encoded, and the seconds it took them.
@@ -250,35 +261,20 @@ class Study:
         try:
             result = json.loads((folder / "result.json").read_text())
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            parameters, seconds = int(result["parameters"]), sum(m["seconds"] for m in metrics)
+            parameters, best = int(result["parameters"]), min(m["dev_loss"] for m in metrics)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} is damaged ({error}): delete it to repeat") from None
-        best = min(m["dev_loss"] for m in metrics)
         # The text's folder has a hash in its name: another text never meets these losses.
         losses = {
             name: folder / f"losses-{text.name}.npz" for name, text in self.texts.tests.items()
         }
-        return Run(arm, folder, options, metrics, parameters, seconds, best, losses)
+        return Run(arm, folder, options, metrics, parameters, best, losses)
 
     def open(self, run: Run) -> FusionLM:
         """The trained model, with its encoder; on a GPU if there is one, as training is."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = MODELS[run.arm.model].from_pretrained(run.folder)
-        model.to(device)
-        tokenizer = AutoTokenizer.from_pretrained(run.folder)
-        options = run.options
-        if options.fusion == "none":
-            return FusionLM(model, tokenizer, None)
-        encoder = load_encoder(
-            options.encoder,
-            options.pooling,
-            dtype=options.encoder_dtype,
-            device=device,
-            directory=run.folder,
-            dim=model.config.prefix_size,
-            policy=options.policy,
-        )
-        return FusionLM(model, tokenizer, PrefixPlanner(encoder, tokenizer, options.view))
+        dtype, kind = run.options.encoder_dtype, MODELS[run.arm.model]
+        return load(str(run.folder), device=device, encoder_dtype=dtype, model_class=kind)
 
     def encoder_work(self, run: Run) -> float:
         """Tokens that go through the whole encoder for each token of the test text: one that
@@ -294,31 +290,7 @@ class Study:
             lm.encode_corpus(corpus)
         return sum(tokens) * encoder.deepest / encoder.depth / sum(corpus.positions)
 
-    def _score(self, run: Run, name: str, path: Path) -> None:
-        lm = self.open(run)
-        documents, corpus = _read(path, lm, run.options)
-        with lm.open_store(self.store(run.options)) as store:
-            scores = score_sentences(lm, lm.encode_corpus(corpus, store))
-        temporary = run.folder / "losses.tmp.npz"
-        np.savez_compressed(
-            temporary,
-            nats=np.concatenate([s.tokens for s in scores]),
-            sentences=np.repeat(np.arange(len(scores)), [len(s.tokens) for s in scores]),
-            words=sum(len(s.split()) for d in documents for s in d.sentences),
-            characters=corpus.characters,
-        )
-        temporary.replace(run.losses[name])
-
 
 def _read(path: Path, lm: FusionLM, options: TrainingOptions) -> tuple[list[Document], Corpus]:
     documents = read_documents([str(path)], "lines")
     return documents, Corpus.from_documents(documents, lm.tokenizer, options.max_tokens)
-
-
-def _settings(options: TrainingOptions) -> dict[str, Any]:
-    """What differs from the defaults: options that come later leave old runs valid."""
-    return {
-        f.name: getattr(options, f.name)
-        for f in dataclasses.fields(options)
-        if f.name not in ("train_file", "dev_file") and getattr(options, f.name) != f.default
-    }

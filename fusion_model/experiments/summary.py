@@ -6,6 +6,7 @@ python -m fusion_model.experiments.summary docs/experiments README.md
 import json
 import re
 import sys
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,13 @@ def reading_table(data: dict[str, Any]) -> str:
 def perplexity_table(tables: list[dict[str, Any]]) -> str:
     """Markdown: arm, test perplexity, and the difference to the wider unfused model with its p."""
     full = next(t for t in tables if t["name"] == "perplexity")
-    picked = [i for i, c in enumerate(full["columns"]) if c in ("arm", "M parameters", "p")]
-    picked += [i for i, c in enumerate(full["columns"]) if c.startswith(("test", "nats"))]
-    picked.sort()
-    columns = [full["columns"][i] for i in picked]
-    rows = [[row[i] for i in picked] for row in full["rows"]]
+    kept = [c in ("arm", "M parameters", "p") or c[:4] in ("test", "nats") for c in full["columns"]]
+    columns, *rows = (list(compress(row, kept)) for row in (full["columns"], *full["rows"]))
     return Table("", "", columns, rows).markdown().strip()
 
 
 def _milli(estimate: dict[str, float], sign: bool = False) -> str:
-    scaled = {k: estimate[k] * MILLI for k in ("value", "low", "high")}
-    return interval(Estimate(**scaled), 1, sign)
+    return interval(Estimate(**estimate).scaled(MILLI), 1, sign)
 
 
 def update(readme: str, folder: Path) -> str:

@@ -27,7 +27,9 @@ def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
     """
     size, fields = study.size, study.size.training
     trained = ", ".join(f"{n:,}" for n in sentences or (size.sentences,))
-    grids = "; ".join(f"{GRIDS[field]} ({_list(grid)})" for field, grid in size.grids.items())
+    grids = "; ".join(
+        f"{GRIDS[name]} ({', '.join(f'{v:g}' for v in grid)})" for name, grid in size.grids.items()
+    )
     return (
         f"Size `{size.name}`: {trained} training, {size.dev:,} dev and {size.test:,} test "
         f"sentences of {study.texts.name}; V ≤ {fields['vocab_size']:,}, D = "
@@ -36,10 +38,6 @@ def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
         f"chose with seed 0, one after the other from the middle of the grid: {grids}. "
         f"{note}"
     )
-
-
-def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{v:g}" for v in values)
 
 
 def average(runs: Sequence[Run], test: str = "test") -> np.ndarray:

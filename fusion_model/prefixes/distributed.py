@@ -64,7 +64,8 @@ def _encoded(
     """Vectors of this process's share, or what went wrong: the others must not wait for ever."""
     start, end = share_of(inputs, rank, world)
     try:
-        report = None if progress is None else _scaled(progress, len(inputs))
+        total = len(inputs)
+        report = progress and (lambda done, of: progress(total * done // max(of, 1), total))
         return np.asarray(encoder.encode(inputs[start:end], report))
     except (EncoderError, RuntimeError) as error:
         return f"process {rank}: {error}"
@@ -76,13 +77,6 @@ def share_of(inputs: Sequence[EncoderInput], rank: int, world: int) -> tuple[int
     ends = np.cumsum([0, *(len(given.to_bytes()) for given in inputs)])
     cuts = np.searchsorted(ends, ends[-1] * np.arange(world + 1) / world)
     return int(cuts[rank]), int(cuts[rank + 1])
-
-
-def _scaled(progress: OnProgress, total: int) -> OnProgress:
-    def report(done: int, of: int) -> None:
-        progress(total * done // max(of, 1), total)
-
-    return report
 
 
 def _broadcast(inputs: list[EncoderInput] | None) -> list[EncoderInput] | None:

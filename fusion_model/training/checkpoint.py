@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from fusion_model.errors import CheckpointError
 from fusion_model.files import replacing, sha256, why_not_written
@@ -29,11 +29,16 @@ def save_checkpoint(
         CheckpointError: the disk is full or not writable; the earlier checkpoint stays.
     """
     final = out / f"checkpoint-{state['step']:08d}"
+    moments = {
+        f"{name}/{key}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
     try:
         with replacing(final) as folder:
             folder.mkdir(parents=True)
             save_file(dict(model.named_parameters()), folder / FILES[0])
-            save_file(_optimizer_tensors(model, optimizer), folder / FILES[1])
+            save_file(moments, folder / FILES[1])
             hashes = {name: sha256(folder / name) for name in FILES}
             (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
     except (OSError, SafetensorError) as error:
@@ -78,11 +83,3 @@ def load_checkpoint(
             f"the checkpoint {path} cannot be used ({error}); delete it to start over"
         ) from error
     return state
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": torch.as_tensor(value)
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }

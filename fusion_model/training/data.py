@@ -133,8 +133,11 @@ def _embed(
                     shuffled = shuffle_rows(found, corpus.positions, options.shuffle, options.seed)
                     rows.append(shuffled)
             finally:
-                if len(store) > before:
-                    _note_encoding(out, len(store) - before, time.monotonic() - began)
+                if len(store) > before:  # what encoding cost, a line each time
+                    seconds = round(time.monotonic() - began, 3)
+                    note = json.dumps({"vectors": len(store) - before, "seconds": seconds})
+                    with open(out / "encoding.jsonl", "a", encoding="utf-8") as file:
+                        file.write(note + "\n")
         return store, rows
 
     with shared_encoding(encoder, rank, world) as encode:
@@ -142,20 +145,6 @@ def _embed(
             result = embed(encode)
     accelerator.wait_for_everyone()
     return embed(None) if rank else result
-
-
-def _note_encoding(out: Path, vectors: int, seconds: float) -> None:
-    """What encoding cost this run, a line each time that it encoded anything."""
-    with open(out / "encoding.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"vectors": vectors, "seconds": round(seconds, 3)}) + "\n")
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Size of a filled store, and of the text it was filled from."""
-
-    vectors: int
-    positions: int
 
 
 def embed_text(
@@ -176,10 +165,11 @@ def embed_text(
     store_dtype: str | None = None,
     device: str | torch.device = "cpu",
     encoder_batch: int | None = None,
-) -> Embedded | None:
+) -> tuple[int, int] | None:
     """Fill a store with what training on `text` needs, or what `model` needs to score it.
 
-    Under `accelerate launch` all processes encode; only the main one returns a result.
+    Returns vectors in the store and positions of the text; under `accelerate launch` all
+    processes encode, and only the main one returns a result.
 
     Args:
         model: a trained model, whose tokens then end the prefixes; by default the tokens are
@@ -216,4 +206,4 @@ def embed_text(
         ) as store:
             with progress.track("prefix embeddings", sum(corpus.positions)) as update:
                 embed_corpus(corpus, planner, store, update, encode)
-            return Embedded(len(store), sum(corpus.positions))
+            return len(store), sum(corpus.positions)

@@ -1,6 +1,5 @@
 """What a finished run leaves for people: a plot of its metrics and a model card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def write_model_card(
         "the paper's `2**nats`": f"{2 ** best['dev_loss']:.2f}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    settings = json.dumps(json.loads((out / "training.json").read_text()), indent=1)
+    settings = (out / "training.json").read_text().strip()
     (out / "README.md").write_text(
         f"""---
 library_name: fusion-lm

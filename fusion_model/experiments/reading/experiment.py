@@ -16,7 +16,8 @@ from fusion_model.experiments.figures import intervals
 from fusion_model.experiments.reading.data import Frequencies, ReadingTimes
 from fusion_model.experiments.reading.regression import Fit, compare, predictors
 from fusion_model.experiments.report import Findings, interval, p_value, plain_number, signed
-from fusion_model.experiments.statistics import Estimate, holm, scaled
+from fusion_model.experiments.statistics import Estimate, holm
+from fusion_model.files import replacing
 from fusion_model.language_model import FusionLM
 from fusion_model.surprisal import CONTEXTS
 
@@ -74,9 +75,8 @@ def surprisals_of(
                     if not path.exists():
                         progress.note(f"surprisal {done} of {total}: {name}, {context} context")
                         bits = word_surprisal(lm, documents, context, correction, cache)
-                        with open(path.with_suffix(".tmp"), "wb") as file:
-                            np.save(file, bits)
-                        path.with_suffix(".tmp").replace(path)
+                        with replacing(path) as temporary:
+                            np.save(temporary, bits)
                     values.append(np.load(path))
                 found.setdefault((context, correction), {})[name] = np.mean(values, axis=0)
     return found
@@ -121,24 +121,12 @@ def run(
         "number of settings unless it says so. A difference counts as shown where the interval "
         "leaves out 0 and p is below 0.05."
     )
-    findings = _findings(corpus, fits, reference, setting, models_note)
-    plain = surprisals["sentence", False]
-    findings.data["bits_per_word"] = {name: float(v.mean()) for name, v in plain.items()}
-    return findings
-
-
-def _findings(
-    corpus: ReadingTimes,
-    fits: Mapping[Setting, Mapping[str, Fit]],
-    reference: str,
-    setting: str,
-    models_note: str,
-) -> Findings:
     findings = Findings("reading-times", "Reading times", setting, models_note)
     others = [name for name in next(iter(fits.values())) if name != reference]
     findings.answer = [_count(fits, name, reference) for name in others]
     findings.answer += [_answer(corpus, fits, name, reference) for name in others]
     _add_tables(findings, fits, reference)
+    plain = surprisals["sentence", False]
     unit = "10⁻³ nats a word"
     findings.figures = {
         "correlations": _figure(
@@ -162,10 +150,11 @@ def _findings(
                 "alignment": a,
                 "context": c,
                 "whitespace_correction": w,
-                "models": {name: asdict(fit) for name, fit in models.items()},
+                "models": {name: asdict(fit) for name, fit in found.items()},
             }
-            for (a, c, w), models in fits.items()
+            for (a, c, w), found in fits.items()
         ],
+        "bits_per_word": {name: float(v.mean()) for name, v in plain.items()},
     }
     return findings
 
@@ -175,9 +164,10 @@ def _add_tables(
 ) -> None:
     where = ("times", "context", "spaces", "model")
     models, differences = [], []
-    for key, found in fits.items():
+    for (alignment, context, correction), found in fits.items():
+        spaces = "corrected" if correction else "plain"
         for name, fit in found.items():
-            row = [*_setting_names(key), name]
+            row = [ALIGNMENT_NAMES[alignment], context, spaces, name]
             delta = interval(_scaled(fit.delta), 1)
             models.append([*row, interval(fit.r), delta, p_value(fit.delta.p)])
             if fit.r_versus is None:
@@ -202,14 +192,9 @@ def _add_tables(
     )
 
 
-def _setting_names(key: Setting) -> tuple[str, str, str]:
-    alignment, context, correction = key
-    return ALIGNMENT_NAMES[alignment], context, "corrected" if correction else "plain"
-
-
 def _scaled(estimate: Estimate | None) -> Estimate:
     assert estimate is not None
-    return scaled(estimate, MILLI)
+    return estimate.scaled(MILLI)
 
 
 def _figure(
@@ -237,7 +222,8 @@ def _count(fits: Mapping[Setting, Mapping[str, Fit]], name: str, reference: str)
     }
     parts, null = [], True
     for what, estimates in measured.items():
-        plain, adjusted = _verdicts(estimates), _verdicts(_adjusted(estimates))
+        plain = [_verdict(e) for e in estimates]
+        adjusted = [_verdict(e) for e in _adjusted(estimates)]
         null = null and "better" not in adjusted
         parts.append(
             f"{what} is better in {plain.count('better')} and worse in {plain.count('worse')} "
@@ -263,10 +249,6 @@ def _adjusted(estimates: Sequence[Estimate | None]) -> list[Estimate | None]:
     found = [e for e in estimates if e is not None]
     adjusted = holm([1.0 if e.p is None else e.p for e in found])
     return [replace(e, p=p) for e, p in zip(found, adjusted, strict=True)]
-
-
-def _verdicts(estimates: Sequence[Estimate | None]) -> list[str]:
-    return [_verdict(e) for e in estimates]
 
 
 def _answer(
