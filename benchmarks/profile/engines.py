@@ -1,8 +1,9 @@
 """A model, in PyTorch or exported, as a profile drives it: its stages, and a tick a token."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 from fusion_model.benchmarks.profile.spans import Recorder, replaced
 
@@ -15,21 +16,27 @@ PARTS = (TOKENISER, ENCODER, LSTM, VOCABULARY, HOST)
 Tick = Callable[[], None]
 
 
-class Engine(Protocol):
-    """What can be profiled."""
+class Engine(ABC):
+    """A language model that can be profiled."""
 
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+
+    @abstractmethod
     def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
         """Make up to `tokens` tokens after each prompt, greedily; `tick` after each."""
 
-    def score(self, sentences: Sequence[str]) -> int:
-        """Surprisal of the sentences; the number of words."""
-
-    @contextmanager
-    def stages(self, recorder: Recorder) -> Iterator[None]:
+    @abstractmethod
+    def stages(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Spans around the stages while the block runs."""
 
+    @abstractmethod
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
         """Length of the longest, BOS included."""
+
+    def score(self, sentences: Sequence[str]) -> int:
+        """Surprisal of the sentences; the number of words."""
+        return len(self.lm.score([Document("text", list(sentences))]))
 
 
 def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
@@ -55,12 +62,10 @@ class _Ticker:
         """Nothing is kept back."""
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """A `FusionLM`; each call starts with nothing kept of earlier prefixes."""
 
-    def __init__(self, lm: Any) -> None:
-        self.lm = lm
-        self._recorder: Recorder | None = None
+    _recorder: Recorder | None = None  # while its stages are recorded
 
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
         return max(int(self.lm.prompt_ids(p).shape[1]) for p in prompts)
@@ -103,9 +108,6 @@ class TorchEngine:
                 logits_processor=[choosing],
             )
 
-    def score(self, sentences: Sequence[str]) -> int:
-        return len(self.lm.score([Document("text", list(sentences))]))
-
     @contextmanager
     def stages(self, recorder: Recorder) -> Iterator[None]:
         model = self.lm.model
@@ -123,11 +125,8 @@ class TorchEngine:
             self._recorder = None
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """An `OnnxFusionLM`. Its step is one graph: the vocabulary is counted with the LSTM."""
-
-    def __init__(self, lm: Any) -> None:
-        self.lm = lm
 
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
         return max(len(self.lm.prompt_row(p)) for p in prompts)
@@ -147,9 +146,6 @@ class OnnxEngine:
 
         with replaced(generation, "choose", choose_then_tick):
             self.lm.generate(list(prompts), max_new_tokens=tokens)
-
-    def score(self, sentences: Sequence[str]) -> int:
-        return len(self.lm.score([Document("text", list(sentences))]))
 
     @contextmanager
     def stages(self, recorder: Recorder) -> Iterator[None]:

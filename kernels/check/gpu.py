@@ -48,8 +48,7 @@ class Part:
 
     def cases(self, device: torch.device) -> list[Named]:
         module, function, *argument = self.home.split(":")
-        found: list[Named] = getattr(importlib.import_module(module), function)(device, *argument)
-        return found
+        return list(getattr(importlib.import_module(module), function)(device, *argument))
 
 
 _HERE = "fusion_model.kernels.check"
