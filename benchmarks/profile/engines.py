@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from fusion_model.benchmarks.profile.spans import Recorder, replaced
@@ -74,31 +74,27 @@ class TorchEngine(Engine):
         import torch
 
         type(self.lm)(self.lm.model, self.lm.tokenizer, self.lm.planner)  # attaches a new cache
-        recorder = self._recorder
-        with ExitStack() as stack:
+        recorder, model = self._recorder, self.lm.model
+        prompt_ids, encode = self.lm.prompt_ids, model.prefix_encoder
+        if recorder is not None:
+            prompt_ids = recorder.spanned(prompt_ids, TOKENISER)
+            encode = None if encode is None else recorder.spanned(encode, ENCODER)
+        rows = [prompt_ids(p) for p in prompts]
+        length = min(r.shape[1] for r in rows)  # rows of one length need no padding
+        ids = torch.cat([r[:, :length] for r in rows])
+
+        def choosing(_: Any, scores: Any) -> Any:
             if recorder is not None:
-                encode = self.lm.model.prefix_encoder
-                if encode is not None:
-                    wrapped = recorder.spanned(encode, ENCODER)
-                    stack.enter_context(replaced(self.lm.model, "prefix_encoder", wrapped))
-                prompt_ids = recorder.spanned(self.lm.prompt_ids, TOKENISER)
-            else:
-                prompt_ids = self.lm.prompt_ids
-            rows = [prompt_ids(p) for p in prompts]
-            length = min(r.shape[1] for r in rows)  # rows of one length need no padding
-            ids = torch.cat([r[:, :length] for r in rows])
+                recorder.open(VOCABULARY)
+            return scores
 
-            def choosing(_: Any, scores: Any) -> Any:
-                if recorder is not None:
-                    recorder.open(VOCABULARY)
-                return scores
+        def made() -> None:
+            if recorder is not None:
+                recorder.close()
+            tick()
 
-            def made() -> None:
-                if recorder is not None:
-                    recorder.close()
-                tick()
-
-            self.lm.model.generate(
+        with replaced(model, "prefix_encoder", encode):
+            model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
@@ -117,12 +113,8 @@ class TorchEngine(Engine):
             (self.lm, "log_probs", VOCABULARY),
             (model.lm_head, "forward", VOCABULARY),
         ]
-        self._recorder = recorder
-        try:
-            with recorder.around(*targets):
-                yield
-        finally:
-            self._recorder = None
+        with replaced(self, "_recorder", recorder), recorder.around(*targets):
+            yield
 
 
 class OnnxEngine(Engine):
