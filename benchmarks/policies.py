@@ -221,13 +221,6 @@ def plot_generation(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def measure(part: str, text: str, device: str, quick: bool) -> Any:
-    """One of `PARTS`."""
-    if part == "generation":
-        return measure_generation(text, 60 if quick else 400, device)
-    return measure_encoding(text, part, device, quick)
-
-
 def main(
     text: Annotated[Path, typer.Option(help="plain text")] = TEXT,
     out: Annotated[Path, typer.Option(help="folder of the results")] = Path("policies"),
@@ -251,12 +244,10 @@ def main(
     results |= {"machine": describe(device), "text": text.name}
     out.mkdir(parents=True, exist_ok=True)
     for name in parts:
-        found = measure(name, read, device, quick)
         if name == "generation":
-            results[name] = found
+            results[name] = measure_generation(read, 60 if quick else 400, device)
         else:
-            results["encoding"][name] = found
-            done = results["encoding"]
+            done = results["encoding"] | {name: measure_encoding(read, name, device, quick)}
             results["encoding"] = {dtype: done[dtype] for dtype in DTYPES if dtype in done}
         write_text(saved, json.dumps(results, indent=1) + "\n")
     if set(results["encoding"]) != set(DTYPES) or "generation" not in results:

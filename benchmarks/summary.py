@@ -21,19 +21,20 @@ from fusion_model.benchmarks.policies import table as policies_table
 from fusion_model.files import write_text
 
 RATES = ("tokens_per_second", "prefixes_per_second")
-ENCODING = "test_encoding[{dtype}-{way}]"
 # What is compared, with what, and the unit: label, baseline, its name, ours.
 ROWS = [
-    ("training", "test_training_published", "published loop", "test_training_fusion_lm"),
-    ("evaluation", "test_evaluation_published", "published loop", "test_evaluation_fusion_lm"),
+    *(
+        (what, f"test_{what}_published", "published loop", f"test_{what}_fusion_lm")
+        for what in ("training", "evaluation")
+    ),
     *(
         (
-            f"prefix embeddings, {dtype}",
-            ENCODING.format(dtype=dtype, way=way),
+            f"prefix embeddings, {d}",
+            f"test_encoding[{d}-{way}]",
             name,
-            ENCODING.format(dtype=dtype, way="fusion-lm"),
+            f"test_encoding[{d}-fusion-lm]",
         )
-        for dtype in ("float32", "bfloat16")
+        for d in ("float32", "bfloat16")
         for way, name in (
             ("one-at-a-time", "one at a time"),
             ("sentence-transformers-32", "sentence-transformers, batch 32"),
@@ -58,20 +59,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Path) -> str:
-    """The overview of the last run of a file of results, as SVG."""
-    _, records = read(results)[-1]
-    return overview(measured(records))
-
-
-def caption(results: Path) -> str:
-    """Where and when that run was made."""
-    return where(read(results)[-1][0]["machine"])
-
-
-TABLE = re.compile(r"(<!-- from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-POLICIES = re.compile(r"(<!-- policies from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-PLOT = re.compile(r"(<!-- plot from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (policies |plot |)from (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
 def renew(readme: str, root: Path) -> tuple[str, dict[Path, str]]:
@@ -82,24 +70,22 @@ def renew(readme: str, root: Path) -> tuple[str, dict[Path, str]]:
     """
     plots: dict[Path, str] = {}
 
-    def table_of(found: re.Match[str]) -> str:
-        loaded = json.loads((root / found[2]).read_text(encoding="utf-8"))
-        return f"{found[1]}{table(loaded)}\n\n{where(loaded['machine_info'])}{found[3]}"
+    def renewed(found: re.Match[str]) -> str:
+        start, kind, name, end = found.groups()
+        path = root / name
+        if kind == "plot ":
+            run, records = read(path)[-1]
+            machine, image = run["machine"], path.with_suffix(".svg")
+            plots[image] = overview(measured(records))
+            place = image.relative_to(root).as_posix()
+            body = f"![Speed of each backend relative to plain PyTorch]({place})"
+        else:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+            machine = loaded["machine" if kind else "machine_info"]
+            body = policies_table(loaded) if kind else table(loaded)
+        return f"{start}{body}\n\n{where(machine)}{end}"
 
-    def plot_of(found: re.Match[str]) -> str:
-        results = root / found[2]
-        image = results.with_suffix(".svg")
-        plots[image] = plot(results)
-        path = image.relative_to(root).as_posix()
-        shown = f"![Speed of each backend relative to plain PyTorch]({path})"
-        return f"{found[1]}{shown}\n\n{caption(results)}{found[3]}"
-
-    def policies_of(found: re.Match[str]) -> str:
-        loaded = json.loads((root / found[2]).read_text(encoding="utf-8"))
-        return f"{found[1]}{policies_table(loaded)}\n\n{where(loaded['machine'])}{found[3]}"
-
-    readme = POLICIES.sub(policies_of, TABLE.sub(table_of, readme))
-    return PLOT.sub(plot_of, readme), plots
+    return BLOCK.sub(renewed, readme), plots
 
 
 def main() -> None:

@@ -4,16 +4,15 @@ H = 768, V = 8192, late concatenation, embeddings of 768 numbers already compute
 `pytest benchmarks/test_throughput.py --benchmark-enable`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
-from fusion_model.benchmarks.suite.published_loop import (
-    PublishedLM,
-    evaluate_sentence,
-    train_sentence,
-)
+from fusion_model.benchmarks.suite.published_loop import PublishedLM
 from fusion_model.benchmarks.suite.zipf import zipf_sentences
 
 from fusion_model.language_model import FusionLM
@@ -69,10 +68,15 @@ def sentences_of(run: TrainingRun, count: int) -> list[tuple[torch.Tensor, torch
     ]
 
 
-def report(benchmark: Any, tokens: int) -> None:
+def measure(benchmark: Any, run: Callable[[], Any], tokens: int) -> None:
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
     benchmark.extra_info["tokens"] = tokens
     if benchmark.stats is not None:
         benchmark.extra_info["tokens_per_second"] = tokens / benchmark.stats.stats.min
+
+
+def loss(model: PublishedLM, tokens: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(tokens, e), tokens[1:])
 
 
 @pytest.mark.benchmark(group="training")
@@ -82,10 +86,13 @@ def test_training_published(benchmark: Any, run: TrainingRun, published: Publish
 
     def loop() -> None:
         for tokens, e in sample:
-            train_sentence(published, optimizer, tokens, e)
+            found = loss(published, tokens, e)
+            optimizer.zero_grad()
+            found.backward()
+            optimizer.step()
+            found.item()
 
-    benchmark.pedantic(loop, rounds=ROUNDS, warmup_rounds=1)
-    report(benchmark, sum(len(tokens) - 1 for tokens, _ in sample))
+    measure(benchmark, loop, sum(len(tokens) - 1 for tokens, _ in sample))
 
 
 @pytest.mark.benchmark(group="training")
@@ -97,28 +104,26 @@ def test_training_fusion_lm(benchmark: Any, run: TrainingRun) -> None:
         for indices in plan:
             run.step(indices, len(plan))
 
-    benchmark.pedantic(loop, rounds=ROUNDS, warmup_rounds=1)
-    report(benchmark, sum(int((run.data.lengths[i] - 1).sum()) for i in plan))
+    measure(benchmark, loop, sum(int((run.data.lengths[i] - 1).sum()) for i in plan))
 
 
 @pytest.mark.benchmark(group="evaluation")
 def test_evaluation_published(benchmark: Any, run: TrainingRun, published: PublishedLM) -> None:
     sample = sentences_of(run, 20)
 
-    def loop() -> None:
-        for tokens, e in sample:
-            evaluate_sentence(published, tokens, e)
+    @torch.no_grad()
+    def loop() -> list[float]:
+        return [loss(published, tokens, e).item() for tokens, e in sample]
 
-    benchmark.pedantic(loop, rounds=ROUNDS, warmup_rounds=1)
-    report(benchmark, sum(len(tokens) - 1 for tokens, _ in sample))
+    measure(benchmark, loop, sum(len(tokens) - 1 for tokens, _ in sample))
 
 
 @pytest.mark.benchmark(group="evaluation")
 def test_evaluation_fusion_lm(benchmark: Any, run: TrainingRun) -> None:
     lm = FusionLM(run.model, run.prepared.tokenizer, None)
     lm.model.to(dtype=torch.bfloat16)
+    tokens = int((run.data.lengths - 1).sum())
     try:
-        benchmark.pedantic(score_sentences, (lm, run.data), rounds=ROUNDS, warmup_rounds=1)
+        measure(benchmark, partial(score_sentences, lm, run.data), tokens)
     finally:
         run.model.float()
-    report(benchmark, int((run.data.lengths - 1).sum()))

@@ -173,7 +173,7 @@ def test_what_could_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small sizes on the CPU, each timed call made once."""
 
-    def once(run: Any, rounds: int = 1) -> float:
+    def once(run: Any) -> float:
         run()
         return 2.0
 
@@ -188,7 +188,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_timings_run_and_have_a_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     named = [
         *timing._sequence(CPU, torch.float16, 2, 16, 3, True),
-        *timing.tokens(CPU)[:2],
+        *list(timing.tokens(CPU))[:2],
         *timing.prefixes(CPU, 2, 3),
         *timing.surprisals(CPU, 10),
     ]

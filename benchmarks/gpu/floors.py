@@ -68,9 +68,9 @@ def floors(
     _: torch.device, total: int = 1 << 28, order: int = 8192, steps: int = 1000, nodes: int = 200
 ) -> list[Named]:
     """Memory, products, grids that only wait for themselves, and launches of nothing."""
-    found: list[Named] = [(f"read {s >> 20} MiB", partial(_read, s, total)) for s in SIZES]
-    for dtype, name in timing.NAMES.items():
-        found.append((f"product {name} {order}^3", partial(_product, dtype, order)))
-    for programs in PROGRAMS:
-        found.append((f"barrier of {programs} programs", partial(_barrier, programs, steps)))
-    return [*found, ("node of a graph", partial(_node, nodes))]
+    return [
+        *((f"read {size >> 20} MiB", partial(_read, size, total)) for size in SIZES),
+        *((f"product {n} {order}^3", partial(_product, t, order)) for t, n in timing.NAMES.items()),
+        *((f"barrier of {n} programs", partial(_barrier, n, steps)) for n in PROGRAMS),
+        ("node of a graph", partial(_node, nodes)),
+    ]

@@ -30,7 +30,7 @@ PARTS = {
 def compiled(device: torch.device, name: str) -> list[Named]:
     """The eager cases of a timed part, each run once: Triton keeps on disk what it compiled."""
 
-    def run_once(run: Callable[[], Any], rounds: int = 1) -> float:
+    def run_once(run: Callable[[], Any]) -> float:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,13 +1,13 @@
 """Times on the GPU at hand: the kernels, and cuDNN or PyTorch beside them, eager and as graphs.
 
-The published sizes: D = 512, V = 8192, H = 768 unless a row says otherwise. Times are medians of
-runs between CUDA events, after a warm-up; both sides of a ratio run in the same process, one after
+The published sizes: D = 512, V = 8192, H = 768 unless a row says otherwise. Times are medians
+after a warm-up; both sides of a ratio run in the same process, one after
 the other.
 
 Notation: B sequences, T steps, D input width, H hidden width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -71,24 +71,21 @@ def _random(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
-def sequences(device: torch.device, steps: int = 256) -> list[Named]:
+def sequences(device: torch.device, steps: int = 256) -> Iterator[Named]:
     """Inference from a table of input gates, and training steps, against nn.LSTM."""
-    found = []
     for dtype, kind in NAMES.items():
         for batch in (1, 16, 64, 256):
-            found += _sequence(device, dtype, batch, H, steps, True)
+            yield from _sequence(device, dtype, batch, H, steps, True)
         if kind == "bf16":  # other widths: padded, hybrid, and a launch a step
             for hidden, batch in ((650, 16), (1500, 16), (1500, 64)):
-                found += _sequence(device, dtype, batch, hidden, steps, False)
-    return found
+                yield from _sequence(device, dtype, batch, hidden, steps, False)
 
 
 def _sequence(
     device: torch.device, dtype: torch.dtype, batch: int, hidden: int, steps: int, tagged: bool
-) -> list[Named]:
+) -> Iterator[Named]:
     name, kind = f"{NAMES[dtype]} B{batch} H{hidden} T{steps}", NAMES[dtype]
     tags = {False: ["sequence 256" if batch == 256 else "sequence"], True: ["training"]}
-    found = []
     for training, what in ((False, "sequence"), (True, "training step")):
         chip = configs.chip_of(device)
         plan = configs.rows_plan(chip, hidden, batch, 1, dtype, steps, training)
@@ -96,8 +93,7 @@ def _sequence(
         shape = kind, batch, steps, hidden, D, training
         work = gpu_work.sequence_work(config if plan.persistent else None, *shape)
         make = partial(_training_pair if training else _inference_pair, dtype, batch, hidden, steps)
-        found += both(f"{what} {name}", make, work, tags[training] if tagged else [], steps=steps)
-    return found
+        yield from both(f"{what} {name}", make, work, tags[training] if tagged else [], steps=steps)
 
 
 def _inference_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> Pair:
@@ -134,16 +130,14 @@ def _training_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> P
     return ours, theirs
 
 
-def tokens(device: torch.device) -> list[Named]:
+def tokens(device: torch.device) -> Iterator[Named]:
     """A token, greedy: cell, projection, vocabulary, choice."""
-    found = []
     for dtype, kind in NAMES.items():
         for batch in (1, 16):
             moved = BYTES * (4 * H * H + D * H + V * D + batch * (4 * H + V))
             work = gpu_work.Work(moved, 2 * batch * moved // BYTES, kind, 4)
             make = partial(_token, dtype, batch)
-            found += both(f"token {kind} B{batch}", make, work, [f"token {batch}"])
-    return found
+            yield from both(f"token {kind} B{batch}", make, work, [f"token {batch}"])
 
 
 @torch.no_grad()
@@ -170,9 +164,8 @@ def _token(dtype: torch.dtype, batch: int) -> Pair:
     return decoder.step, theirs
 
 
-def prefixes(device: torch.device, sentences: int = 328, steps: int = 25) -> list[Named]:
+def prefixes(device: torch.device, sentences: int = 328, steps: int = 25) -> Iterator[Named]:
     """All prefixes of `sentences` of one length, against cuDNN on packed rows."""
-    found = []
     for dtype, kind in NAMES.items():
         for training in (False, True):
             done = sentences * steps * (steps + 1) // 2  # steps of all rows together
@@ -183,8 +176,7 @@ def prefixes(device: torch.device, sentences: int = 328, steps: int = 25) -> lis
             work = gpu_work.Work(moved, flops, kind, (2 if training else 1) * steps)
             name = f"prefixes {kind} {sentences * steps} rows" + ", training" * training
             make = partial(_prefixes, dtype, sentences, steps, training)
-            found += both(name, make, work, [] if training else ["prefixes"])
-    return found
+            yield from both(name, make, work, [] if training else ["prefixes"])
 
 
 def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) -> Pair:
@@ -210,16 +202,14 @@ def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) ->
     return ours, theirs
 
 
-def surprisals(device: torch.device, n: int = 8192) -> list[Named]:
+def surprisals(device: torch.device, n: int = 8192) -> Iterator[Named]:
     """Surprisal of n positions, against whole logits by PyTorch."""
-    found = []
     for dtype, kind in NAMES.items():
         for training in (False, True):
             moved = BYTES * (n * D + V * D) * (2 if training else 1)
             work = gpu_work.Work(moved, 2 * n * D * V * (3 if training else 1), kind, 0)
             name = f"surprisal {kind} N{n}" + ", training" * training
-            found += both(name, partial(_surprisal, dtype, n, training), work, [])
-    return found
+            yield from both(name, partial(_surprisal, dtype, n, training), work, [])
 
 
 def _surprisal(dtype: torch.dtype, n: int, training: bool) -> Pair:

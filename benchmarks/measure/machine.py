@@ -7,7 +7,6 @@ dtype, and the fastest reading of a buffer, for buffers from cache-sized to far 
 import datetime
 import importlib.metadata
 import itertools
-import os
 import platform
 import subprocess
 import time
@@ -139,13 +138,9 @@ class Ceilings:
     flops: dict[str, float]
     bandwidth: list[tuple[int, float]]
 
-    def bandwidth_at(self, size: float) -> float:
-        """Bytes per second that a working set of `size` bytes can be read with."""
-        return of_size(self.bandwidth, size)
-
     def floor(self, counts: Counts, dtype: str) -> tuple[float, str]:
         """Fewest seconds that this work can take, and what sets them."""
-        memory = counts.bytes / self.bandwidth_at(counts.bytes)
+        memory = counts.bytes / of_size(self.bandwidth, counts.bytes)
         compute = counts.flops / self.flops[dtype]
         return (memory, "memory") if memory >= compute else (compute, "compute")
 
@@ -180,10 +175,3 @@ def _best(clock: Clock, run: Callable[[], Any], seconds: float) -> float:
     while time.perf_counter() < end:
         best = min(best, clock.sample(run)[0])
     return best
-
-
-def memory_now() -> int:
-    """Bytes of this process in memory."""
-    import psutil
-
-    return int(psutil.Process(os.getpid()).memory_info().rss)

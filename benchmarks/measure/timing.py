@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 Run = Callable[[], Any]
 TURN = 0.1  # seconds of one backend before the next has its turn
@@ -115,26 +116,11 @@ def measure_in_turns(
     return timings
 
 
-def microseconds(run: Run, rounds: int = 15) -> float:
-    """Median time of one call on a GPU among many, back to back, so that caches stay warm.
-
-    A round lasts a few milliseconds, between two events.
-    """
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-
-    def once(calls: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1000 / calls
-
-    calls = max(1, min(200, int(3000 / max(once(1), 1.0))))
-    return sorted(once(calls) for _ in range(rounds))[rounds // 2]
+def microseconds(run: Run) -> float:
+    """Median time of one call on a GPU among many, back to back, so that caches stay warm."""
+    timer = Timer("run()", globals={"run": run})
+    timer.timeit(3)  # warm
+    return float(1e6 * timer.blocked_autorange(min_run_time=0.1).median)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from fusion_model.benchmarks.measure.machine import where
@@ -12,8 +11,6 @@ from fusion_model.benchmarks.page import charts
 from fusion_model.benchmarks.page.charts import milliseconds, number
 from fusion_model.benchmarks.suite.bench import glossary, ranked, remarks
 from fusion_model.benchmarks.suite.cases import EAGER, OPERATIONS
-
-from fusion_model.files import write_text
 
 Record = dict[str, Any]
 AXES = {"batch": "sequences a batch", "hidden_size": "hidden size", "length": "tokens a sequence"}
@@ -38,16 +35,6 @@ OVERVIEW = {
     "step": "LSTM, one step",
 }
 FIXED = ("operation", "dtype", "batch", "length", "hidden_size", "embedding_size", "vocab_size")
-
-
-def capital(text: str) -> str:
-    """With a capital letter at the start, and all others as they are."""
-    return text[:1].upper() + text[1:]
-
-
-def write_report(path: Path, run: Record, records: Sequence[Record]) -> None:
-    """Write the page of a run."""
-    write_text(path, page(run, records))
 
 
 def page(run: Record, records: Sequence[Record]) -> str:
@@ -132,7 +119,8 @@ def _operation(name: str, timed: Sequence[Record]) -> str:
     own = [r for r in timed if r["operation"] == name]
     if not own:
         return ""
-    parts = [f"<section><h2>{escape(capital(OPERATIONS[name]))}</h2>"]
+    title = OPERATIONS[name]
+    parts = [f"<section><h2>{escape(title[0].upper() + title[1:])}</h2>"]
     figures = [curve for axis in AXES if (curve := _curve(own, axis))]
     if figures:
         parts.append(f'<div class="pair">{"".join(figures)}</div>')

@@ -1,8 +1,9 @@
 """A model, in PyTorch or exported, as a profile drives it: its stages, and a tick a token."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from fusion_model.benchmarks.profile.spans import Recorder, replaced
 
@@ -15,21 +16,27 @@ PARTS = (TOKENISER, ENCODER, LSTM, VOCABULARY, HOST)
 Tick = Callable[[], None]
 
 
-class Engine(Protocol):
-    """What can be profiled."""
+class Engine(ABC):
+    """A language model that can be profiled."""
 
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+
+    @abstractmethod
     def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
         """Make up to `tokens` tokens after each prompt, greedily; `tick` after each."""
 
-    def score(self, sentences: Sequence[str]) -> int:
-        """Surprisal of the sentences; the number of words."""
-
-    @contextmanager
-    def stages(self, recorder: Recorder) -> Iterator[None]:
+    @abstractmethod
+    def stages(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Spans around the stages while the block runs."""
 
+    @abstractmethod
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
         """Length of the longest, BOS included."""
+
+    def score(self, sentences: Sequence[str]) -> int:
+        """Surprisal of the sentences; the number of words."""
+        return len(self.lm.score([Document("text", list(sentences))]))
 
 
 def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
@@ -55,12 +62,10 @@ class _Ticker:
         """Nothing is kept back."""
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """A `FusionLM`; each call starts with nothing kept of earlier prefixes."""
 
-    def __init__(self, lm: Any) -> None:
-        self.lm = lm
-        self._recorder: Recorder | None = None
+    _recorder: Recorder | None = None  # while its stages are recorded
 
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
         return max(int(self.lm.prompt_ids(p).shape[1]) for p in prompts)
@@ -69,31 +74,27 @@ class TorchEngine:
         import torch
 
         type(self.lm)(self.lm.model, self.lm.tokenizer, self.lm.planner)  # attaches a new cache
-        recorder = self._recorder
-        with ExitStack() as stack:
+        recorder, model = self._recorder, self.lm.model
+        prompt_ids, encode = self.lm.prompt_ids, model.prefix_encoder
+        if recorder is not None:
+            prompt_ids = recorder.spanned(prompt_ids, TOKENISER)
+            encode = None if encode is None else recorder.spanned(encode, ENCODER)
+        rows = [prompt_ids(p) for p in prompts]
+        length = min(r.shape[1] for r in rows)  # rows of one length need no padding
+        ids = torch.cat([r[:, :length] for r in rows])
+
+        def choosing(_: Any, scores: Any) -> Any:
             if recorder is not None:
-                encode = self.lm.model.prefix_encoder
-                if encode is not None:
-                    wrapped = recorder.spanned(encode, ENCODER)
-                    stack.enter_context(replaced(self.lm.model, "prefix_encoder", wrapped))
-                prompt_ids = recorder.spanned(self.lm.prompt_ids, TOKENISER)
-            else:
-                prompt_ids = self.lm.prompt_ids
-            rows = [prompt_ids(p) for p in prompts]
-            length = min(r.shape[1] for r in rows)  # rows of one length need no padding
-            ids = torch.cat([r[:, :length] for r in rows])
+                recorder.open(VOCABULARY)
+            return scores
 
-            def choosing(_: Any, scores: Any) -> Any:
-                if recorder is not None:
-                    recorder.open(VOCABULARY)
-                return scores
+        def made() -> None:
+            if recorder is not None:
+                recorder.close()
+            tick()
 
-            def made() -> None:
-                if recorder is not None:
-                    recorder.close()
-                tick()
-
-            self.lm.model.generate(
+        with replaced(model, "prefix_encoder", encode):
+            model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
@@ -102,9 +103,6 @@ class TorchEngine:
                 streamer=_Ticker(made),
                 logits_processor=[choosing],
             )
-
-    def score(self, sentences: Sequence[str]) -> int:
-        return len(self.lm.score([Document("text", list(sentences))]))
 
     @contextmanager
     def stages(self, recorder: Recorder) -> Iterator[None]:
@@ -115,19 +113,12 @@ class TorchEngine:
             (self.lm, "log_probs", VOCABULARY),
             (model.lm_head, "forward", VOCABULARY),
         ]
-        self._recorder = recorder
-        try:
-            with recorder.around(*targets):
-                yield
-        finally:
-            self._recorder = None
+        with replaced(self, "_recorder", recorder), recorder.around(*targets):
+            yield
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """An `OnnxFusionLM`. Its step is one graph: the vocabulary is counted with the LSTM."""
-
-    def __init__(self, lm: Any) -> None:
-        self.lm = lm
 
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
         return max(len(self.lm.prompt_row(p)) for p in prompts)
@@ -147,9 +138,6 @@ class OnnxEngine:
 
         with replaced(generation, "choose", choose_then_tick):
             self.lm.generate(list(prompts), max_new_tokens=tokens)
-
-    def score(self, sentences: Sequence[str]) -> int:
-        return len(self.lm.score([Document("text", list(sentences))]))
 
     @contextmanager
     def stages(self, recorder: Recorder) -> Iterator[None]:

@@ -6,6 +6,7 @@ that was also measured without them. Host is what no stage accounts for.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -147,15 +148,11 @@ def _pair(
     engine: Engine, recorder: Recorder, call: Callable[[Callable[[], None]], Any], turn: int
 ) -> tuple[Pass, Pass]:
     """(plain, in parts); which comes first alternates."""
-
-    def in_parts() -> Pass:
-        with engine.stages(recorder):
-            return one_pass(recorder, call, spans=True)
-
-    if turn % 2:
-        split = in_parts()
-        return one_pass(recorder, call, spans=False), split
-    return one_pass(recorder, call, spans=False), in_parts()
+    found = {}
+    for spans in (False, True) if turn % 2 == 0 else (True, False):
+        with engine.stages(recorder) if spans else nullcontext():
+            found[spans] = one_pass(recorder, call, spans)
+    return found[False], found[True]
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:

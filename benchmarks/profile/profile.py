@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fusion_model.benchmarks.measure.machine import describe, memory_now, where
+from fusion_model.benchmarks.measure.machine import describe, where
 from fusion_model.benchmarks.profile.engines import Engine, OnnxEngine, TorchEngine
 from fusion_model.benchmarks.profile.latency import Profile, profile, summary
 from fusion_model.benchmarks.profile.spans import Recorder
@@ -30,7 +30,9 @@ def _energy(device: str) -> float | None:
 
 
 def _memory(device: str) -> dict[str, float]:
-    found = {"process_mb": round(memory_now() / 1e6, 1)}
+    import psutil
+
+    found = {"process_mb": round(psutil.Process().memory_info().rss / 1e6, 1)}
     if sys.platform != "win32":
         import resource
 
@@ -46,14 +48,11 @@ def _memory(device: str) -> dict[str, float]:
 
 
 def _recorder(device: str, engine: str) -> Recorder:
-    if device == "cpu":
+    if device == "cpu" or engine == "onnx":  # ONNX Runtime waits for the GPU by itself
         return Recorder()
     import torch
 
-    if not torch.cuda.is_available():  # ONNX Runtime waits for the GPU by itself
-        return Recorder()
-    wait = torch.cuda.synchronize if engine == "torch" else None
-    return Recorder(synchronize=wait, nvtx=True)
+    return Recorder(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
 
 
 def profile_model(

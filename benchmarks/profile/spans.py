@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
+
+# `replaced(object, attribute, value)`: another value while the block runs, the old one after it.
+replaced = patch.object
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,14 @@ class Recorder:
     Args:
         clock: seconds.
         synchronize: waits for the device, so that its work counts where it was asked for.
-        nvtx: also marks ranges for NVIDIA's profilers.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.perf_counter,
         synchronize: Callable[[], None] | None = None,
-        nvtx: bool = False,
     ) -> None:
-        self._clock, self._synchronize, self._nvtx = clock, synchronize, nvtx
+        self._clock, self._synchronize = clock, synchronize
         self._open: list[tuple[str, float]] = []
         self._inner: list[float] = []  # seconds of what is nested in each open span
         self._own: dict[str, float] = {}
@@ -49,10 +51,6 @@ class Recorder:
 
     def open(self, name: str) -> None:
         """A span begins."""
-        if self._nvtx:
-            import torch
-
-            torch.cuda.nvtx.range_push(name)
         self._open.append((name, self.now()))
         self._inner.append(0.0)
 
@@ -60,19 +58,10 @@ class Recorder:
         """The span that was opened last ends."""
         end = self.now()
         name, start = self._open.pop()
-        if self._nvtx:
-            import torch
-
-            torch.cuda.nvtx.range_pop()
         self._own[name] = self._own.get(name, 0.0) + end - start - self._inner.pop()
         if self._inner:
             self._inner[-1] += end - start
         self.spans.append(Span(name, start, end))
-
-    @property
-    def depth(self) -> int:
-        """Spans that are open."""
-        return len(self._open)
 
     def take(self) -> dict[str, float]:
         """Exclusive seconds by name of the spans that closed since the last call."""
@@ -99,18 +88,3 @@ class Recorder:
                 wrapped = self.spanned(getattr(owner, attribute), name)
                 stack.enter_context(replaced(owner, attribute, wrapped))
             yield
-
-
-@contextmanager
-def replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    """An attribute of a live object is another while the block runs."""
-    own = attribute in vars(owner)
-    before = getattr(owner, attribute)
-    setattr(owner, attribute, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, attribute, before)
-        else:
-            delattr(owner, attribute)

@@ -105,6 +105,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="fusion-lm-bench-") as scratch:
         context = context_of(model, text, device, suite, Path(scratch))
         progress.note(f"{len(chosen)} cases on {where(describe(device))}")
+        words = sum(len(s.split()) for s in context.sentences)
         ceilings = measure_ceilings(device, sorted({c.dtype for c in chosen}))
         first = results.run_line(
             describe(device),
@@ -112,17 +113,13 @@ def bench(
             suite=suite,
             command=command,
             model=model,
-            text={"source": ", ".join(text) or SAMPLE, "words": _words(context.sentences)},
+            text={"source": ", ".join(text) or SAMPLE, "words": words},
         )
         with progress.track("measuring", len(chosen)) as update:
             measured = run(chosen, context, ceilings, BUDGETS[suite], update)
             if keep is not None:
                 measured = results.append(keep, first, measured)
             return first, list(measured)
-
-
-def _words(sentences: Sequence[str]) -> int:
-    return sum(len(s.split()) for s in sentences)
 
 
 def ranked(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:

@@ -165,17 +165,7 @@ def counts(
     return total + Counts(0.0, float(own * (calls - 1)))
 
 
-def build(case: Case, context: Context) -> Work:
-    """Work of `embedding`, `scoring` or `generation`.
-
-    Raises:
-        Unavailable: what the backend needs is not installed, or the model is of another kind.
-    """
-    makers = {"embedding": _embedding, "scoring": _scoring, "generation": _generation}
-    return makers[case.operation](case, context)
-
-
-def _embedding(case: Case, context: Context) -> Work:
+def embedding(case: Case, context: Context) -> Work:
     """Mean of tokens by all-MiniLM-L6-v2, which every way of doing it knows."""
     encoder = mean_encoder(case.dtype, context.device)
     words = [s.split() for s in context.sentences]
@@ -218,7 +208,7 @@ def _runner(case: Case, context: Context, lm: FusionLM) -> Callable[[], Any]:
     return ours
 
 
-def _scoring(case: Case, context: Context) -> Work:
+def scoring(case: Case, context: Context) -> Work:
     lm = _model(case, context)
     documents = [Document("text", context.sentences)]
     sentences = Corpus.from_documents(documents, lm.tokenizer).sentences
@@ -259,7 +249,7 @@ def _is_exact(case: Case) -> bool:
     return case.dtype == "float32" and case.backend != "onnx-int8"
 
 
-def _generation(case: Case, context: Context) -> Work:
+def generation(case: Case, context: Context) -> Work:
     lm = _model(case, context)
     words = max((s.split() for s in context.sentences), key=len)
     prompt = " ".join(words[: max(1, len(words) // 2)])

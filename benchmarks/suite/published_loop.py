@@ -35,20 +35,3 @@ class PublishedLM(nn.Module):
         hidden, _ = self.lstm(self.embedding(rows))
         last = hidden[torch.arange(n), torch.arange(n)]
         return self.output(self.projection(torch.cat([last, e], dim=1)))
-
-
-def train_sentence(
-    model: PublishedLM, optimizer: torch.optim.Optimizer, tokens: Tensor, e: Tensor
-) -> float:
-    """One step on one sentence; its mean loss in nats."""
-    loss = F.cross_entropy(model(tokens, e), tokens[1:])
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def evaluate_sentence(model: PublishedLM, tokens: Tensor, e: Tensor) -> float:
-    """Mean loss of one sentence in nats."""
-    return F.cross_entropy(model(tokens, e), tokens[1:]).item()

@@ -10,26 +10,22 @@ from typing import Any
 from fusion_model.benchmarks.measure.machine import Ceilings
 from fusion_model.benchmarks.measure.timing import Timing, measure_in_turns, peak_memory
 from fusion_model.benchmarks.suite import on_text, recurrence, training_step
-from fusion_model.benchmarks.suite.cases import EAGER, ON_TEXT, Case
+from fusion_model.benchmarks.suite.cases import EAGER, Case
 from fusion_model.benchmarks.suite.work import Context, Unavailable, Work, WrongResult
 
 from fusion_model.errors import FusionLMError
 
 Record = dict[str, Any]
 KEPT = 200  # samples a record keeps, evenly over all of them
-
-
-def build(case: Case, context: Context) -> Work:
-    """The case, ready.
-
-    Raises:
-        Unavailable: this machine cannot run it.
-    """
-    if case.operation in ON_TEXT:
-        return on_text.build(case, context)
-    if case.operation in ("head", "training"):
-        return training_step.build(case, context)
-    return recurrence.build(case, context)
+# By operation; each raises `Unavailable` where this machine cannot run the case.
+BUILD: dict[str, Callable[[Case, Context], Work]] = {
+    **dict.fromkeys(("step", "sequence", "prefixes"), recurrence.build),
+    "training": training_step.training,
+    "head": training_step.head,
+    "embedding": on_text.embedding,
+    "scoring": on_text.scoring,
+    "generation": on_text.generation,
+}
 
 
 def run(
@@ -51,7 +47,7 @@ def run(
         ready: dict[Case, Work] = {}
         for case in list(members):
             try:
-                work = build(case, context)
+                work = BUILD[case.operation](case, context)
                 work.check()
                 ready[case] = work
             except Unavailable as reason:
@@ -74,14 +70,12 @@ def run(
 
 def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: str) -> Record:
     """What is kept of a measured case; times in milliseconds, rates in items a second."""
-    p50, p90, p99 = (timing.percentile(q) for q in (50, 90, 99))
+    p50 = timing.percentile(50)
     floor, bound = ceilings.floor(work.counts, case.dtype)
     step = max(1, len(timing.seconds) // KEPT)
     found = case.facts() | {
         "kind": "case",
-        "p50_ms": round(1e3 * p50, 5),
-        "p90_ms": round(1e3 * p90, 5),
-        "p99_ms": round(1e3 * p99, 5),
+        **{f"p{q}_ms": round(1e3 * timing.percentile(q), 5) for q in (50, 90, 99)},
         "samples": len(timing.seconds),
         "first_ms": round(1e3 * (work.compiled + timing.first), 3),
         "items": work.items,

@@ -138,10 +138,3 @@ def training(case: Case, context: Context) -> Work:
 
     count = case.batch * case.length
     return Work(run, result, expected, count, of_case(case), TOLERANCE[case.dtype])
-
-
-def build(case: Case, context: Context) -> Work:
-    """Work of `head` or `training`."""
-    makers: dict[str, Callable[[Case, Context], Any]] = {"head": head, "training": training}
-    work: Work = makers[case.operation](case, context)
-    return work

@@ -41,11 +41,12 @@ def bench(
 
     from fusion_model.benchmarks.measure import records as kept
     from fusion_model.benchmarks.measure.machine import where
-    from fusion_model.benchmarks.page.page import write_report
+    from fusion_model.benchmarks.page.page import page
     from fusion_model.benchmarks.suite.bench import bench as run
     from fusion_model.benchmarks.suite.bench import chosen_cases, glossary, remarks, tables
     from fusion_model.devices import resolve_device
     from fusion_model.errors import FusionLMError
+    from fusion_model.files import write_text
 
     own = {"hidden_size": hidden_size, "batch": batch, "length": length, "dtype": dtype}
     shape = {name: value for name, value in own.items() if value is not None}
@@ -72,7 +73,7 @@ def bench(
     if keep:
         print(f"appended to {kept.file_of(keep, first)}")
     if report:
-        write_report(report, first, records)
+        write_text(report, page(first, records))
         print(f"report: {report}")
     if any(r["kind"] == "wrong" for r in records):
         raise FusionLMError("a backend gave wrong results, see above")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,7 @@ def kernels(
         reports = gate(work, jobs, update)
     failed = sum(bool(r.problems) for r in reports)
     if as_json:
-        print(json.dumps([r.as_dict() for r in reports], indent=1))
+        print(json.dumps([asdict(r) for r in reports], indent=1))
     else:
         from rich.console import Console
 

@@ -13,9 +13,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fusion_model.kernels.check.variants import Variant
 from fusion_model.kernels.triton.configs import KNOWN_CHIPS
@@ -39,9 +38,6 @@ class Report:
     local_loads: int = 0
     releases: int = 0
     problems: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _tool(name: str, path: str, *options: str) -> str:
