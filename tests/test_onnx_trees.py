@@ -12,7 +12,7 @@ from fusion_model.export import OnnxFusionLM, export_model
 from fusion_model.export import exporter as exporter_module
 from fusion_model.export.graphs.language import sequence_graph
 from fusion_model.export.graphs.weights import save_graphs
-from fusion_model.export.runtime.encoder import open_encoder
+from fusion_model.export.runtime.model import open_encoder
 from onnx_cases import inputs, pytorch_log_probs, saved_model, sequences
 from onnx_cases import one_thread as one_thread
 
