@@ -132,19 +132,19 @@ class HFEncoder(TokenInputs):
 
     def with_static(self, inputs: Sequence[EncoderInput], read: Tensor | np.ndarray) -> Tensor:
         """Vectors [N, dim] of what was `read` of them, [N, P E] float32, and of `static`."""
-        read = torch.as_tensor(read)
-        if len(self.read) == len(self.poolings):
-            return read
-        last = np.frombuffer(b"".join(map(self.last_id, inputs)), dtype="<i4")
-        table = self.model.get_input_embeddings()
-        static = table(torch.tensor(last, device=self.model.device, dtype=torch.int64))
-        return self._in_order(read, static.float().cpu())
+        static = None
+        if len(self.read) < len(self.poolings):
+            last = np.frombuffer(b"".join(map(self.last_id, inputs)), dtype="<i4")
+            ids = torch.tensor(last, device=self.model.device, dtype=torch.int64)
+            static = self.model.get_input_embeddings()(ids).float().cpu()
+        return self._in_order(torch.as_tensor(read), static)
 
-    def _in_order(self, read: Tensor, static: Tensor) -> Tensor:
-        """The columns of [N, P E] and [N, E] in the order of the poolings."""
-        parts = iter(read.split(static.shape[1], dim=1))
+    def _in_order(self, read: Tensor | None, static: Tensor | None) -> Tensor:
+        """The columns of [N, P E] and [N, E] in the order of the poolings; None for none."""
+        width = self.dim // len(self.poolings)
+        parts = iter(() if read is None else read.split(width, dim=1))
         columns = [static if p.name == "static" else next(parts) for p in self.poolings]
-        return torch.cat(columns, dim=1)
+        return torch.cat([column for column in columns if column is not None], dim=1)
 
     def _encode_reused(self, inputs: list[EncoderInput], progress: OnProgress | None) -> Tensor:
         """As `_encode_unique`; the latest contexts' vectors are kept."""
@@ -250,12 +250,13 @@ class HFEncoder(TokenInputs):
     def pooled(self, ids: Tensor) -> Tensor:
         """ids [N, L] -> [N, dim], by transformers alone; ids are those of `EncoderInput`s, and what
         these have for `static` behind them."""
-        last = -1 if self.holds else max(ids.shape[1] - self.after - 1, 0)
-        static: Tensor = self.model.get_input_embeddings()(ids[:, last])
-        if not self.read:
-            return static
-        read = self._by_transformers(ids[:, :-1] if self.holds else ids)
-        return read if len(self.read) == len(self.poolings) else self._in_order(read, static)
+        read = static = None
+        if self.read:
+            read = self._by_transformers(ids[:, :-1] if self.holds else ids)
+        if len(self.read) < len(self.poolings):
+            last = -1 if self.holds else max(ids.shape[1] - self.after - 1, 0)
+            static = self.model.get_input_embeddings()(ids[:, last])
+        return self._in_order(read, static)
 
     def _by_transformers(self, ids: Tensor) -> Tensor:
         """As `_by_trees`, of ids [N, L]: the reference."""
@@ -265,7 +266,7 @@ class HFEncoder(TokenInputs):
         if names - {"mask"}:
             outputs = self.model(input_ids=ids, output_hidden_states=True), None
         if "mask" in names:
-            mask = torch.full_like(ids[:, :1], self.tokenizer.mask_token_id)  # traced, too
+            mask = ids.new_full((ids.shape[0], 1), self.tokenizer.mask_token_id)
             masked = torch.cat([ids[:, :end], mask, ids[:, end:]], dim=1)
             outputs = outputs[0], self.model(input_ids=masked, output_hidden_states=True)
         found = []
