@@ -45,17 +45,15 @@ def find_corpora(sources: Sequence[str]) -> dict[str, list[Document]]:
     """
     corpora: dict[str, list[Document]] = {}
     for source in sources:
-        folders = [Path(source)]
-        if not source.startswith("hf:"):
-            if not Path(source).exists():
-                raise FusionLMError(
-                    f"there is no {source}: give --data a folder of text, or hf:NAME"
-                )
+        if source.startswith("hf:"):
+            found = {source: source}
+        elif not Path(source).exists():
+            raise FusionLMError(f"there is no {source}: give --data a folder of text, or hf:NAME")
+        else:
             inside = [p for p in sorted(Path(source).glob("*/")) if any(p.rglob("*.txt"))]
-            folders = inside if inside and not any(Path(source).glob("*.txt")) else folders
-        for folder in folders:
-            path = source if source.startswith("hf:") else str(folder)
-            name = source if source.startswith("hf:") else folder.name
+            several = inside and not any(Path(source).glob("*.txt"))
+            found = {p.name: str(p) for p in (inside if several else [Path(source)])}
+        for name, path in found.items():
             split = "lines" if name.startswith("brown") else "sentences"
             corpora[name] = read_documents([path], split, clean_wikitext=True)
     return corpora
