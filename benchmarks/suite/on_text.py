@@ -60,6 +60,10 @@ class Plain:
             hidden = torch.cat([self.model.lstm(x[:, :end])[0][:, -1:] for end in steps], 1)
         else:
             hidden, _ = self.model.lstm(x)
+        return self._scores(hidden, e)
+
+    def _scores(self, hidden: Tensor, e: Tensor | None) -> Tensor:
+        """Of hidden states [1, T, H], with e [T, E]; [T, V]."""
         fused = self.model._fuse(hidden, None if e is None else e[None].to(hidden.dtype))
         return self.model.lm_head(self.model.projection(fused))[0]
 
@@ -78,23 +82,15 @@ class Plain:
         row, state = list(row), None
         e = self.vectors([row[:t] for t in range(1, len(row) + 1)])
         for _ in range(count):
-            if self.restart or state is None:
-                hidden, state = self.model.lstm(self.model.embed_tokens(self._ids(row)))
-            else:
-                last = self.model.embed_tokens(self._ids(row[-1:]))
-                hidden, state = self.model.lstm(last, state)
-            own = None if e is None else e[None, -1:].to(hidden.dtype)
-            scores = self.model.lm_head(
-                self.model.projection(self.model._fuse(hidden[:, -1:], own))
-            )
-            row.append(int(scores[0, -1].argmax()))
+            new = row if self.restart or state is None else row[-1:]
+            x = self.model.embed_tokens(torch.tensor([new], device=self.model.device))
+            hidden, state = self.model.lstm(x, None if self.restart else state)
+            scores = self._scores(hidden[:, -1:], None if e is None else e[-1:])
+            row.append(int(scores[-1].argmax()))
             if row[-1] == self.lm.tokenizer.eos_token_id:
                 break
             e = self.vectors([row])
         return row
-
-    def _ids(self, row: Sequence[int]) -> Tensor:
-        return torch.tensor([row], device=self.model.device)
 
 
 def _model(case: Case, context: Context) -> FusionLM:
@@ -120,13 +116,11 @@ def _exported(context: Context, precision: str) -> Any:
         try:
             import onnxruntime  # noqa: F401
             from fusion_model.export import OnnxFusionLM, export_model
-        except ImportError as error:
-            raise Unavailable(f"{error.name} is not installed: the extra [onnx]") from None
-        folder = context.scratch / precision
-        try:
+
+            folder = context.scratch / precision
             export_model(context.model, folder, encoder=True, precision=precision)
             return OnnxFusionLM(folder, device=context.device, threads=torch.get_num_threads())
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise Unavailable(f"{error.name} is not installed: the extra [onnx]") from None
         except FusionLMError as error:
             raise Unavailable(str(error)) from None
