@@ -1,5 +1,6 @@
 """`fusion-lm export`: a model as a folder that ONNX Runtime runs, verified before it is kept."""
 
+import inspect
 import platform
 from contextlib import suppress
 from pathlib import Path
@@ -149,7 +150,11 @@ def _write_graphs(
     graphs = {}
     for name, build in ((SEQUENCE, sequence_graph), (STEP, step_graph)):
         graph = build(lm.model, opset, dtype)
-        graphs[folder / name] = quantize(graph) if precision == "int8" else graph
+        graph = quantize(graph) if precision == "int8" else graph
+        graph.doc_string = inspect.cleandoc(build.__doc__ or "")
+        graph.producer_version = fusion_model.__version__
+        onnx.helper.set_model_props(graph, {n: str(facts[n]) for n in FACTS})
+        graphs[folder / name] = graph
     save_graphs(graphs, folder / WEIGHTS)
     layers = lm.model.config.num_layers
     nodes = {path.name: check_graph(path, precision, layers) for path in graphs}

@@ -22,7 +22,7 @@ RANKS = (
     ("", "training"),  # "": the package's own file, which names what is public
     ("experiments", "export", "benchmarks"),
     ("commands",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 FOLDERS = ("kernels", "fusion_model", "export", "benchmarks")

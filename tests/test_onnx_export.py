@@ -76,7 +76,12 @@ def test_a_loaded_model_exports_and_its_figures_are_within_limits(
     assert parity["max_error_sequence_nats"] < limit
     assert parity["max_error_step_nats"] < limit
     assert abs(parity["perplexity_ratio"] - 1) < limit
-    opsets = onnx.load(tmp_path / "out" / "model.onnx").opset_import
+    exported = onnx.load(tmp_path / "out" / "model.onnx")
+    assert exported.producer_version == fusion_model.__version__
+    assert "Log-probabilities of given targets" in exported.doc_string
+    facts = {p.key: p.value for p in exported.metadata_props}
+    assert facts["fusion"] == lm.model.config.fusion
+    opsets = exported.opset_import
     assert [(o.domain, o.version) for o in opsets] == [("", 21)]
 
 

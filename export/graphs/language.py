@@ -67,10 +67,11 @@ def sequence_graph(
 def step_graph(model: FusionLMForCausalLM, opset: int, dtype: type = np.float32) -> onnx.ModelProto:
     """Scores of the token after those given; any number of tokens goes in at once.
 
-    Inputs: `input_ids` [B, T] int64, the tokens since the state; `h0` and `c0` [L, B, H], the
-    state before, in the graph's dtype; where fused `prefix_embeds` float32, [B, E] the embedding
-    of all tokens so far (`input` fusion: [B, T, E], one a token). Early fusion takes its initial
-    state from `prefix_embeds` where `fresh` [] bool is true, and from `h0`, `c0` elsewhere.
+    Inputs: `input_ids` [B, T] int64, the tokens since the state; `h0` and `c0` [L, S, H], the
+    state before, in the graph's dtype; `rows` [B] int64, which of the S states each goes on from
+    (beam search re-orders them, on the device); where fused `prefix_embeds` float32, [B, E] the
+    embedding of all tokens so far (`input` fusion: [B, T, E], one a token). Early fusion takes its
+    initial state from `prefix_embeds` where `fresh` [] bool is true, and from `h0`, `c0` elsewhere.
     Outputs: `logits` [B, V] float32 after the last token, and the state after, `h` and `c`.
     """
     parts = _Parts(model, Graph("fusion_lm_step", dtype))
@@ -78,7 +79,9 @@ def step_graph(model: FusionLMForCausalLM, opset: int, dtype: type = np.float32)
     ids = g.input("input_ids", ["batch", "length"], INT)
     per_token = fusion == "input"
     e = parts.prefix_input(["batch", *(["length"] if per_token else []), model.config.prefix_size])
-    state = parts.state_inputs()
+    rows = g.input("rows", ["batch"], INT)
+    h0, c0 = (g.op("Gather", s, rows, axis=1) for s in parts.state_inputs("states"))
+    state = h0, c0
     if fusion in EARLY:
         fresh = g.input("fresh", [], TensorProto.BOOL)
         state = parts.start(e, state, fresh)
@@ -105,8 +108,8 @@ class _Parts:
             return ""
         return self.graph.cast(self.graph.input("prefix_embeds", dims), self.graph.dtype)
 
-    def state_inputs(self) -> tuple[str, str]:
-        dims = (self.config.num_layers, "batch", self.config.hidden_size)
+    def state_inputs(self, count: str = "batch") -> tuple[str, str]:
+        dims = (self.config.num_layers, count, self.config.hidden_size)
         h0, c0 = (self.graph.input(name, dims, self._state_kind) for name in ("h0", "c0"))
         return h0, c0
 

@@ -1,7 +1,7 @@
 """Generation's inner loop: the step graph, its state kept on the device between calls.
 
 State values are given from one call to the next by IO binding, so nothing of them is copied, nor
-crosses to the host, unless rows are re-ordered (beam search) or drop out. Nothing here needs
+crosses to the host: the graph re-orders rows (beam search), too. Nothing here needs
 PyTorch.
 """
 
@@ -41,7 +41,7 @@ class Steps:
         self._session, self._model, self._device = session, model, device
         self.prefix_embeds = prefix_embeds
         inputs = {i.name: i.type for i in session.get_inputs()}
-        self._early = "fresh" in inputs
+        self._early, self._reorders = "fresh" in inputs, "rows" in inputs
         self._anew = self._early and not one_vector  # every prefix from its own embedding
         self._per_token = model["fusion"] == "input"
         self._dtype = np.float16 if "float16" in inputs["h0"] else np.float32
@@ -74,8 +74,10 @@ class Steps:
             tokens: of the new rows.
             order: which old row each new one goes on from.
         """
-        if list(order) != list(range(len(self.rows))) and self._state is not None:
-            h, c = (s.numpy()[:, list(order)] for s in self._state)
+        order = list(order)
+        if not self._reorders and order != [*range(len(self.rows))] and self._state is not None:
+            # An export of before the graph did it.
+            h, c = (s.numpy()[:, order] for s in self._state)
             self._state = self._placed(h, c)
         self.rows = [
             [*self.rows[row], int(token)] for row, token in zip(order, tokens, strict=True)
@@ -84,7 +86,7 @@ class Steps:
             return self._read(self.rows)[0]
         assert self._state is not None
         new = [[row[-1]] for row in self.rows]
-        logits, self._state = self._run(self.rows, new, self._state, fresh=False)
+        logits, self._state = self._run(self.rows, new, self._state, order, fresh=False)
         return logits
 
     def _read(self, rows: list[list[int]]) -> tuple[np.ndarray, list[State], list[int]]:
@@ -96,15 +98,22 @@ class Steps:
             some = [rows[i] for i in places]
             shape = self._model["num_layers"], len(some), self._model["hidden_size"]
             zeros = np.zeros(shape, self._dtype)
-            logits[places], state = self._run(some, some, self._placed(zeros, zeros), fresh=True)
+            start, own = self._placed(zeros, zeros), list(range(len(some)))
+            logits[places], state = self._run(some, some, start, own, fresh=True)
             states.append(state)
             order += places
         return logits, states, order
 
     def _run(
-        self, rows: list[list[int]], new: list[list[int]], state: State, fresh: bool
+        self,
+        rows: list[list[int]],
+        new: list[list[int]],
+        state: State,
+        order: list[int],
+        fresh: bool,
     ) -> tuple[np.ndarray, State]:
-        """Feed the new tokens, [B, T], with which the rows end; scores [B, V], the next state."""
+        """Feed the new tokens, [B, T], with which the rows end; scores [B, V], the next state.
+        `order` says which row of the state each goes on from."""
         binding = self._binding
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
@@ -113,6 +122,8 @@ class Steps:
             e = self.prefix_embeds(rows, len(new[0]) if self._per_token else 1)
             e = e if self._per_token else np.ascontiguousarray(e[:, 0])
             binding.bind_cpu_input("prefix_embeds", e)
+        if self._reorders:
+            binding.bind_cpu_input("rows", np.array(order, dtype=np.int64))
         if self._early:
             binding.bind_cpu_input("fresh", np.array(fresh))
         for name, value in zip(("h0", "c0"), state, strict=True):
