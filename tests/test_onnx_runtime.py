@@ -173,8 +173,8 @@ def test_the_state_stays_where_it_is(bert_pair, monkeypatch: pytest.MonkeyPatch)
     placed, seen = [], []
     place, go = Steps._placed, Steps._run
 
-    def run_and_watch(self, rows, new, state, fresh):
-        out = go(self, rows, new, state, fresh)
+    def run_and_watch(self, rows, new, state, order, fresh):
+        out = go(self, rows, new, state, order, fresh)
         seen.append((state, out[1]))
         return out
 
