@@ -251,8 +251,11 @@ def check_encoder(encoder: HFEncoder, exported: Any, texts: Sequence[str]) -> fl
     inputs = encoder.inputs_from_texts(texts)
     if exported.inputs_from_texts(texts) != inputs:
         raise ExportError(f"the tokenizer of {encoder.name} does not come out the same: keep it")
-    if parse_policy(encoder.policy).name == "incremental":
-        inputs = [encoder.incremental_input(None, own) for own in inputs]
+    incremental = parse_policy(encoder.policy).name == "incremental"
+    inputs = [
+        encoder.incremental_input(None, own) if incremental else encoder.reused_input(own, own)
+        for own in inputs
+    ]
     expected = np.asarray(encoder.encode(inputs))
     found = [exported.encode(inputs)]
     if hasattr(exported, "stream"):

@@ -92,12 +92,8 @@ def test_a_store_of_another_policy_is_refused(trained: tuple[str, Path], text_fi
 
 
 def test_an_export_keeps_the_policy(trained: tuple[str, Path], text_file: Path) -> None:
-    policy, folder = trained
+    _, folder = trained
     model, out = folder / "model", folder / "onnx"
-    if policy.startswith("incremental"):
-        message = fails("export", model, out, "--encoder")
-        assert "policy 'incremental' cannot be exported yet" in message
-        return
     code, _, _ = run("export", model, out, "--encoder")
     assert code == 0
     arguments = ["--text", text_file, "--split", "lines"]
