@@ -318,13 +318,13 @@ def test_bad_input_is_one_line(
     assert "Traceback" not in result.stderr
 
 
-def test_readme_section_is_what_the_results_say() -> None:
-    """Renew it with: python -m fusion_model.experiments.summary docs/experiments README.md"""
+def test_page_of_experiments_is_what_the_results_say() -> None:
+    """Renew it: python -m fusion_model.experiments.summary docs/experiments docs/experiments.md"""
     from fusion_model.experiments.summary import START, section, update
 
-    root = Path(__file__).parents[1]
-    readme, folder = (root / "README.md").read_text(), root / "docs" / "experiments"
-    assert START in readme
-    assert update(readme, folder) == readme
-    assert section(folder) in readme
+    docs = Path(__file__).parents[1] / "docs"
+    page, folder = (docs / "experiments.md").read_text(), docs / "experiments"
+    assert START in page
+    assert update(page, folder) == page
+    assert section(folder) in page
     assert "null result" in section(folder)

@@ -1,6 +1,6 @@
-"""The README's science section, from saved results; nothing in it is typed by hand.
+"""The table of `docs/experiments.md`, from saved results; nothing in it is typed by hand.
 
-python -m fusion_model.experiments.summary docs/experiments README.md
+python -m fusion_model.experiments.summary docs/experiments docs/experiments.md
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fusion_model.files import write_text
 
-START, END = "<!-- science, from docs/experiments -->\n", "\n<!-- end of science -->"
+START, END = "<!-- from docs/experiments -->\n", "\n<!-- end -->"
 
 
 def section(folder: Path) -> str:
@@ -18,15 +18,15 @@ def section(folder: Path) -> str:
     lines = ["| experiment | what came out |", "|---|---|"]
     for path in sorted(folder.glob("*/results.json")):
         found = json.loads(path.read_text())
-        link = f"[{found['title']}](docs/{folder.name}/{path.parent.name}/report.md)"
+        link = f"[{found['title']}]({folder.name}/{path.parent.name}/report.md)"
         lines.append(f"| {link} | {' '.join(found['answer'][:2])} |")
     return "\n".join(lines)
 
 
-def update(readme: str, folder: Path) -> str:
-    """The README with its science section renewed."""
+def update(page: str, folder: Path) -> str:
+    """The page, which stands beside the folder, with its table renewed."""
     pattern = re.escape(START) + r".*?" + re.escape(END)
-    return re.sub(pattern, lambda _: START + section(folder) + END, readme, flags=re.DOTALL)
+    return re.sub(pattern, lambda _: START + section(folder) + END, page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
