@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from fusion_model.benchmarks.measure import records as results
+from fusion_model.benchmarks.measure.ceilings import Ceilings, measure_ceilings
 from fusion_model.benchmarks.measure.counts import SIZE
-from fusion_model.benchmarks.measure.machine import Ceilings, describe, measure_ceilings
+from fusion_model.benchmarks.measure.machine import describe
 from fusion_model.benchmarks.suite.bench import BUDGETS, context_of
 from fusion_model.benchmarks.suite.cases import SUITES, cases
 from fusion_model.benchmarks.suite.work import Context

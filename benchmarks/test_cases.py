@@ -9,7 +9,8 @@ reason. The last test is the gate.
 from typing import Any
 
 import pytest
-from fusion_model.benchmarks.measure.machine import Ceilings, describe
+from fusion_model.benchmarks.measure.ceilings import Ceilings
+from fusion_model.benchmarks.measure.machine import describe
 from fusion_model.benchmarks.suite import gate
 from fusion_model.benchmarks.suite.bench import remarks
 from fusion_model.benchmarks.suite.cases import Case

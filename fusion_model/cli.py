@@ -2,12 +2,10 @@
 
 import importlib
 
-from fusion_model.commands.app import app, installed
+from fusion_model.commands.app import app
 
 for _name in ("demo", "inference", "export", "train", "benchmark", "experiment", "kernels"):
-    # In the order of `--help`; without PyTorch, nothing is measured.
-    if _name != "benchmark" or installed("torch"):
-        importlib.import_module(f"fusion_model.commands.{_name}")
+    importlib.import_module(f"fusion_model.commands.{_name}")  # in the order of `--help`
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ import torch
 from conftest import SENTENCES
 from fusion_model.benchmarks.measure import records as results
 from fusion_model.benchmarks.measure import timing
+from fusion_model.benchmarks.measure.ceilings import Ceilings
 from fusion_model.benchmarks.measure.counts import Counts
-from fusion_model.benchmarks.measure.machine import Ceilings, describe
+from fusion_model.benchmarks.measure.machine import describe
 from fusion_model.benchmarks.page import charts
 from fusion_model.benchmarks.page.page import page
 from fusion_model.benchmarks.suite import bench, gate, on_text, recurrence

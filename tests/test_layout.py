@@ -118,6 +118,9 @@ TORCH_FREE = (
     "scoring",
     "surprisal",
     "export.runtime",
+    "benchmarks.measure.machine",
+    "benchmarks.profile.profile",
+    "benchmarks.profile.report",
 )
 
 

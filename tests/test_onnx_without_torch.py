@@ -1,5 +1,6 @@
 """An export needs neither PyTorch nor transformers: text to surprisal in an environment without."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model
 
 import fusion_model
+from fusion_model.data.text import read_documents
 
 ROOT = Path(__file__).parents[1]
 LIGHT = ["onnxruntime", "tokenizers", "numpy", "sentencex", "typer", "rich"]
 HEAVY = ["torch", "transformers", "sklearn", "datasets", "onnx", "safetensors"]
+HEAVY += ["psutil", "matplotlib"]
 WITHOUT = f"""
 import sys
 for name in {HEAVY}:
@@ -37,16 +40,38 @@ def expected(export: Path, text: Path) -> list[tuple[str, float]]:
     return [(word.text, word.bits) for word in words]
 
 
-def scores(command: list[str], export: Path, text: Path, out: Path) -> list[tuple[str, float]]:
-    environment = os.environ | {"PYTHONPATH": ""}
-    arguments = ["score", "--onnx", export, "--text", text, "--out", out, "--threads", "1"]
+def said(command: list[str], *arguments: object) -> str:
+    """Standard output of a command that must succeed."""
     done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": ""},
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def scores(command: list[str], export: Path, text: Path, out: Path) -> list[tuple[str, float]]:
+    said(command, "score", "--onnx", export, "--text", text, "--out", out, "--threads", 1)
     rows = [line.split("\t") for line in out.read_text().splitlines()]
     assert rows[0] == ["document", "sentence", "word", "text", "bits", "nats", "tokens"]
     return [(row[3], float(row[4])) for row in rows[1:]]
+
+
+def profiled(command: list[str], export: Path, text: Path, out: Path) -> None:
+    """Every stage has its time, and the machine is described."""
+    few = ("--runs", 2, "--tokens", 3, "--threads", 1, "--json", out)
+    shown = said(command, "profile", "--onnx", export, "--text", text, *few)
+    assert "tells the vocabulary's share" in shown
+    found = json.loads(out.read_text())
+    for parts in (found["generation"]["token_parts_ms"], found["scoring"]["word_parts_ms"]):
+        assert min(parts[name] for name in ("prefix encoding", "LSTM and fusion")) > 0
+        assert parts["vocabulary and sampling"] > 0
+    spread = found["generation"]["token_ms"]
+    assert 0 < spread["p50"] <= spread["p90"] <= spread["p99"]
+    assert found["machine"]["threads"] == 1
+    assert "onnxruntime" in found["title"]
 
 
 def agree(found: list[tuple[str, float]], wanted: list[tuple[str, float]]) -> None:
@@ -64,6 +89,19 @@ def text(tmp_path: Path) -> Path:
 def test_score_imports_nothing_heavy(export: Path, text: Path, tmp_path: Path) -> None:
     found = scores([sys.executable, "-c", WITHOUT], export, text, tmp_path / "out.tsv")
     agree(found, expected(export, text))
+
+
+def test_profile_imports_nothing_heavy(export: Path, text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT]
+    profiled(command, export, text, tmp_path / "p.json")
+    plot = ("--plot", tmp_path / "p.svg")
+    done = subprocess.run(
+        [*command, "profile", "--onnx", export, "--text", text, *plot],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.startswith("error: --plot needs matplotlib: pip install matplotlib")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_generate_imports_nothing_heavy(export: Path) -> None:
@@ -136,5 +174,12 @@ def test_an_environment_with_onnxruntime_alone(export: Path, text: Path, tmp_pat
     for name in HEAVY:
         there = subprocess.run([python, "-c", f"import {name}"], capture_output=True, cwd="/")
         assert there.returncode, f"{name} is in the environment: the test shows nothing"
-    found = scores([str(venv / "bin" / "fusion-lm")], export, text, tmp_path / "out.tsv")
+    command = [str(venv / "bin" / "fusion-lm")]
+    found = scores(command, export, text, tmp_path / "out.tsv")
     agree(found, expected(export, text))
+    profiled(command, export, text, tmp_path / "p.json")
+    whole = fusion_model.load(str(export.parent)).perplexity(read_documents([str(text)]))
+    shown = said(command, "evaluate", "--onnx", export, "--text", text)
+    for value in (f"{whole.perplexity:.2f}", f" {whole.words} ", f" {whole.tokens} "):
+        assert value in shown
+    assert said(command, "generate", "--onnx", export, "--prompt", "The cat").startswith("The cat")

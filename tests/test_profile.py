@@ -244,6 +244,14 @@ def test_profile_of_an_export(tmp_path: Path, text_file: Path) -> None:
     assert found["token_parts_ms"][LSTM] > 0
 
 
+def test_a_share_of_a_part_moves_to_another() -> None:
+    parts = {LSTM: 2.0, VOCABULARY: 1.0, HOST: 5.0}
+    pairs = [(latency.Pass(), latency.Pass(parts=[parts, {HOST: 1.0}]))]
+    latency.share_out(pairs, 0.25, LSTM, VOCABULARY)
+    assert parts == {LSTM: 1.5, VOCABULARY: 1.5, HOST: 5.0}
+    assert pairs[0][1].parts[1] == {LSTM: 0.0, VOCABULARY: 0.0, HOST: 1.0}
+
+
 def test_profile_mistakes_are_one_line(tmp_path: Path, text_file: Path) -> None:
     word = tmp_path / "word.txt"
     word.write_text("Hello\n")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fusion_model.benchmarks.measure.ceilings import Ceilings, of_size
 from fusion_model.benchmarks.measure.counts import Counts
-from fusion_model.benchmarks.measure.machine import Ceilings, of_size
 from fusion_model.kernels.check.cases import Result
 
 

@@ -1,24 +1,13 @@
-"""What a result was measured on, and how fast that machine can be at best.
-
-The ceilings are measured, not taken from a data sheet: the fastest product of matrices in each
-dtype, and the fastest reading of a buffer, for buffers from cache-sized to far beyond it.
-"""
+"""What a result was measured on. An exported model is described where PyTorch is not."""
 
 import datetime
+import importlib
 import importlib.metadata
-import itertools
+import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from fusion_model.benchmarks.measure.counts import Counts
-from fusion_model.benchmarks.measure.timing import Clock
 
 LIBRARIES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "triton", "numpy")
 HERE = Path(__file__).resolve().parents[1]
@@ -49,6 +38,14 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
+def optional(module: str) -> Any:
+    """The module; None where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None
+
+
 def cpu_name() -> str:
     """As the system calls it."""
     try:
@@ -60,48 +57,66 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe(device: str) -> dict[str, Any]:
-    """Device, clocks, versions, commit and date, for every run's first line."""
-    import psutil
+def describe(device: str, threads: int | None = None) -> dict[str, Any]:
+    """Device, clocks, versions, commit and date, for every run's first line.
 
-    frequency = psutil.cpu_freq()
+    Args:
+        threads: those used (default: PyTorch's).
+    """
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
     found: dict[str, Any] = {
-        "device": torch.device(device).type,
+        "device": device.partition(":")[0],
         "name": cpu_name(),
         "cpu": cpu_name(),
-        "cores": psutil.cpu_count(logical=False),
-        "threads": torch.get_num_threads(),
-        "cpu_mhz": round(frequency.current) if frequency else None,
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "load": [round(x, 2) for x in psutil.getloadavg()],
+        "threads": threads,
+        "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": _versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    if found["device"] == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "name": properties.name,
-            "memory_gb": round(properties.total_memory / 1e9, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "capability": f"{properties.major}.{properties.minor}",
-            "gpu_mhz": _gpu_clock(device),
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    return found
+    if psutil := optional("psutil"):
+        frequency = psutil.cpu_freq()
+        found["cores"] = psutil.cpu_count(logical=False)
+        found["cpu_mhz"] = round(frequency.current) if frequency else None
+        found["memory_gb"] = round(psutil.virtual_memory().total / 1e9, 1)
+    return found | (_gpu(device) if found["device"] == "cuda" else {})
 
 
-def where(machine: dict[str, Any]) -> str:
-    """Device, versions and date in one line."""
-    device = machine["name"]
+def _gpu(device: str) -> dict[str, Any]:
+    """What the driver says, and with PyTorch what that says."""
+    smi = "nvidia-smi", "-i", device.partition(":")[2] or "0", "--format=csv,noheader"
+    found: dict[str, Any] = {
+        "name": _output(*smi, "--query-gpu=name"),
+        "driver": _output(*smi, "--query-gpu=driver_version"),
+    }
+    torch = optional("torch")
+    if torch is None:
+        return found
+    properties = torch.cuda.get_device_properties(device)
+    return found | {
+        "name": properties.name,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "gpu_mhz": _gpu_clock(torch, device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def where(machine: dict[str, Any], library: str = "torch") -> str:
+    """Device, version of the library that ran, and date in one line."""
+    device, versions = machine["name"], machine["versions"]
     if machine["device"] == "cpu":
         plural = "" if machine["threads"] == 1 else "s"
         device += f", {machine['threads']} thread{plural}"
-    return f"{device}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
+    version = next((v for name, v in versions.items() if name.startswith(library)), None)
+    return f"{device}, {library} {version}, {machine['date'][:10]}"
 
 
 def _versions() -> dict[str, str]:
@@ -111,67 +126,11 @@ def _versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | {"torch": torch.__version__}
+    return found
 
 
-def _gpu_clock(device: str) -> int | None:
+def _gpu_clock(torch: Any, device: str) -> int | None:
     try:
         return int(torch.cuda.clock_rate(torch.device(device)))
     except (ImportError, RuntimeError):  # NVML's Python package is not installed
         return None
-
-
-def of_size(figures: Sequence[tuple[int, float]], size: float) -> float:
-    """The figure of the smallest measured size that is no smaller; else of the largest."""
-    return next((x for measured, x in figures if measured >= size), figures[-1][1])
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured here and now.
-
-    Attributes:
-        flops: per second, by dtype.
-        bandwidth: (bytes of the buffer, bytes read per second), smallest buffer first.
-    """
-
-    flops: dict[str, float]
-    bandwidth: list[tuple[int, float]]
-
-    def floor(self, counts: Counts, dtype: str) -> tuple[float, str]:
-        """Fewest seconds that this work can take, and what sets them."""
-        memory = counts.bytes / of_size(self.bandwidth, counts.bytes)
-        compute = counts.flops / self.flops[dtype]
-        return (memory, "memory") if memory >= compute else (compute, "compute")
-
-
-def measure_ceilings(device: str, dtypes: Sequence[str], seconds: float = 0.3) -> Ceilings:
-    """Time the largest simple work: a product of matrices, and a vector times a matrix."""
-    clock = Clock(device)
-    edges = (4096, 8192) if clock.cuda else (512, 1024, 2048)
-    flops = dict.fromkeys(dtypes, 0.0)
-    for dtype, edge in itertools.product(dtypes, edges):
-        a, b = (torch.randn(edge, edge, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
-        best = _best(clock, partial(torch.mm, a, b, out=out), seconds)
-        flops[dtype] = max(flops[dtype], 2.0 * edge**3 / best)
-    bandwidth = []
-    sizes = (28,) if clock.cuda else (18, 20, 22, 24, 26, 28)  # on a GPU the cache is flushed
-    for exponent in sizes:
-        rows = 2**exponent // 4 // 1024
-        matrix = torch.randn(rows, 1024, device=device)
-        vector, out = torch.randn(1024, device=device), torch.empty(rows, device=device)
-        best = _best(clock, partial(torch.mv, matrix, vector, out=out), seconds / 3)
-        bandwidth.append((2**exponent, matrix.nbytes / best))
-    # What a large buffer reaches, a small one does: only the cost of the call hides it.
-    for i in reversed(range(len(bandwidth) - 1)):
-        bandwidth[i] = (bandwidth[i][0], max(bandwidth[i][1], bandwidth[i + 1][1]))
-    return Ceilings(flops, bandwidth)
-
-
-def _best(clock: Clock, run: Callable[[], Any], seconds: float) -> float:
-    clock.first(run)
-    end, best = time.perf_counter() + seconds, float("inf")
-    while time.perf_counter() < end:
-        best = min(best, clock.sample(run)[0])
-    return best

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fusion_model.benchmarks.measure.machine import Ceilings, checkout
+from fusion_model.benchmarks.measure.ceilings import Ceilings
+from fusion_model.benchmarks.measure.machine import checkout
 
 from fusion_model.errors import FusionLMError
 

@@ -1,8 +1,11 @@
 """A model, in PyTorch or exported, as a profile drives it: its stages, and a tick a token."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fusion_model.benchmarks.profile.spans import Recorder, replaced
@@ -118,7 +121,8 @@ class TorchEngine(Engine):
 
 
 class OnnxEngine(Engine):
-    """An `OnnxFusionLM`. Its step is one graph: the vocabulary is counted with the LSTM."""
+    """An `OnnxFusionLM`. Its step is one graph: under the clock, the vocabulary is counted with
+    the LSTM; `vocabulary_shares` tells them apart."""
 
     def prompt_tokens(self, prompts: Sequence[str]) -> int:
         return max(len(self.lm.prompt_row(p)) for p in prompts)
@@ -161,3 +165,37 @@ class OnnxEngine(Engine):
             ),
         ):
             yield
+
+    def vocabulary_shares(
+        self, prompts: Sequence[str], sentences: Sequence[str]
+    ) -> tuple[float, float]:
+        """What the vocabulary takes of the step graph's time and of the sequence graph's, by ONNX
+        Runtime's own clock, which knows kernels on a CPU alone."""
+        from fusion_model.export.manifest import SEQUENCE, STEP
+        from fusion_model.export.runtime.session import open_session
+
+        lm = self.lm
+        with TemporaryDirectory() as folder:
+            step, sequence = (
+                open_session(lm.folder / name, lm.device, lm.threads, Path(folder) / name)
+                for name in (STEP, SEQUENCE)
+            )
+            with replaced(lm, "_step_session", step), replaced(lm._sequences, "_session", sequence):
+                self.generate(prompts, 8, lambda: None)
+                self.score(sentences)
+            size = lm.model["vocab_size"]
+            return _share(step.end_profiling(), size), _share(sequence.end_profiling(), size)
+
+
+def _share(events: str, size: int) -> float:
+    """Of all nodes' time, that of nodes with a value whose last axis is `size`."""
+    whole = own = 0
+    for event in json.loads(Path(events).read_text()):
+        shapes = event.get("args", {})
+        if "output_type_shape" not in shapes or ".step." in event["name"]:  # a Scan has it too
+            continue
+        values = [*shapes["input_type_shape"], *shapes["output_type_shape"]]
+        dims = [dim for value in values for dim in value.values()]
+        whole += event["dur"]
+        own += event["dur"] if any(dim[-1:] == [size] for dim in dims) else 0
+    return own / max(whole, 1)

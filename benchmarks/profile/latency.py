@@ -155,6 +155,14 @@ def _pair(
     return found[False], found[True]
 
 
+def share_out(pairs: Sequence[tuple[Pass, Pass]], share: float, of: str, to: str) -> None:
+    """A share of a part belongs to another."""
+    for _, split in pairs:
+        for parts in split.parts:
+            moved = share * parts.get(of, 0.0)
+            parts |= {of: parts.get(of, 0.0) - moved, to: parts.get(to, 0.0) + moved}
+
+
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
     """Percentiles, mean and jitter (standard deviation), in milliseconds."""
     times = 1e3 * np.asarray(seconds)

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fusion_model.benchmarks.measure.machine import describe, where
-from fusion_model.benchmarks.profile.engines import Engine, OnnxEngine, TorchEngine
-from fusion_model.benchmarks.profile.latency import Profile, profile, summary
+from fusion_model.benchmarks.measure.machine import describe, optional, where
+from fusion_model.benchmarks.profile.engines import LSTM, VOCABULARY, OnnxEngine, TorchEngine
+from fusion_model.benchmarks.profile.latency import Profile, profile, prompts_of, share_out, summary
 from fusion_model.benchmarks.profile.spans import Recorder
 
 from fusion_model import progress
@@ -30,9 +30,9 @@ def _energy(device: str) -> float | None:
 
 
 def _memory(device: str) -> dict[str, float]:
-    import psutil
-
-    found = {"process_mb": round(psutil.Process().memory_info().rss / 1e6, 1)}
+    found = {}
+    if psutil := optional("psutil"):
+        found["process_mb"] = round(psutil.Process().memory_info().rss / 1e6, 1)
     if sys.platform != "win32":
         import resource
 
@@ -40,9 +40,8 @@ def _memory(device: str) -> dict[str, float]:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         found["peak_mb"] = round(most / 1e6, 1)
     if device != "cpu":
-        import torch
-
-        if torch.cuda.is_available():
+        torch = optional("torch")
+        if torch and torch.cuda.is_available():
             found["gpu_peak_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return found
 
@@ -56,7 +55,7 @@ def _recorder(device: str, engine: str) -> Recorder:
 
 
 def profile_model(
-    lm: Any, name: str, engine: str, device: str, text: Sequence[str], settings: dict[str, int]
+    lm: Any, name: str, engine: str, text: Sequence[str], settings: dict[str, int]
 ) -> tuple[dict[str, Any], Profile]:
     """Everything for JSON, and the passes themselves, for a trace.
 
@@ -70,18 +69,27 @@ def profile_model(
     """
     sentences = [s for document in read_documents(text) for s in document.sentences]
     check_causal(lm.planner)
-    driven: Engine = OnnxEngine(lm) if engine == "onnx" else TorchEngine(lm)
+    exported = engine == "onnx"
+    driven = OnnxEngine(lm) if exported else TorchEngine(lm)
+    device = lm.device if exported else str(lm.model.device)
     before = _energy(device)
     recorder, runs, batch = _recorder(device, engine), settings["runs"], settings["batch"]
     with progress.track("profile", runs + min(runs, -(-len(sentences) // batch))) as update:
         found = profile(driven, sentences, **settings, recorder=recorder, progress=update)
     after = _energy(device)
-    machine = describe(device)
+    if isinstance(driven, OnnxEngine) and device == "cpu":
+        prompts = prompts_of(sentences, batch, settings["prompt_words"])
+        step, sequence = driven.vocabulary_shares(prompts, sentences[:batch])
+        share_out(found.generation, step, LSTM, VOCABULARY)
+        share_out(found.scoring, sequence, LSTM, VOCABULARY)
+    machine = describe(device, lm.threads if exported else None)
+    library = "onnxruntime" if exported else "torch"
     described: dict[str, Any] = {
-        "title": f"{name}, {engine}: {where(machine)}",
+        "title": f"{name}, {engine}: {where(machine, library)}",
         "machine": machine,
         "settings": settings
-        | {"model": name, "engine": engine, "text": list(text), "sentences": len(sentences)},
+        | {"model": name, "engine": engine, "device": device}
+        | {"text": list(text), "sentences": len(sentences)},
     }
     config = getattr(getattr(lm, "model", None), "config", None)
     if config is not None:

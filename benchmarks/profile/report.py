@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         "energy: " + ("no NVML here" if energy is None else f"{energy:.1f} J for all of it"),
     ]
     if found["settings"]["engine"] == "onnx":
-        said.append("LSTM and fusion holds the vocabulary, too: an export's step is one graph")
+        one = "an export's step is one graph: "
+        if found["settings"]["device"] == "cpu":
+            said.append(one + "ONNX Runtime's profile of its nodes tells the vocabulary's share")
+        else:
+            said.append(one + "LSTM and fusion holds the vocabulary, too")
     return said
 
 
@@ -74,6 +79,8 @@ def check_plot(path: Path | None) -> None:
     """Raise `FusionLMError` for a plot that cannot be written, before anything is measured."""
     if path is not None and path.suffix not in PLOTS:
         raise FusionLMError(f"--plot {path}: end its name in one of {', '.join(PLOTS)}")
+    if path is not None and find_spec("matplotlib") is None:
+        raise FusionLMError("--plot needs matplotlib: pip install matplotlib, or leave it out")
 
 
 def plot(found: dict[str, Any], path: Path) -> None:

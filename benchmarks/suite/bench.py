@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from fusion_model.benchmarks.measure import records as results
+from fusion_model.benchmarks.measure.ceilings import measure_ceilings
 from fusion_model.benchmarks.measure.counts import SIZE
-from fusion_model.benchmarks.measure.machine import describe, measure_ceilings, where
+from fusion_model.benchmarks.measure.machine import describe, where
 from fusion_model.benchmarks.suite.cases import MEANING, OPERATIONS, Case, cases, own_cases
 from fusion_model.benchmarks.suite.run import run
 from fusion_model.benchmarks.suite.work import Context

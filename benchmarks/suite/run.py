@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from fusion_model.benchmarks.measure.machine import Ceilings
+from fusion_model.benchmarks.measure.ceilings import Ceilings
 from fusion_model.benchmarks.measure.timing import Timing, measure_in_turns, peak_memory
 from fusion_model.benchmarks.suite import on_text, recurrence, training_step
 from fusion_model.benchmarks.suite.cases import EAGER, Case

@@ -88,13 +88,14 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def open_session(path: Path, device: str, threads: int) -> Any:
+def open_session(path: Path, device: str, threads: int, profile: Path | None = None) -> Any:
     """An `onnxruntime.InferenceSession` that runs where it was asked to.
 
     Args:
         path: the graph.
         device: `cpu` or `cuda`.
         threads: of one operator; operators run one after the other.
+        profile: how the name of a file with each node's time begins, which `end_profiling` names.
 
     Raises:
         ExportError: the graph cannot be loaded; CUDA was asked for and could not be started, or
@@ -105,6 +106,8 @@ def open_session(path: Path, device: str, threads: int) -> Any:
         raise ExportError(f"threads must be at least 1, not {threads}")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.log_severity_level = 3  # errors; what falls to the CPU is refused below
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers: list[Any] = [provider]

@@ -103,16 +103,12 @@ def profile(
     from fusion_model.benchmarks.profile import report as latency_report
     from fusion_model.benchmarks.profile.latency import trace as to_trace
     from fusion_model.benchmarks.profile.profile import profile_model
-    from fusion_model.devices import resolve_device
 
     latency_report.check_plot(plot)
     lm = chosen.open(policy)
     engine = "torch" if chosen.onnx is None else "onnx"
-    where = resolve_device(chosen.device) if chosen.onnx is None else lm.device
     settings = {"runs": runs, "tokens": tokens, "batch": batch, "prompt_words": prompt_words}
-    found, passes = profile_model(
-        lm, str(chosen.model or chosen.onnx), engine, where, text, settings
-    )
+    found, passes = profile_model(lm, str(chosen.model or chosen.onnx), engine, text, settings)
     console = Console()
     console.print(found["title"], style="bold", highlight=False, soft_wrap=True)
     for shown in latency_report.tables(found):
