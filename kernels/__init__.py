@@ -10,13 +10,7 @@ if __name__ != "kernels":
     from fusion_model.kernels.backend import BACKENDS, resolve_backend
     from fusion_model.kernels.dropout import dropout
     from fusion_model.kernels.linear_cross_entropy import target_log_probs
-    from fusion_model.kernels.lstm import (
-        LayerWeights,
-        State,
-        lstm_packed,
-        lstm_sequence,
-        lstm_tokens,
-    )
+    from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence, lstm_tokens
     from fusion_model.kernels.prefix_lstm import prefix_lstm
 
 __all__ = [
@@ -24,7 +18,6 @@ __all__ = [
     "LayerWeights",
     "State",
     "dropout",
-    "lstm_packed",
     "lstm_sequence",
     "lstm_tokens",
     "prefix_lstm",

@@ -1,4 +1,4 @@
-"""LSTM over a batch of sequences, padded or packed, one or more layers.
+"""LSTM over a batch of sequences, padded or not, one or more layers.
 
 Notation: B sequences, T steps, D input width, H hidden width, L layers.
 """
@@ -84,15 +84,40 @@ def lstm_sequence(
         from fusion_model.kernels.triton import lstm
 
         return lstm.lstm_sequence(*cast(dtype, x, state, weights), mask, dropout)
-    if backend == "reference" or mask is not None:
+    if backend == "reference":
         return lstm_sequence_reference(x, state, weights, mask, dropout)
     rows, (x, state, weights) = len(x), cast(dtype, x, state, weights)
+    if mask is not None:
+        return _packed(x, state, weights, mask, dropout)
     if x.device.type == "cpu" and dtype == torch.bfloat16 and rows > ROWS:
         spare = -rows % ROWS
         x = F.pad(x, (0, 0, 0, 0, 0, spare))
         state = F.pad(state[0], (0, 0, 0, 0, 0, spare)), F.pad(state[1], (0, 0, 0, 0, 0, spare))
     out, (h, c) = _torch_lstm((x,), state, weights, dropout, True)
     return out[:rows], (h[:rows], c[:rows])
+
+
+def _packed(
+    x: Tensor, state: State, weights: Sequence[LayerWeights], mask: Tensor, dropout: float
+) -> tuple[Tensor, State]:
+    """The real tokens alone, as one call on packed sequences; each output goes where it belongs."""
+    real = mask.bool().cpu()  # lengths are needed there
+    lengths, order = real.sum(1), real.int().argsort(dim=1, descending=True, stable=True)
+    order = order[:, : max(1, int(lengths.max()))].to(x.device)
+    tokens = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+    data, sizes, sort, back = pack_padded_sequence(
+        tokens, lengths.clamp(min=1), batch_first=True, enforce_sorted=False
+    )
+    assert sort is not None
+    assert back is not None
+    first = state[0].index_select(0, sort), state[1].index_select(0, sort)
+    data, last = _torch_lstm((data, sizes), first, weights, dropout)
+    out, _ = pad_packed_sequence(PackedSequence(data, sizes, sort, back), batch_first=True)
+    out = torch.cat([state[0][:, -1:], out], 1)  # before its first token a row holds its state
+    done = real.cumsum(1).to(x.device)
+    some = (lengths > 0)[:, None, None].to(x.device)
+    h, c = (torch.where(some, new[back], old) for new, old in zip(last, state, strict=True))
+    return out.gather(1, done[..., None].expand(-1, -1, out.shape[2])), (h, c)
 
 
 def lstm_tokens(
@@ -119,36 +144,6 @@ def lstm_tokens(
     return lstm_sequence(F.embedding(ids, embedding), state, weights, mask=mask, backend=backend)
 
 
-def lstm_packed(
-    x: PackedSequence,
-    state: State,
-    weights: Sequence[LayerWeights],
-    *,
-    dropout: float = 0.0,
-    backend: str = "auto",
-) -> tuple[PackedSequence, State]:
-    """`lstm_sequence` of sequences that `torch.nn.utils.rnn` packed, M tokens without padding.
-
-    Inputs are data [M, D], outputs data [M, H] and the state after each sequence's last token;
-    states are in the order in which the sequences were packed. The backends `triton` and
-    `reference` pad, and hold what has ended.
-    """
-    data, sizes, order, back = x
-    dtype = compute_dtype(data)
-    chosen = resolve_backend(backend, data.device, len(sizes), operation="sequence", dtype=dtype)
-    state = _ordered(state, order)
-    if chosen in ("triton", "reference"):
-        padded, lengths = pad_packed_sequence(PackedSequence(data, sizes), batch_first=True)
-        mask = (torch.arange(len(sizes)) < lengths[:, None]).to(data.device)
-        options: dict[str, Any] = {"mask": mask, "dropout": dropout, "backend": chosen}
-        out, last = lstm_sequence(padded, state, weights, **options)
-        data = pack_padded_sequence(out, lengths, batch_first=True).data
-    else:
-        data, state, weights = cast(dtype, data, state, weights)
-        data, last = _torch_lstm((data, sizes), state, weights, dropout)
-    return PackedSequence(data, sizes, order, back), _ordered(last, back)
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Of products: that of autocast where it is on, else that of x."""
     kind = x.device.type
@@ -165,6 +160,21 @@ def cast(
     return x.to(dtype), (state[0].to(dtype), state[1].to(dtype)), layers
 
 
+def flatten(weights: Sequence[LayerWeights]) -> None:
+    """Move weights for cuDNN into one piece of memory: others it copies at every call.
+
+    `nn.LSTM` does so by itself, but not in bfloat16.
+    """
+    flat = [p for layer in weights for p in layer]
+    scattered = len({p.untyped_storage()._cdata for p in flat}) > 1
+    if flat[0].device.type == "cuda" and flat[0].dtype == torch.bfloat16 and scattered:
+        hidden, width = flat[0].shape[0] // 4, flat[0].shape[1]
+        with torch.no_grad():  # 2: cuDNN's number of an LSTM
+            torch._cudnn_rnn_flatten_weight(
+                flat, 4, width, 2, hidden, 0, len(weights), True, False
+            )
+
+
 def _torch_lstm(
     inputs: tuple[Tensor, ...],
     state: State,
@@ -177,6 +187,7 @@ def _torch_lstm(
     # cuDNN goes backward after a call in training mode only. Its autocast would take float16.
     train = dropout > 0 or (kind == "cuda" and torch.is_grad_enabled())
     run: Any = torch.lstm
+    flatten(weights)
     with torch.autocast(kind, enabled=False):
         out, h, c = run(
             *inputs,
@@ -190,9 +201,3 @@ def _torch_lstm(
             *batch_first,
         )
     return out, (h.transpose(0, 1), c.transpose(0, 1))
-
-
-def _ordered(state: State, order: Tensor | None) -> State:
-    if order is None:
-        return state
-    return state[0].index_select(0, order), state[1].index_select(0, order)

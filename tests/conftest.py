@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU is for `fusion-lm gpu-check`
 
 from collections.abc import Sequence
 from pathlib import Path

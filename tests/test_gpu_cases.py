@@ -227,8 +227,16 @@ def test_a_baseline_that_fails_is_no_failure_of_ours(small: None) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_both_sides_of_a_ratio_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = torch.float32
+    kind, modes, flattened = torch.float32, [], []
     monkeypatch.setattr(timing, "NAMES", {kind: "fp32"})
+    monkeypatch.setattr(timing, "flatten", flattened.append)
+    call = torch.nn.LSTM.forward
+
+    def noting(self: Any, *args: Any) -> Any:
+        modes.append((self.training, torch.is_grad_enabled()))
+        return call(self, *args)
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", noting)
     ours, theirs = timing._inference_pair(kind, 2, 16, 3)
     torch.testing.assert_close(ours()[0], theirs()[0].detach())
     for training in (False, True):
@@ -251,6 +259,8 @@ def test_both_sides_of_a_ratio_compute_the_same(monkeypatch: pytest.MonkeyPatch)
         theirs()
     ids = inspect.getclosurevars(inspect.unwrap(theirs)).nonlocals["ids"]
     assert torch.equal(ids, made[0].tokens[2])
+    assert {training == gradients for training, gradients in modes} == {True}
+    assert len(flattened) == 1 + 2 * 2 + 1  # a baseline each
 
 
 def test_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:

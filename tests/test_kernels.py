@@ -12,6 +12,7 @@ from fusion_model.kernels import (
 )
 from fusion_model.kernels.lstm import lstm_sequence_reference
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def lstm(width: int, hidden: int, layers: int) -> nn.LSTM:
@@ -98,6 +99,58 @@ def test_torch_lstm_sees_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         lstm_sequence(torch.randn(4, 6, 8), (zeros, zeros), module.all_weights)
     assert seen == [(False, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_cudnn_is_asked_for(
+    dtype: torch.dtype, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training mode if a backward pass may follow; bfloat16 weights in one piece, as `nn.LSTM`
+    has others. The tensors are of a GPU, and have no contents."""
+    moved, modes = [], []
+
+    def lstm(x, state, weights, biases, layers, dropout, train, *rest):
+        modes.append(train)
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "lstm", lstm)
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *args: moved.append(args))
+    with FakeTensorMode(), torch.set_grad_enabled(gradients):
+        shapes = [(64, 16), (64, 16), (64,), (64,)]
+        weights = [[torch.empty(s, device="cuda", dtype=dtype) for s in shapes] for _ in range(2)]
+        x, zeros = (torch.empty(1, n, 16, device="cuda", dtype=dtype) for n in (6, 2))
+        with pytest.raises(NotImplementedError):
+            lstm_sequence(x, (zeros, zeros), weights, backend="torch")
+    assert modes == [gradients]
+    if dtype == torch.float16:
+        assert not moved
+    else:
+        [(flat, *sizes)] = moved
+        assert list(map(id, flat)) == [id(p) for layer in weights for p in layer]
+        assert sizes == [4, 16, 2, 16, 0, 2, True, False]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_masks_of_any_form(backend: str) -> None:
+    """Holes, a row without a token; outputs, final states and gradients as of the equations."""
+    module, x, initial = lstm(4, 6, 2), torch.randn(5, 7, 4).double(), state(5, 2, 6)
+    mask = torch.rand(5, 7) > 0.4
+    mask[1], mask[2] = False, True
+    found = []
+    for name in (backend, "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, *initial)]
+        out, last = lstm_sequence(
+            leaves[0], (leaves[1], leaves[2]), module.all_weights, mask=mask, backend=name
+        )
+        total = sum((o * o).sum() for o in (out, *last))
+        found.append([out, *last, *torch.autograd.grad(total, [*leaves, *module.parameters()])])
+    torch.testing.assert_close(*found)
+    for row in range(5):  # by itself, without what is masked
+        own = tuple(s[row : row + 1].transpose(0, 1) for s in initial)
+        real = mask[row]
+        expected = module(x[row : row + 1, real], own)[0][0] if real.any() else x.new_empty(0, 6)
+        torch.testing.assert_close(found[0][0][row, real], expected)
 
 
 def test_dropout_acts_between_layers_only() -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_model.kernels import LayerWeights, lstm_packed, lstm_sequence, prefix_lstm
+from fusion_model.kernels import LayerWeights, lstm_sequence, prefix_lstm
 from fusion_model.kernels.triton import configs, guards
 from fusion_model.kernels.triton.configs import padded
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from triton_bf16 import right_bfloat16
 from triton_programs import concurrent_programs
 
@@ -120,39 +119,6 @@ def test_sequence(
     mask = padding(*shape[:2]) if masked else None
     with concurrent_programs() if persistent else nullcontext():
         check(sequence(case, mask), case, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("persistent", [False, True], ids=["steps", "persistent"])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_packed_sequences(layers: int, persistent: bool, dtype: torch.dtype) -> None:
-    """Lengths in any order; outputs and gradients as of the equations."""
-    lengths = torch.tensor([2, 5, 1, 3])
-    case = Case(4, 5, 6, 9, layers, dtype)
-
-    def run(leaves: list[Tensor], backend: str) -> list[Tensor]:
-        packed = pack_padded_sequence(leaves[0], lengths, batch_first=True, enforce_sorted=False)
-        state = leaves[1], leaves[2]
-        out, last = lstm_packed(packed, state, case.weights(leaves), backend=backend)
-        assert torch.equal(out.batch_sizes, packed.batch_sizes)
-        return [pad_packed_sequence(out, batch_first=True)[0], *last]
-
-    with concurrent_programs() if persistent else nullcontext():
-        check(run, case, dtype)
-
-
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("ordered", [True, False])
-def test_packed_is_torch_lstm(ordered: bool, backend: str) -> None:
-    module = nn.LSTM(4, 7, 2, batch_first=True)
-    lengths = torch.tensor([4, 2, 1] if ordered else [2, 1, 4])
-    x, state = torch.randn(3, 4, 4), tuple(torch.randn(2, 3, 2, 7))
-    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=ordered)
-    expected, (hn, cn) = module(packed, tuple(s.transpose(0, 1).contiguous() for s in state))
-    got, (h, c) = lstm_packed(packed, state, module.all_weights, backend=backend)
-    pairs = [(got.data, expected.data), (h, hn.transpose(0, 1)), (c, cn.transpose(0, 1))]
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_sequence_is_torch_lstm() -> None:

@@ -18,6 +18,7 @@ from fusion_model.benchmarks.measure.timing import microseconds
 from fusion_model.kernels.check.cases import Named, Result
 from fusion_model.kernels.cuda_graphs import record
 from fusion_model.kernels.linear_cross_entropy import target_log_probs
+from fusion_model.kernels.lstm import flatten
 from fusion_model.kernels.prefix_lstm import prefix_lstm
 from fusion_model.kernels.triton import configs
 from torch import Tensor, nn
@@ -63,8 +64,11 @@ def both(
     ]
 
 
-def _lstm(dtype: torch.dtype, hidden: int) -> nn.LSTM:
-    return nn.LSTM(D, hidden, batch_first=True).to(DEVICE, dtype)
+def _lstm(dtype: torch.dtype, hidden: int, training: bool = False) -> nn.LSTM:
+    """The baseline at its best: one piece of memory, and nothing kept for a backward pass."""
+    module = nn.LSTM(D, hidden, batch_first=True).to(DEVICE, dtype).train(training)
+    flatten(module.all_weights)
+    return module
 
 
 def _random(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -115,7 +119,7 @@ def _inference_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> 
 def _training_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> Pair:
     from fusion_model.kernels.triton import lstm
 
-    module, x = _lstm(dtype, hidden), _random(dtype, batch, steps, D)
+    module, x = _lstm(dtype, hidden, True), _random(dtype, batch, steps, D)
     upstream, weights = _random(dtype, batch, steps, hidden), module.all_weights
     zeros = torch.zeros(batch, 1, hidden, device=DEVICE, dtype=dtype)
     inner = (zeros.transpose(0, 1), zeros.transpose(0, 1))
@@ -180,7 +184,7 @@ def prefixes(device: torch.device, sentences: int = 328, steps: int = 25) -> Ite
 
 
 def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) -> Pair:
-    module = _lstm(dtype, H)
+    module = _lstm(dtype, H, training)
     x, e = _random(dtype, sentences, steps, D), _random(dtype, sentences, steps, H)
     lengths = torch.arange(1, steps + 1).repeat(sentences)
     rows = x[:, None].expand(-1, steps, -1, -1).flatten(0, 1)

@@ -96,15 +96,16 @@ class TorchEngine(Engine):
                 recorder.close()
             tick()
 
-        with replaced(model, "prefix_encoder", encode):
+        never = replaced(model.generation_config, "eos_token_id", None)
+        with replaced(model, "prefix_encoder", encode), never:
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
-                min_new_tokens=tokens,
                 do_sample=False,
                 streamer=_Ticker(made),
-                logits_processor=[choosing],
+                # Another processor than none would keep tokens from being chosen on a device.
+                logits_processor=[choosing] if recorder is not None else [],
             )
 
     @contextmanager

@@ -58,8 +58,8 @@ def _cuda_chip(index: int) -> Chip:
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The chip behind `device`; only CUDA devices, or any under the interpreter."""
-    if device.type == "cuda":
+    """The chip behind `device`; under the interpreter its own, wherever the tensors are."""
+    if device.type == "cuda" and not interpreting():
         index = torch.cuda.current_device() if device.index is None else device.index
         return _cuda_chip(index)
     return INTERPRETER
