@@ -170,9 +170,7 @@ def flatten(weights: Sequence[LayerWeights]) -> None:
     if flat[0].device.type == "cuda" and flat[0].dtype == torch.bfloat16 and scattered:
         hidden, width = flat[0].shape[0] // 4, flat[0].shape[1]
         with torch.no_grad():  # 2: cuDNN's number of an LSTM
-            torch._cudnn_rnn_flatten_weight(
-                flat, 4, width, 2, hidden, 0, len(weights), True, False
-            )
+            torch._cudnn_rnn_flatten_weight(flat, 4, width, 2, hidden, 0, len(weights), True, False)
 
 
 def _torch_lstm(
