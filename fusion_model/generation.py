@@ -1,6 +1,5 @@
 """What transformers' `generate` needs of a model whose memory is a state, not a cache of keys."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,12 +8,11 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from fusion_model import decoding
+from fusion_model.attached import PrefixEncoder
 from fusion_model.config import LATE, FusionLMConfig
 from fusion_model.kernels import resolve_backend
 
-PrefixEncoder = Callable[[Tensor, Tensor, int], Tensor]
-"""(input_ids [B, T], attention_mask [B, T], start) -> embeddings of the prefixes that end at
-positions start..T-1, [B, T - start, E]."""
+PASSED_ON = ("logits_to_keep", "output_hidden_states")
 
 
 class StatefulGenerationMixin(GenerationMixin):
@@ -46,8 +44,14 @@ class StatefulGenerationMixin(GenerationMixin):
         """The next call's inputs: new tokens only where there is a state, prefixes encoded."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         start = input_ids.shape[1] - 1 if state is not None else 0
-        if self.config.fusion != "none" and (prefix_embeds is None or prefix_embeds.dim() == 3):
-            if self.prefix_encoder is None:
+        if self.config.fusion != "none" and prefix_embeds is not None and prefix_embeds.dim() == 3:
+            raise ValueError(
+                "generate makes prefixes that prefix_embeds [B, T, E] does not hold: pass [B, E], "
+                "one vector a sequence, or none, and the attached encoder computes them"
+            )
+        if self.config.fusion != "none" and prefix_embeds is None:
+            encoder = self.prefix_encoder
+            if encoder is None:
                 raise ValueError(
                     f"generate with fusion={self.config.fusion!r} needs an encoder for the "
                     "prefixes that it makes: load the model with fusion_model.load, or pass "
@@ -55,7 +59,7 @@ class StatefulGenerationMixin(GenerationMixin):
                 )
             # Late fusion at earlier positions reaches their own scores only, which none asks for.
             first = input_ids.shape[1] - 1 if self.config.fusion in LATE else start
-            prefix_embeds = self.prefix_encoder(input_ids, mask, first)
+            prefix_embeds = encoder(input_ids, mask, first)
             prefix_embeds = F.pad(prefix_embeds, (0, 0, first - start, 0))
         return {
             "input_ids": input_ids[:, start:],
@@ -63,6 +67,7 @@ class StatefulGenerationMixin(GenerationMixin):
             "prefix_embeds": prefix_embeds,
             "state": state,
             "use_cache": use_cache,
+            **{name: kwargs[name] for name in PASSED_ON if name in kwargs},
         }
 
     def _sample(

@@ -8,22 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from fusion_model.attached import PrefixCache
 from fusion_model.errors import FusionLMError
 from fusion_model.kernels import target_log_probs
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.prefixes.planner import PrefixPlanner, check_causal
-from fusion_model.prefixes.stream import PrefixStream
 from fusion_model.prefixes.views import CAUSAL_VIEWS
 from fusion_model.scoring import Array, LogProbs, TextModel
-
-
-class PrefixCache(PrefixStream):
-    """`PrefixStream` as the model calls them: with tensors."""
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        """See `fusion_model.model.PrefixEncoder`."""
-        vectors = torch.from_numpy(np.stack(self.of_rows(input_ids.tolist(), start)))
-        return vectors.view(len(input_ids), -1, vectors.shape[-1]).to(input_ids.device)
 
 
 class FusionLM(TextModel):

@@ -7,13 +7,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from fusion_model.attached import load_planner
 from fusion_model.config import FusionLMConfig
 from fusion_model.devices import resolve_dtype
-from fusion_model.encoders import load_encoder
-from fusion_model.errors import CheckpointError, EncoderError, FusionLMError, first_line
+from fusion_model.errors import CheckpointError, FusionLMError, first_line
 from fusion_model.language_model import FusionLM
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.prefixes.planner import PrefixPlanner
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 
@@ -58,23 +57,9 @@ def load(
         if policy is not None:
             raise FusionLMError(f"{name} is unfused: it has no encoding policy")
         return FusionLM(model, tokenizer, None)
-    found = load_encoder(
-        encoder or str(config.encoder),
-        config.pooling,
-        dtype=encoder_dtype,
-        device=device,
-        directory=Path(name),
-        dim=config.prefix_size,
-        policy=policy or config.policy,
-    )
-    if found.content_sha256 != config.encoder_sha256:
-        raise EncoderError(
-            f"{name} was trained with another encoder than {found.name} holds now (sha256 "
-            f"{str(config.encoder_sha256)[:12]}…, found {found.content_sha256[:12]}…): name the "
-            "right one with --encoder"
-        )
-    shares = config.shares_vocabulary
-    return FusionLM(model, tokenizer, PrefixPlanner(found, tokenizer, config.view, shares))
+    options: dict[str, Any] = {"dtype": encoder_dtype, "device": device, "policy": policy}
+    planner = load_planner(config, tokenizer, name, encoder=encoder, **options)
+    return FusionLM(model, tokenizer, planner)
 
 
 def load_model(
@@ -112,4 +97,4 @@ def load_model(
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise CheckpointError(f"{source} lacks weights ({', '.join(missing)}): it is damaged")
-    return model.float(), tokenizer
+    return model, tokenizer

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
+from fusion_model.attached import PrefixEncoder, own_encoder
 from fusion_model.config import EARLY, FusionLMConfig
 from fusion_model.fusion import first_state, fuse, start
-from fusion_model.generation import PrefixEncoder, StatefulGenerationMixin
+from fusion_model.generation import StatefulGenerationMixin
 from fusion_model.kernels import (
     LayerWeights,
     dropout,
@@ -38,11 +39,14 @@ class FusionLMOutput(ModelOutput):
         state: two tensors, batch first, to pass back for the next tokens: (h, c), each
             [B, L, H]; for early fusion with an embedding a position, where every prefix starts
             anew, the tokens so far and their mask, each [B, T].
+        hidden_states: where asked for, the token embeddings [B, T, D], the states of the LSTM's
+            top layer [B, T, H], and what `lm_head` reads [B, T, D].
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: tuple[Tensor, Tensor] | None = None
+    hidden_states: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
@@ -56,13 +60,14 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
     config_class = FusionLMConfig
     config: FusionLMConfig
     main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: FusionLMConfig) -> None:
         super().__init__(config)
         size, hidden, fusion = config.embedding_size, config.hidden_size, config.fusion
         self.backend = "auto"
-        self.prefix_encoder: PrefixEncoder | None = None
+        self._prefix_encoder: PrefixEncoder | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.lstm = nn.LSTM(
             size + (config.prefix_size if fusion == "input" else 0),
@@ -96,6 +101,28 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, but in float32 unless a `dtype` is named: files may be smaller."""
+        if not {"dtype", "torch_dtype"} & set(kwargs):
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(*args, **kwargs)
+
+    @property
+    def prefix_encoder(self) -> PrefixEncoder | None:
+        """What encodes prefixes that nobody passes.
+
+        It is attached by `fusion_model.load`; to a model that was loaded by its class or an Auto
+        class, when it is first needed.
+        """
+        if self._prefix_encoder is None:
+            self._prefix_encoder = own_encoder(self.config, self.name_or_path, self.device)
+        return self._prefix_encoder
+
+    @prefix_encoder.setter
+    def prefix_encoder(self, encoder: PrefixEncoder | None) -> None:
+        self._prefix_encoder = encoder
+
     def set_backend(self, backend: str) -> None:
         """Choose how the recurrence runs: one of `fusion_model.kernels.BACKENDS`."""
         resolve_backend(backend, self.device)
@@ -110,6 +137,18 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         use_cache: bool = True,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """What `lm_head` reads, [B, T, D], and the state. Arguments as in `forward`."""
+        hidden, e, new = self._hidden(input_ids, attention_mask, prefix_embeds, state, use_cache)
+        return self.projection(self._fuse(hidden, e)), new
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prefix_embeds: Tensor | None,
+        state: tuple[Tensor, Tensor] | None,
+        use_cache: bool,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """The LSTM's top layer, [B, T, H], the embeddings to fuse, and the state."""
         e = self._check_prefix_embeds(input_ids, attention_mask, prefix_embeds, state)
         per_prefix = self.config.fusion in EARLY and e is not None and e.dim() == 3
         if attention_mask is None:
@@ -125,7 +164,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             hidden, new_state = self._run_prefixes(input_ids, mask, step_mask is not None, e, state)
         else:
             hidden, new_state = self._run_sequence(input_ids, step_mask, e, state)
-        return self.projection(self._fuse(hidden, e)), new_state if use_cache else None
+        return hidden, e, new_state if use_cache else None
 
     def _compute_dtype(self) -> torch.dtype:
         device = self.device.type
@@ -144,13 +183,14 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         if fusion == "none":
             return None
         if e is None:
-            if self.prefix_encoder is None or state is not None:
+            encoder = None if state is not None else self.prefix_encoder
+            if encoder is None:
                 raise ValueError(
                     f"fusion={fusion!r} needs prefix_embeds, [B, T, {size}] or [B, {size}]: pass "
                     "them, or load the model with fusion_model.load, which attaches its encoder"
                 )
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            e = self.prefix_encoder(input_ids, mask, 0)
+            e = encoder(input_ids, mask, 0)
         batch, length = input_ids.shape
         if tuple(e.shape) not in ((batch, length, size), (batch, size)):
             raise ValueError(
@@ -223,6 +263,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
     def _fuse(self, hidden: Tensor, e: Tensor | None) -> Tensor:
         return fuse(self, self._drop(hidden), e)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -232,7 +273,8 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs: Any,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> FusionLMOutput:
         """Scores of the next token at every position.
 
@@ -246,17 +288,27 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             labels: [B, T], as in transformers: shifted inside, -100 is ignored.
             use_cache: return the state (default: the configuration's).
             logits_to_keep: score only the last n positions (0: all).
+            output_hidden_states: see `FusionLMOutput` (default: the configuration's).
+            num_items_in_batch: labels of all batches of a step, which the loss is divided by.
+
+        With `return_dict=False`, a tuple.
 
         Raises:
             ValueError: embeddings missing, of the wrong shape, or not finite.
         """
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        features, state = self.features(input_ids, attention_mask, prefix_embeds, state, use_cache)
+        asked = input_ids, attention_mask, prefix_embeds, state
+        hidden, e, state = self._hidden(*asked, use_cache)
+        features = self.projection(self._fuse(hidden, e))
         logits = self.lm_head(features[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return FusionLMOutput(loss=loss, logits=logits, state=state)
+            size, of = self.config.vocab_size, num_items_in_batch
+            loss = self.loss_function(logits, labels, size, num_items_in_batch=of)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = (self.embed_tokens(input_ids), hidden, features) if output_hidden_states else None
+        return FusionLMOutput(loss=loss, logits=logits, state=state, hidden_states=states)
 
     def token_log_probs(
         self,

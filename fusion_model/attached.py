@@ -1,0 +1,88 @@
+"""The encoder that a model was trained with, by its configuration, as the model asks it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fusion_model.config import FusionLMConfig
+from fusion_model.encoders import load_encoder
+from fusion_model.errors import EncoderError, first_line
+from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.stream import PrefixStream
+from fusion_model.prefixes.views import CAUSAL_VIEWS
+
+PrefixEncoder = Callable[[Tensor, Tensor, int], Tensor]
+"""(input_ids [B, T], attention_mask [B, T], start) -> embeddings of the prefixes that end at
+positions start..T-1, [B, T - start, E]."""
+
+
+class PrefixCache(PrefixStream):
+    """`PrefixStream` as the model calls them: with tensors."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, start: int) -> Tensor:
+        """See `PrefixEncoder`."""
+        vectors = torch.from_numpy(np.stack(self.of_rows(input_ids.tolist(), start)))
+        return vectors.view(len(input_ids), -1, vectors.shape[-1]).to(input_ids.device)
+
+
+def load_planner(
+    config: FusionLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    encoder: str | None = None,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    policy: str | None = None,
+) -> PrefixPlanner:
+    """What plans and encodes the prefixes of a fused model.
+
+    Args:
+        name: folder or hub name of the model; what was fitted with it lies there.
+        encoder: where the encoder lies now, if it moved since training.
+        dtype: of the encoder, as in `load_encoder`.
+        policy: in place of the model's own.
+
+    Raises:
+        EncoderError: the encoder is missing, or is not the one of the training.
+    """
+    found = load_encoder(
+        encoder or str(config.encoder),
+        config.pooling,
+        dtype=dtype,
+        device=device,
+        directory=Path(name),
+        dim=config.prefix_size,
+        policy=policy or config.policy,
+    )
+    if found.content_sha256 != config.encoder_sha256:
+        raise EncoderError(
+            f"{name} was trained with another encoder than {found.name} holds now (sha256 "
+            f"{str(config.encoder_sha256)[:12]}…, found {found.content_sha256[:12]}…): name the "
+            "right one with --encoder"
+        )
+    return PrefixPlanner(found, tokenizer, config.view, config.shares_vocabulary)
+
+
+def own_encoder(
+    config: FusionLMConfig, name: str | None, device: str | torch.device
+) -> PrefixEncoder | None:
+    """The encoder of the model that was loaded from `name`, in float32.
+
+    None where there is none that generates: a model that was never saved, or was trained with
+    vectors of a caller, or whose view sees the future.
+
+    Raises:
+        EncoderError: as `load_planner`; the model's tokenizer is missing.
+    """
+    if not name or config.encoder is None or config.view not in CAUSAL_VIEWS:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{name} lacks its tokenizer ({first_line(error)})") from error
+    return PrefixCache(load_planner(config, tokenizer, name, device=device))
