@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,7 +24,8 @@ class PrefixCache(PrefixStream):
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, start: int) -> Tensor:
         """See `PrefixEncoder`."""
-        vectors = torch.from_numpy(np.stack(self.of_rows(input_ids.tolist(), start)))
+        found = self.of_rows(input_ids.tolist(), start)
+        vectors = torch.stack([torch.as_tensor(vector) for vector in found])
         return vectors.view(len(input_ids), -1, vectors.shape[-1]).to(input_ids.device)
 
 

@@ -1,7 +1,8 @@
-"""Generation that stays on the device: cell, fusion, vocabulary and choice without the host.
+"""Greedy search and sampling in `generate`, where nothing else was asked for.
 
-For one embedding a sequence, or none: a prefix that grows needs its encoder at every token, which
-is the ordinary path of `generate`.
+`decode` stays on a GPU: cell, fusion, vocabulary and choice without the host, for one embedding a
+sequence or none. `decode_on_host` is a loop for CPUs, where transformers' own takes as long as the
+model; it encodes prefixes as they grow. All else is the ordinary path of `generate`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from fusion_model.fusion import Fusing, first_state, without_hidden
+from fusion_model.kernels import resolve_backend
 
 LARGEST = 65_536  # tokens of a vocabulary that one program chooses among
 LOOK = 32  # tokens between two looks at whether all sequences have ended
@@ -31,6 +33,7 @@ class Decodable(Fusing, Protocol):
     embed_tokens: nn.Embedding
     lstm: nn.LSTM
     lm_head: nn.Linear
+    backend: str
     training: bool
 
     @property
@@ -42,8 +45,14 @@ class Decodable(Fusing, Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def features(
-        self, input_ids: Tensor, attention_mask: Tensor | None, prefix_embeds: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prefix_embeds: Tensor | None,
+        state: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]: ...
+
+    def encode_prefixes(self, input_ids: Tensor, mask: Tensor, start: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -92,26 +101,34 @@ def choice_of(
     return Choice(temperature if config.do_sample else 0.0, top_k, eos, pad)
 
 
-def obstacle(
+def obstacle(model: Decodable, state: Any = None, **others: Any) -> str | None:
+    """Why these inputs of `generate` need the ordinary path, or None."""
+    if model.training or torch.is_autocast_enabled(model.device.type):
+        return "the model is in training mode, or under autocast"
+    if state is not None:
+        return "it starts from a prompt"
+    if known := set(others) - {"prefix_embeds", "attention_mask", "use_cache", "logits_to_keep"}:
+        return f"it does not know {', '.join(sorted(known))}"
+    return None
+
+
+def needs_host(
     model: Decodable,
     prefix_embeds: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    use_cache: bool | None = True,
     **others: Any,
 ) -> str | None:
-    """Why these inputs of `generate` need the ordinary path, or None."""
-    fusion, device = model.config.fusion, model.device
+    """Why a GPU alone cannot decode these, or None."""
+    fusion = model.config.fusion
     if fusion == "input":
         return "fusion='input' feeds an embedding to every step"
     if fusion != "none" and (prefix_embeds is None or prefix_embeds.dim() != 2):
         return f"it takes one embedding a sequence, prefix_embeds [B, {model.config.prefix_size}]"
     if model.config.vocab_size > LARGEST:
         return f"the vocabulary has more than {LARGEST:,} tokens"
-    if model.training or torch.is_autocast_enabled(device.type):
-        return "the model is in training mode, or under autocast"
-    if others.get("state") is not None or not others.get("use_cache", True):
-        return "it starts from a prompt, and keeps the state"
-    if known := set(others) - {"state", "use_cache", "logits_to_keep"}:
-        return f"it does not know {', '.join(sorted(known))}"
+    if not use_cache:
+        return "it keeps the state"
     if attention_mask is not None and not bool(attention_mask.all()):
         return "prompts of different lengths are padded"
     return None
@@ -190,6 +207,59 @@ def decode(
     return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
 
 
+@torch.no_grad()
+def decode_on_host(
+    model: Decodable,
+    input_ids: Tensor,
+    prefix_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    steps: int,
+    choice: Choice,
+    streamer: Any = None,
+    use_cache: bool | None = True,
+) -> Tensor:
+    """As `decode`, of prompts that may be padded; without `prefix_embeds` [B, E] prefixes are
+    encoded as they grow. Without a cache every token is computed anew."""
+    batch, prompt = input_ids.shape
+    mask = input_ids.new_ones(batch, prompt + steps)
+    if attention_mask is not None:
+        mask[:, :prompt] = attention_mask
+    tokens = torch.cat([input_ids, torch.empty_like(mask[:, prompt:])], dim=1)
+    going = torch.ones(batch, dtype=torch.bool, device=tokens.device)
+    grows = model.config.fusion != "none" and prefix_embeds is None
+    start, end, state = 0, prompt - 1, None
+    for end in range(prompt, prompt + steps):
+        if grows:
+            prefix_embeds = model.encode_prefixes(tokens[:, :end], mask[:, :end], start)
+        read_mask = mask[:, :end] if start == 0 else None
+        features, state = model.features(tokens[:, start:end], read_mask, prefix_embeds, state)
+        start, state = (end, state) if use_cache else (0, None)
+        chosen = choose(model.lm_head(features[:, -1]).float(), choice)
+        tokens[:, end] = chosen if choice.eos < 0 else chosen.where(going, choice.pad)
+        if streamer is not None:
+            streamer.put(tokens[:, end].cpu())
+        if choice.eos >= 0:
+            going &= chosen != choice.eos
+            if not bool(going.any()):
+                break
+    if streamer is not None:
+        streamer.end()
+    return tokens[:, : end + 1]
+
+
+def choose(scores: Tensor, choice: Choice) -> Tensor:
+    """Tokens [B] by their scores [B, V]: the best, or one drawn from the softmax."""
+    if choice.temperature == 0:
+        return scores.argmax(dim=-1)
+    kept = None
+    if choice.top_k:
+        scores, kept = scores.topk(min(choice.top_k, scores.shape[-1]))
+    below = torch.softmax(scores / choice.temperature, dim=-1).cumsum(dim=-1)
+    drawn = torch.rand(len(scores), 1, device=scores.device) * below[:, -1:]
+    place = torch.searchsorted(below, drawn, right=True).clamp_(max=scores.shape[-1] - 1)
+    return (place if kept is None else kept.gather(1, place))[:, 0]
+
+
 def sample(
     model: Decodable,
     input_ids: Tensor,
@@ -199,11 +269,10 @@ def sample(
     streamer: Any,
     inputs: dict[str, Any],
 ) -> Tensor | None:
-    """What `generate` returns, if it can be made on the device; else None.
+    """What `generate` returns, if it can be made here; else None.
 
     That is where nothing but length, sampling, temperature, top k and end of sentence was asked
-    for (no beams, penalties, scores, …), of prompts without padding, and with one prefix embedding
-    a sequence or none.
+    for: no beams, penalties, scores, ….
 
     Greedy tokens are those of the ordinary path, up to ties within rounding. Samples follow the
     same distribution with other random numbers; `torch.manual_seed` repeats them.
@@ -213,7 +282,14 @@ def sample(
         return None
     assert config.max_length is not None
     steps = config.max_length - input_ids.shape[1]
-    seed = int(torch.randint(2**62, ())) if config.do_sample else 0
-    given = model, input_ids, inputs.get("prefix_embeds"), steps, choice
-    on_gpu = model.device.type == "cuda"
-    return decode(*given, seed=seed, graph=on_gpu, streamer=streamer)
+    e, device = inputs.get("prefix_embeds"), model.device
+    backend = resolve_backend(model.backend, device, operation="decode", dtype=model.dtype)
+    if backend == "triton" and needs_host(model, **inputs) is None:
+        seed = int(torch.randint(2**62, ())) if config.do_sample else 0
+        on_gpu = device.type == "cuda"
+        given = model, input_ids, e, steps, choice
+        return decode(*given, seed=seed, graph=on_gpu, streamer=streamer)
+    if device.type == "cpu" and (e is None or e.dim() == 2):
+        mask, cache = inputs.get("attention_mask"), inputs.get("use_cache", True)
+        return decode_on_host(model, input_ids, e, mask, steps, choice, streamer, cache)
+    return None

@@ -10,7 +10,6 @@ from transformers import GenerationMixin
 from fusion_model import decoding
 from fusion_model.attached import PrefixEncoder
 from fusion_model.config import LATE, FusionLMConfig
-from fusion_model.kernels import resolve_backend
 
 PASSED_ON = ("logits_to_keep", "output_hidden_states")
 
@@ -50,17 +49,7 @@ class StatefulGenerationMixin(GenerationMixin):
                 "one vector a sequence, or none, and the attached encoder computes them"
             )
         if self.config.fusion != "none" and prefix_embeds is None:
-            encoder = self.prefix_encoder
-            if encoder is None:
-                raise ValueError(
-                    f"generate with fusion={self.config.fusion!r} needs an encoder for the "
-                    "prefixes that it makes: load the model with fusion_model.load, or pass "
-                    f"prefix_embeds [B, {self.config.prefix_size}], one vector a sequence"
-                )
-            # Late fusion at earlier positions reaches their own scores only, which none asks for.
-            first = input_ids.shape[1] - 1 if self.config.fusion in LATE else start
-            prefix_embeds = encoder(input_ids, mask, first)
-            prefix_embeds = F.pad(prefix_embeds, (0, 0, first - start, 0))
+            prefix_embeds = self.encode_prefixes(input_ids, mask, start)
         return {
             "input_ids": input_ids[:, start:],
             "attention_mask": mask,
@@ -69,6 +58,23 @@ class StatefulGenerationMixin(GenerationMixin):
             "use_cache": use_cache,
             **{name: kwargs[name] for name in PASSED_ON if name in kwargs},
         }
+
+    def encode_prefixes(self, input_ids: Tensor, mask: Tensor, start: int) -> Tensor:
+        """Embeddings [B, T - start, E] that the next call needs; for those that it does not: 0.
+
+        Raises:
+            ValueError: no encoder is attached.
+        """
+        encoder = self.prefix_encoder
+        if encoder is None:
+            raise ValueError(
+                f"generate with fusion={self.config.fusion!r} needs an encoder for the "
+                "prefixes that it makes: load the model with fusion_model.load, or pass "
+                f"prefix_embeds [B, {self.config.prefix_size}], one vector a sequence"
+            )
+        # Late fusion at earlier positions reaches their own scores only, which none asks for.
+        first = input_ids.shape[1] - 1 if self.config.fusion in LATE else start
+        return F.pad(encoder(input_ids, mask, first), (0, 0, first - start, 0))
 
     def _sample(
         self,
@@ -80,11 +86,10 @@ class StatefulGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy search and sampling in `generate`: on the device where that can be."""
+        """Greedy search and sampling in `generate`: by `decoding` where it can."""
         asked = input_ids, logits_processor, stopping_criteria, generation_config
         model: Any = self
-        chosen = resolve_backend(model.backend, model.device, operation="decode", dtype=model.dtype)
-        if chosen == "triton" and not synced_gpus:
+        if not synced_gpus:
             found = decoding.sample(model, *asked, streamer, model_kwargs)
             if found is not None:
                 return found

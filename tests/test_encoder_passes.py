@@ -16,6 +16,7 @@ from fusion_model.encoders.incremental.attention import TreeAttention, similar, 
 from fusion_model.encoders.incremental.cache import WORD, Entry, TextCache
 from fusion_model.encoders.incremental.trees import Query, Tree
 from fusion_model.encoders.linear import Linear, packed
+from fusion_model.encoders.pretrained import counted_tokens
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.stream import PrefixStream
 
@@ -94,8 +95,9 @@ def test_attention_in_buckets(sizes: list[int], branches: int, relative: bool) -
     rows = torch.tensor([s + n for s, t in zip(starts, trees, strict=True) for n in t.nodes["cls"]])
     query, key, value = (torch.randn(count + 5, 2, 8) for _ in range(3))
     attend = TreeAttention(trees, at, layers, rows.numpy())
-    found, means = attend(0, query, key, value), attend.mean(0, key.flatten(1))
-    few = attend(1, query[rows], key, value)
+    seen = torch.stack([key, value], dim=1)
+    found, means = attend(0, query, seen), attend.mean(0, key.flatten(1))
+    few = attend(1, query[rows], seen)
     expected_means = []
     for start, tree in zip(starts, trees, strict=True):
         own = slice(start, start + len(tree.tokens))
@@ -164,13 +166,8 @@ def test_prompts_of_a_stream_are_held_each(bert_folder: Path, small_bpe) -> None
     held = PrefixStream(PrefixPlanner(encoder, tokenizer, shares_vocabulary=True))
     rows = [tokenizer(SENTENCES[i])["input_ids"] for i in (0, 2, 3, 4)]
     held.of_rows([row[:3] for row in rows], 0)
-    nodes: list[int] = []
-    hook = encoder.model.embeddings.register_forward_hook(
-        lambda module, args, kwargs, out: nodes.append(kwargs["input_ids"].numel()),
-        with_kwargs=True,
-    )
-    held.step([row[:4] for row in rows])
-    hook.remove()
+    with counted_tokens(encoder) as nodes:
+        held.step([row[:4] for row in rows])
     assert nodes == [4]
 
 
@@ -212,10 +209,9 @@ def test_words_of_a_stream_are_tokenised_once(bert_folder: Path, monkeypatch) ->
     assert max(asked[-10:]) < 12  # words, not the prefix
 
 
-def test_the_deepest_branch_is_kept() -> None:
+def test_texts_that_begin_alike_share_a_tree() -> None:
     tree = Tree([1, 2], [], 1)
     for tail in ([5], [5, 6], [5, 7], [5, 7, 8]):
         assert tree.add(tail)
     assert not tree.add([9])  # it begins otherwise
-    assert tree.deepest() == [0, 1, 2, 4, 5]
     assert tree.ends == [0, 1, 2, 3]

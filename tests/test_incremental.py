@@ -16,8 +16,10 @@ from fusion_model.encoders.controls import BagEncoder
 from fusion_model.encoders.incremental.encoder import IncrementalEncoder
 from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.encoders.policies import parse_policy
+from fusion_model.encoders.pretrained import counted_tokens
 from fusion_model.errors import EncoderError, FusionLMError
 from fusion_model.language_model import FusionLM
+from fusion_model.prefixes.growing import GrowingInputs, Grown, can_grow
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.stream import PrefixStream
 
@@ -244,10 +246,9 @@ def test_a_held_context_is_encoded_once(bert_folder: Path, small_bpe) -> None:
     row = [1, *small_bpe(TEXTS[3])["input_ids"]]
     stream = PrefixStream(planner)
     stream.step([row[:1]])  # the first batch is run twice, to prove our own pass
-    calls = []
-    encoder.model.embeddings.register_forward_hook(lambda *_: calls.append(1))
-    for t in range(2, len(row) + 1):
-        stream.step([row[:t]])
+    with counted_tokens(encoder) as calls:
+        for t in range(2, len(row) + 1):
+            stream.step([row[:t]])
     assert len(calls) == (len(row) - 1) // 4
 
 
@@ -267,6 +268,28 @@ def test_last_inputs_are_those_of_the_sentence(
         assert planner.last_inputs(row, 0) == inputs
         for t in range(1, len(row) + 1):
             assert planner.last_inputs(row[:t], -1) == [inputs[t - 1]]
+
+
+@pytest.mark.parametrize("policy", ["every", "incremental"])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_growing_text_has_the_inputs_of_the_whole(
+    policy: str, name: str, encoder_folders: dict[str, Path], small_bpe
+) -> None:
+    """Tokens in any order: characters in pieces, spaces alone, special tokens."""
+    encoder = load_encoder(str(encoder_folders[name]), "static+mean", policy=policy)
+    planner = PrefixPlanner(encoder, small_bpe)
+    assert can_grow(planner)
+    growing = GrowingInputs(planner)
+    odd = small_bpe("  a\n\n b \t c 漢字 🙂 é � x �� y")["input_ids"]
+    generator = random.Random(0)
+    rows = [odd, *(generator.choices(range(len(small_bpe)), k=12) for _ in range(40))]
+    rows += [generator.choices([*odd, 1], k=12) for _ in range(40)]
+    for row in rows:
+        text, content = Grown(), []
+        for token in row:
+            text = growing.grown(text, token)
+            content.append(token)
+            assert growing.input(text) == planner.last_inputs(content, -1)[0], content
 
 
 def test_stride_of_words_counts(small_bpe) -> None:
@@ -369,13 +392,12 @@ def test_a_prompt_costs_what_its_fusion_needs(
 ) -> None:
     """Late fusion scores the next token from the last prefix alone."""
     model = small_model(fusion=fusion, vocab_size=len(small_bpe), prefix_size=16)
-    lm = FusionLM(
-        model, small_bpe, PrefixPlanner(load_encoder(str(bert_folder), "mean"), small_bpe)
-    )
+    encoder = load_encoder(str(bert_folder), "mean")
+    lm = FusionLM(model, small_bpe, PrefixPlanner(encoder, small_bpe))
     asked = []
-    encode = model.prefix_encoder._encode
-    model.prefix_encoder._encode = lambda inputs: asked.append(len(inputs)) or encode(inputs)
+    encode = encoder._encode_unique
+    encoder._encode_unique = lambda *args: asked.append(len(args[0])) or encode(*args)
     ids = torch.tensor([[1, *small_bpe("The cat sat on")["input_ids"][:3]]])
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     assert lm.planner is not None
-    assert asked == [encoded]
+    assert sum(asked) == encoded

@@ -67,7 +67,7 @@ class TreeEncoder(OnnxEncoder):
         """What the poolings read of the trees' texts, tree after tree, [texts, R E].
 
         Args:
-            entries: the cached text that each tree goes on from, and that gets its nodes.
+            entries: the cached text that each tree, a path, goes on from, and that gets its nodes.
         """
         flats = [tree.flat(self.queries, self.after) for tree in trees]
         pasts = [
@@ -79,9 +79,9 @@ class TreeEncoder(OnnxEncoder):
         rows = []
         for i, (tree, flat) in enumerate(zip(trees, flats, strict=True)):
             entry, past = entries[i] if entries else None, len(tree.past)
-            kept = tree.deepest() if entry is not None else []
+            kept, held = slice(len(tree)), slice(past, past + len(tree))
             if entry is not None:
-                entry.states[:, past : past + len(kept)] = found["states"][:, i, kept]
+                entry.states[:, held] = found["states"][:, i, kept]
             columns = []
             for p in self.read:
                 output, nodes = found[_output(p)][i], flat.nodes[p.name]
@@ -92,7 +92,7 @@ class TreeEncoder(OnnxEncoder):
                 if entry is not None:
                     layer = self._means.index(p.layer)
                     total += entry.sums[past - 1, layer] if past else 0
-                    entry.sums[past : past + len(kept), layer] = total[kept]
+                    entry.sums[held, layer] = total[kept]
                 count = flat.sees[nodes].sum(axis=1, keepdims=True) + past
                 columns.append(total[nodes] / count)
             rows.append(np.concatenate(columns, axis=1))

@@ -18,6 +18,7 @@ OnProgress = Callable[[int, int], None]
 
 TRIED = 256  # texts of a call
 ENOUGH = 8  # of the first calls together
+ODD = tuple(f"{a} {b}" for a in ("It's", "ünïted", "co-op.", "3.14%") for b in ("wasn't", "漢字"))
 WORD = re.compile(r"\s*\S+")
 
 
@@ -110,6 +111,24 @@ class TokenInputs:
                 self._by_word = True
         return self._joined(texts) if self._by_word else self._tokenized(texts)
 
+    def goes_by_word(self) -> bool:
+        """Whether a text's ids are those of its words, one after the other."""
+        if self._by_word is None:
+            self._ids(ODD)
+        return bool(self._by_word)
+
+    def pieces(self, text: str) -> bytes:
+        """Ids of a text's words without special tokens, each tokenised once."""
+        words = WORD.findall(text)
+        if len(words) == 1 and (known := self._pieces.get(words[0])) is not None:
+            return known
+        return self._content(self._joined([text])[0])
+
+    def input_of(self, content: bytes) -> EncoderInput:
+        """The input of a text's ids, special tokens not included, if they fit the window."""
+        specials = _bytes(self.specials)
+        return self._checked(specials[: 4 * self.before] + content + specials[4 * self.before :])
+
     def _tokenized(self, texts: Sequence[str]) -> list[bytes]:
         found = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         return [_bytes(ids) for ids in found]
@@ -129,8 +148,7 @@ class TokenInputs:
 
     def inputs_from_ids(self, sequences: Sequence[Sequence[int]]) -> list[EncoderInput]:
         """Inputs from the encoder's own token ids, special tokens not included."""
-        before, after = self.specials[: self.before], self.specials[self.before :]
-        return [self._checked(_bytes([*before, *ids, *after])) for ids in sequences]
+        return [self.input_of(_bytes(ids)) for ids in sequences]
 
     def reused_input(self, context: EncoderInput, own: EncoderInput) -> EncoderInput:
         """What has the vectors of `context`, but `static` of the text of `own`."""

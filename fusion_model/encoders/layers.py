@@ -12,11 +12,12 @@ d; N texts of L nodes. Layer 0 is the embeddings' output, layer i that of the i-
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusion_model.encoders.linear import Linear
 
@@ -49,8 +50,8 @@ ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "distilbert": ("transformer.layer", DISTILBERT),
 }
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries [R, A, d], keys [M, A, d], values [M, A, d]) -> [R, A, d]."""
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+"""(layer, queries [R, A, d], keys and values [M, 2, A, d]) -> [R, A, d]."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,14 @@ class EncoderLayers:
     Args:
         model: in evaluation mode; its weights are read now, so move and cast it before.
 
+    Attributes:
+        sizes: if it is a list, it gets the number of nodes of each pass.
+
     Raises:
         ValueError: another architecture, or a variant that these equations do not cover.
     """
+
+    sizes: ClassVar[list[int] | None] = None
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -100,16 +106,21 @@ class EncoderLayers:
         self.heads: int = config.num_attention_heads
         self.device, self.dtype = model.device, model.dtype
         self.pooler: Any = getattr(model, "pooler", None)
-        self._embeddings = model.embeddings
-        padding = model.embeddings.position_embeddings.padding_idx
-        self._first_position = 0 if padding is None else padding + 1
+        embeddings = model.embeddings
+        padding = embeddings.position_embeddings.padding_idx
+        self._words = embeddings.word_embeddings.weight.detach()
+        self._places = embeddings.position_embeddings.weight.detach()
+        self._places = self._places[0 if padding is None else padding + 1 :]
+        if (kinds := getattr(embeddings, "token_type_embeddings", None)) is not None:
+            self._places = self._places + kinds.weight.detach()[0]
+        self._norm = _norm(embeddings.LayerNorm)
         self.relative = model.encoder if config.model_type == "mpnet" else None
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Layer 0, [N, L, E], of ids [N, L] at positions [N, L] counted from 0."""
-        at = positions + self._first_position
-        hidden: Tensor = self._embeddings(input_ids=ids, position_ids=at)
-        return hidden
+        """Layer 0, [..., E], of ids [...] at positions [...] counted from 0."""
+        if self.sizes is not None:
+            self.sizes.append(ids.numel())
+        return self._norm(F.embedding(ids, self._words) + F.embedding(positions, self._places))
 
     def position_bias(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         """What MPNet adds to attention for positions [N, L] and [N, K]: [N, A, L, K]."""
@@ -130,17 +141,18 @@ class EncoderLayers:
         Args:
             hidden: layer 0, [M, E].
             wanted: layers, rising; what lies above the last of them is not computed.
-            attend: called for each layer with its number, counted from 0, and its queries, keys
-                and values, [M, A, d].
+            attend: called for each layer with its number, counted from 0, its queries [M, A, d],
+                and its keys and values [M, 2, A, d].
             rows: of the last wanted layer these nodes only, [R]: `attend` then gets R queries,
                 and the output is [R, E].
         """
         outputs = [hidden] if 0 in wanted else []
         for number, layer in enumerate(self.layers[: max(wanted, default=0)]):
-            query, key, value = layer.qkv(hidden).view(len(hidden), 3, self.heads, -1).unbind(1)
+            qkv = layer.qkv(hidden).view(len(hidden), 3, self.heads, -1)
+            query = qkv[:, 0]
             if rows is not None and number + 1 == max(wanted):
                 query, hidden = query[rows], hidden[rows]
-            hidden = layer.finish(attend(number, query, key, value).flatten(1), hidden)
+            hidden = layer.finish(attend(number, query, qkv[:, 1:]).flatten(1), hidden)
             if number + 1 in wanted:
                 outputs.append(hidden)
         return outputs
@@ -156,10 +168,22 @@ def _layer(module: Any, names: Sequence[str], is_gelu: bool) -> Layer:
     return Layer(
         qkv,
         Linear(out.weight, out.bias),
-        attention_norm,
-        Linear(up.weight, up.bias, activation, is_gelu),
+        _norm(attention_norm),
+        Linear(up.weight, up.bias, F.gelu if is_gelu else activation, is_gelu),
         Linear(down.weight, down.bias),
-        norm,
+        _norm(norm),
+    )
+
+
+def _norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """The same without the cost of calling a module."""
+    weight, bias = module.weight.detach(), module.bias.detach()
+    return partial(
+        F.layer_norm,
+        normalized_shape=module.normalized_shape,  # type: ignore[arg-type]
+        weight=weight,
+        bias=bias,
+        eps=module.eps,
     )
 
 
@@ -172,7 +196,7 @@ def _attribute(module: Any, path: str) -> Any:
 def padded(nodes: Tensor) -> Tensor:
     """Nodes [M, E] with zeros behind, so that few M occur: oneDNN prepares for each anew."""
     count = len(nodes)
-    if nodes.device.type != "cpu":
+    if nodes.device.type != "cpu" or count < 16:
         return nodes
     step = max(16, 2 ** (count - 1).bit_length() // 8)  # at most an eighth in vain
     return F.pad(nodes, (0, 0, 0, -count % step))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -53,6 +54,7 @@ class HFEncoder(TokenInputs):
         super().__init__(name, tokenizer, pooling, _window(model.config), policy)
         self.model = model.eval()
         self.dim = model.config.hidden_size * len(self.poolings)
+        self._words: Tensor = model.get_input_embeddings().weight
         names = {p.name for p in self.poolings}
         if "mask" in names and tokenizer.mask_token_id is None:
             raise EncoderError(f"{name} has no mask token: pooling 'mask' cannot be used")
@@ -135,8 +137,8 @@ class HFEncoder(TokenInputs):
         static = None
         if len(self.read) < len(self.poolings):
             last = np.frombuffer(b"".join(map(self.last_id, inputs)), dtype="<i4")
-            ids = torch.tensor(last, device=self.model.device, dtype=torch.int64)
-            static = self.model.get_input_embeddings()(ids).float().cpu()
+            ids = torch.from_numpy(last.astype(np.int64)).to(self._words.device)
+            static = F.embedding(ids, self._words).detach().float().cpu()
         return self._in_order(torch.as_tensor(read), static)
 
     def _in_order(self, read: Tensor | None, static: Tensor | None) -> Tensor:
@@ -255,7 +257,7 @@ class HFEncoder(TokenInputs):
             read = self._by_transformers(ids[:, :-1] if self.holds else ids)
         if len(self.read) < len(self.poolings):
             last = -1 if self.holds else max(ids.shape[1] - self.after - 1, 0)
-            static = self.model.get_input_embeddings()(ids[:, last])
+            static = F.embedding(ids[:, last], self._words)
         return self._in_order(read, static)
 
     def _by_transformers(self, ids: Tensor) -> Tensor:
@@ -287,13 +289,15 @@ class HFEncoder(TokenInputs):
 def counted_tokens(encoder: HFEncoder) -> Iterator[list[int]]:
     """A list that gets the number of tokens of each of the encoder's calls."""
     sizes: list[int] = []
-    hook = encoder.model.embeddings.register_forward_hook(
+    hook = encoder.model.embeddings.register_forward_hook(  # transformers' own pass
         lambda module, args, kwargs, out: sizes.append(kwargs["input_ids"].numel()),
         with_kwargs=True,
     )
+    EncoderLayers.sizes = sizes
     try:
         yield sizes
     finally:
+        EncoderLayers.sizes = None
         hook.remove()
 
 

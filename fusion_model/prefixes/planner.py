@@ -27,6 +27,9 @@ class PrefixPlanner:
         view: one of `fusion_model.prefixes.views.VIEWS`.
         shares_vocabulary: the tokenizer was cut from the encoder's vocabulary.
 
+    Attributes:
+        to_encoder: the encoder's id of each token, [V], where they share a vocabulary.
+
     Raises:
         FusionLMError: a policy that does not go with the view.
     """
@@ -45,9 +48,9 @@ class PrefixPlanner:
                 f"policy {encoder.policy!r} goes with view 'prefix' only, not with {view!r}"
             )
         self.special_ids = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
-        self._map: np.ndarray | None = None
+        self.to_encoder: np.ndarray | None = None
         if shares_vocabulary and isinstance(encoder, TokenInputs):
-            self._map = encoder_ids(tokenizer, encoder.tokenizer)
+            self.to_encoder = encoder_ids(tokenizer, encoder.tokenizer)
 
     def inputs(
         self, sentences: Sequence[Sequence[int]], previous: Sequence[Sequence[int]] | None = None
@@ -74,7 +77,7 @@ class PrefixPlanner:
                 anchors = [contexts[number]] * len(mine)
             else:
                 anchors = [mine[t] for t in self._anchors(ids)]
-            found += map(self._of_policy, anchors, mine)
+            found += map(self.of_policy, anchors, mine)
         return found
 
     def last_inputs(self, ids: Sequence[int], start: int) -> list[EncoderInput]:
@@ -88,15 +91,15 @@ class PrefixPlanner:
         needed = sorted({*positions, *(anchors[t] for t in positions)})
         if self.view != "prefix" or self.policy.name == "sentence" or len(needed) > len(content):
             return self.inputs([ids])[start:]
-        if self._map is not None:
-            own = self._from_ids([self._map[content[:t]].tolist() for t in needed])
+        if self.to_encoder is not None:
+            own = self._from_ids([self.to_encoder[content[:t]].tolist() for t in needed])
         else:
             texts = [str(self.tokenizer.decode(content[:t])).rstrip("�").strip() for t in needed]
             own = self.encoder.inputs_from_texts(texts)
         known = dict(zip(needed, own, strict=True))
-        return [self._of_policy(known[anchors[t]], known[t]) for t in positions]
+        return [self.of_policy(known[anchors[t]], known[t]) for t in positions]
 
-    def _of_policy(self, anchor: EncoderInput, own: EncoderInput) -> EncoderInput:
+    def of_policy(self, anchor: EncoderInput, own: EncoderInput) -> EncoderInput:
         """The input of a position, from the exact ones of its anchor and of its own text."""
         if not isinstance(self.encoder, TokenInputs):
             return anchor
@@ -108,7 +111,7 @@ class PrefixPlanner:
         if self.policy.name != "word":
             return self.policy.anchors([True] * len(content))
         pieces = self.tokenizer.convert_ids_to_tokens(list(content))
-        if self._map is not None:  # word pieces
+        if self.to_encoder is not None:  # word pieces
             return self.policy.anchors([not piece.startswith("##") for piece in pieces])
         space = "\u0120"  # of byte-level BPE
         return self.policy.anchors(
@@ -120,7 +123,7 @@ class PrefixPlanner:
     ) -> list[EncoderInput]:
         """Inputs of each position's own text under a view."""
         pairs = list(zip(contents, previous, strict=True))
-        if (to_encoder := self._map) is not None:
+        if (to_encoder := self.to_encoder) is not None:
             assert isinstance(self.encoder, TokenInputs)
             mask = self.encoder.tokenizer.mask_token_id
             shown = (

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from fusion_model.encoders.inputs import EncoderInput
+from fusion_model.prefixes.growing import GrowingInputs, Grown, can_grow
 from fusion_model.prefixes.planner import PrefixPlanner
+
+TEXTS = 4096  # latest rows that may go on
 
 
 class PrefixStream:
@@ -27,6 +30,8 @@ class PrefixStream:
     def __init__(self, planner: PrefixPlanner, size: int = 65_536) -> None:
         self._planner, self._size = planner, size
         self._vectors: OrderedDict[EncoderInput, Any] = OrderedDict()
+        self._growing = GrowingInputs(planner) if can_grow(planner) else None
+        self._texts: OrderedDict[tuple[int, ...], Grown] = OrderedDict()
         stream = getattr(planner.encoder, "stream", None)
         self._encode = stream().encode if stream else planner.encoder.encode
 
@@ -45,18 +50,35 @@ class PrefixStream:
             rows: token ids; special tokens are not part of the text.
             start: counted from the end where negative: then rows may differ in length.
         """
-        special = set(self._planner.special_ids)
-        inputs: list[EncoderInput] = []
-        for row in rows:
-            counts = np.cumsum([token not in special for token in row])[start:]
-            of_row = self._planner.last_inputs(row, counts[0])
-            inputs += [of_row[count - counts[0]] for count in counts]
-        new = list(dict.fromkeys(given for given in inputs if given not in self._vectors))
-        if new:
-            self._vectors.update(zip(new, self._encode(new), strict=True))
+        of_rows = [self._inputs(tuple(row), range(len(row))[start:]) for row in rows]
+        inputs = [given for of_row in of_rows for given in of_row]
+        new = dict.fromkeys(given for given in inputs if given not in self._vectors)
+        ends = [given for given in dict.fromkeys(of_row[-1] for of_row in of_rows) if given in new]
+        within = [given for given in new if given not in set(ends)]
+        for some, encode in ((within, self._planner.encoder.encode), (ends, self._encode)):
+            if some:
+                self._vectors.update(zip(some, encode(some), strict=True))
         for given in inputs:
             self._vectors.move_to_end(given)
         vectors = [self._vectors[given] for given in inputs]
-        while len(self._vectors) > self._size:
-            self._vectors.popitem(last=False)
+        for kept, most in ((self._vectors, self._size), (self._texts, TEXTS)):
+            while len(kept) > most:
+                kept.popitem(last=False)
         return vectors
+
+    def _inputs(self, row: tuple[int, ...], wanted: range) -> list[EncoderInput]:
+        """What the prefixes that end at these tokens need."""
+        if self._growing is None:
+            special = set(self._planner.special_ids)
+            counts = np.cumsum([token not in special for token in row])[wanted]
+            of_row = self._planner.last_inputs(row, counts[0])
+            return [of_row[count - counts[0]] for count in counts]
+        text = self._texts.get(row[:-1]) if len(wanted) == 1 else None
+        first = 0 if text is None else len(row) - 1
+        text, found = text or Grown(), []
+        for at in range(first, len(row)):
+            text = self._growing.grown(text, row[at])
+            if at in wanted:
+                found.append(self._growing.input(text))
+        self._texts[row] = text
+        return found

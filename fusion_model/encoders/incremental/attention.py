@@ -136,12 +136,12 @@ class TreeAttention:
             for b in make_buckets(self._trees, asking, at.device)
         ]
 
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, number: int, query: Tensor, seen: Tensor) -> Tensor:
         """See `EncoderLayers.run`; nodes after the last tree are padding."""
         out = torch.zeros_like(query)
-        for bucket, bias in self._all if len(query) == len(key) else self._few:
+        for bucket, bias in self._all if len(query) == len(seen) else self._few:
             q = in_bucket(query, bucket.queries).transpose(1, 2)
-            k, v = (in_bucket(part, bucket.keys).transpose(1, 2) for part in (key, value))
+            k, v = (in_bucket(part, bucket.keys).transpose(1, 2) for part in seen.unbind(1))
             found = F.scaled_dot_product_attention(q, k, v, bias)
             out[bucket.rows] = bucket.result(found.transpose(1, 2))
         return out
@@ -170,11 +170,11 @@ def _bias(sees: Tensor, asked: Tensor, keys: Tensor, layers: EncoderLayers) -> T
 
 
 class CachedAttention:
-    """Attention of trees that go on from cached texts; see `TreeAttention`.
+    """Attention of paths that go on from cached texts; see `TreeAttention`.
 
     Args:
-        trees, flats: each, and its nodes.
-        entries: of each tree, with room; it gets what is computed on the way to the deepest node.
+        trees, flats: each, without branches, and its nodes.
+        entries: of each tree, with room; it gets what is computed.
     """
 
     def __init__(
@@ -188,60 +188,69 @@ class CachedAttention:
         self._parts: list[_Part] = []
         start = 0
         for tree, flat, entry in zip(trees, flats, entries, strict=True):
-            past, rows = len(tree.past), slice(start, start + len(flat.tokens))
-            sees = torch.from_numpy(np.pad(flat.sees, ((0, 0), (past, 0)), constant_values=True))
-            bias = None
-            if layers.relative is not None or not sees.all():
+            past, size = len(tree.past), len(flat.tokens)
+            rows, held = slice(start, start + size), slice(past, past + len(tree))
+            sees = bias = None
+            if size > 1:
+                sees = torch.from_numpy(flat.sees).to(positions.device)
+            if sees is not None or layers.relative is not None:
+                seen = positions.new_ones((1, size, past + size), dtype=torch.bool)
+                if sees is not None:
+                    seen[0, :, past:] = sees
                 keys = positions.new_tensor([*tree.past, *flat.positions])[None]
-                bias = _bias(sees.to(keys.device)[None], keys[:, past:], keys, layers)
-            kept = tree.deepest()
-            in_a_row = kept == [*range(len(kept))]
-            nodes = slice(len(kept)) if in_a_row else kept
-            held = slice(past, past + len(kept))
-            self._parts.append(_Part(flat, entry, rows, nodes, held, sees, bias))
+                bias = _bias(seen, keys[:, past:], keys, layers)
+            (end,) = flat.nodes["mean"]
+            count = past + (1 if size == 1 else int(flat.sees[end].sum()))
+            self._parts.append(_Part(entry, rows, held, end, count, sees, bias))
             start = rows.stop
 
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, number: int, query: Tensor, seen: Tensor) -> Tensor:
         """See `EncoderLayers.run`."""
-        out = torch.zeros_like(query)
+        found = []
         for part in self._parts:
-            keys = part.with_past(part.entry.states[2 * number], key[part.rows])
-            values = part.with_past(part.entry.states[2 * number + 1], value[part.rows])
-            q, k, v = (x.transpose(0, 1)[None] for x in (query[part.rows], keys, values))
-            found = F.scaled_dot_product_attention(q, k, v, part.bias)
-            out[part.rows] = found[0].transpose(0, 1)
-        return out
+            with_past = part.with_past(part.entry.states[2 * number : 2 * number + 2], seen)
+            keys, values = with_past.transpose(1, 2)[:, None]
+            q = query[part.rows].transpose(0, 1)[None]
+            attended = F.scaled_dot_product_attention(q, keys, values, part.bias)
+            found.append(attended[0].transpose(0, 1))
+        spare = len(query) - self._parts[-1].rows.stop
+        if spare:
+            found.append(query.new_zeros(spare, *query.shape[1:]))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def mean(self, number: int, output: Tensor) -> Tensor:
         """As `TreeAttention.mean`; `number` is the layer's among those whose sums are kept."""
         found = []
         for part in self._parts:
-            sums, sees, past = part.entry.sums, part.sees.to(output.device), part.held.start
-            total = sees[:, past:].float() @ output[part.rows].float()
+            sums, past, total = part.entry.sums, part.held.start, output[part.rows].float()
+            if part.sees is not None:
+                total = part.sees.float() @ total
             if past:
-                total += sums[past - 1, number]
-            sums[part.held, number] = total[part.nodes]
-            ends = part.flat.nodes["mean"]
-            found.append(total[ends] / sees[ends].sum(-1, keepdim=True))
-        return torch.cat(found)
+                total = total + sums[past - 1, number]
+            sums[part.held, number] = total[: part.held.stop - past]
+            found.append(total[part.end, None] / part.seen)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A tree that goes on: its nodes are `rows` of the pass, `nodes` of these are kept, at `held`
-    of the entry; `sees` [L, P + L] and `bias` are of its past, too."""
+    """A path that goes on: its nodes are `rows` of the pass; the first of these, all but queries,
+    are kept, at `held` of the entry. Its text ends at node `end`, which sees so many. `sees`
+    [L, L], None for a single node, is without the past, `bias` with it."""
 
-    flat: FlatTree
     entry: Entry
     rows: slice
-    nodes: slice | list[int]
     held: slice
-    sees: Tensor
+    end: int
+    seen: int
+    sees: Tensor | None
     bias: Tensor | None
 
     def with_past(self, held: Tensor, new: Tensor) -> Tensor:
-        """Keys or values that the nodes see, those `new` that are kept written to `held`."""
-        held[self.held] = new[self.nodes]
-        if self.held.stop - self.held.start == len(new):  # one path: it now lies behind its past
-            return held[: self.held.stop]
-        return torch.cat([held[: self.held.start], new])
+        """Keys and values that the nodes see, [2, P + L, A, d]; those of the `new` [M, 2, A, d]
+        that are kept are written to `held` [2, room, A, d]."""
+        new, kept = new[self.rows].transpose(0, 1), self.held.stop - self.held.start
+        held[:, self.held] = new[:, :kept]
+        if kept == new.shape[1]:  # they now lie behind their past
+            return held[:, : self.held.stop]
+        return torch.cat([held[:, : self.held.start], new], dim=1)

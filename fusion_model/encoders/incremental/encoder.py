@@ -10,6 +10,7 @@ ends inside a word that the encoder splits otherwise. In a stream the nodes' key
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class IncrementalEncoder(HFEncoder):
             self._layers = EncoderLayers(self.model)
         return self._layers
 
+    @cached_property
+    def _tree_pass(self) -> TreePass:
+        return TreePass(self.layers, self.read, self.queries, self.after)
+
     def empty(self) -> tuple[Tensor, Tensor]:
         """Keys and values, and sums, of a text without nodes; see `cache.Entry`."""
         model, heads = self.model, self.layers.heads
@@ -73,11 +78,10 @@ class IncrementalEncoder(HFEncoder):
     @torch.inference_mode()
     def run(self, trees: Sequence[Tree], entries: Sequence[Entry]) -> Tensor:
         """What the poolings read of texts that go on from cached ones, [texts, P E]."""
-        found = TreePass(self.layers, self.read, self.queries, self.after).run(trees, entries)
-        return torch.cat(found, dim=1).cpu()
+        return torch.cat(self._tree_pass.run(trees, entries), dim=1).cpu()
 
     def _proven_layers(self, inputs: list[EncoderInput]) -> EncoderLayers:
         return self.layers  # transformers has no such pass
 
     def _by_trees(self, layers: EncoderLayers, trees: Sequence[Tree]) -> Tensor:
-        return torch.cat(TreePass(layers, self.read, self.queries, self.after).run(trees), dim=1)
+        return torch.cat(self._tree_pass.run(trees), dim=1)

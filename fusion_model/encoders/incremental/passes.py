@@ -5,6 +5,7 @@ are the head's own nodes where the text is its head alone, else query nodes, as 
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -47,16 +48,18 @@ class TreePass:
         """Of each pooling the vectors of the trees' texts, tree after tree, [texts, E].
 
         Args:
-            entries: the cached text that each tree goes on from, and that gets its nodes.
+            entries: the cached text that each tree, a path, goes on from, and that gets its nodes.
         """
         device, wanted, top = self.layers.device, self._wanted, self._wanted[-1]
         flats = [tree.flat(self._queries, self._after) for tree in trees]
         ids = torch.tensor([token for flat in flats for token in flat.tokens], device=device)
         at = torch.tensor([place for flat in flats for place in flat.positions], device=device)
-        starts = np.cumsum([0, *(len(flat.tokens) for flat in flats)])[:-1]
+        starts = accumulate([0, *(len(flat.tokens) for flat in flats[:-1])])
+        pairs = list(zip(starts, flats, strict=True))
         nodes = {
-            p: np.concatenate([s + f.nodes[p.name] for s, f in zip(starts, flats, strict=True)])
+            p: np.array([s + node for s, flat in pairs for node in flat.nodes[p.name]])
             for p in self.poolings
+            if p.name != "mean"
         }
         attend: TreeAttention | CachedAttention
         rows = few = None
@@ -70,10 +73,10 @@ class TreePass:
                 few = torch.from_numpy(rows).to(device)
                 nodes |= {p: np.searchsorted(rows, nodes[p]) for p in nodes if p.layer == top}
             attend = TreeAttention(flats, at, self.layers, None if few is None else rows)
-        hidden = padded(self.layers.embed(ids[None], at[None])[0])
+        hidden = padded(self.layers.embed(ids, at))
         outputs = dict(zip(wanted, self.layers.run(hidden, wanted, attend, few), strict=True))
         found: dict[Pooling, Tensor] = {}
-        for p in nodes:
+        for p in self.poolings:
             output = outputs[p.layer]
             if p.name == "mean":
                 found[p] = attend.mean(self.means.index(p.layer), output)

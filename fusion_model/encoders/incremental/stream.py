@@ -70,33 +70,25 @@ class Stream:
     def _planned(
         self, texts: Sequence[tuple[list[int], list[int]]]
     ) -> tuple[list[tuple[list[int], Tree]], dict[int, Entry]]:
-        """Trees of what is new, with the places of their texts; and each tree's entry.
+        """The path of what is new of each text, with the text's place; and each path's entry.
 
-        Texts that go on from the same place and begin alike share a tree. A text's last node is
-        always new: only then is there a vector of it.
+        A text's last node is always new: only then is there a vector of it.
         """
+        found = [
+            self.cache.find(head, tail[:-1]) if tail else (None, -1) for head, tail in texts
+        ]  # all of them before any entry is written on
         planned: list[tuple[list[int], Tree]] = []
-        sources: list[tuple[Entry | None, list[int], list[int]]] = []
-        latest: dict[Any, tuple[list[int], Tree]] = {}
-        for row, (head, tail) in enumerate(texts):
-            source, held = self.cache.find(head, tail[:-1]) if tail else (None, -1)
-            known, depth = max(held, 0), len(head) - self._encoder.after
-            key = tuple(head), id(source), held
-            if key not in latest or not latest[key][1].add(tail[known:]):
-                past = [*range(len(head)), *range(depth, depth + known)] if source else []
-                tree = Tree([] if past else head, past, depth + known)
-                tree.add(tail[known:])
-                latest[key] = [], tree
-                planned.append(latest[key])
-                sources.append((source, head, tail[:known]))
-            latest[key][0].append(row)
         entries: dict[int, Entry] = {}
         taken: set[Entry] = set()
-        for (_, tree), (source, head, tail) in zip(planned, sources, strict=True):
-            entry = self.cache.take(source, head, tail, fork=source in taken)
+        for row, ((head, tail), (source, held)) in enumerate(zip(texts, found, strict=True)):
+            known, depth = max(held, 0), len(head) - self._encoder.after
+            past = [*range(len(head)), *range(depth, depth + known)] if source else []
+            tree = Tree([] if source else head, past, depth + known)
+            tree.add(tail[known:])
+            entry = self.cache.take(source, head, tail[:known], fork=source in taken)
             taken.add(entry)
-            new = tree.deepest()[len(tree.head) :]
-            entry.tail = [*tail, *(tree.tokens[node - len(tree.head)] for node in new)]
-            entry.make_room(len(entry.head) + len(entry.tail))
+            entry.tail = tail
+            entry.make_room(len(head) + len(tail))
+            planned.append(([row], tree))
             entries[id(tree)] = entry
         return planned, entries

@@ -99,16 +99,6 @@ class Tree:
         self._latest = tail, node
         return True
 
-    def deepest(self) -> list[int]:
-        """All that is computed on the way to the deepest node: the head, and nodes behind it."""
-        depths = self._depths()
-        node = max(range(len(depths)), key=depths.__getitem__, default=-1)
-        path = []
-        while node >= 0:
-            path.append(len(self.head) + node)
-            node = self.parents[node]
-        return [*range(len(self.head)), *reversed(path)]
-
     def _depths(self) -> list[int]:
         depths: list[int] = []
         for parent in self.parents:

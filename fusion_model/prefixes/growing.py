@@ -1,0 +1,64 @@
+"""Encoder inputs of texts that grow by a token: words that are done are not looked at again."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from fusion_model.encoders.inputs import EncoderInput, TokenInputs
+from fusion_model.prefixes.planner import PrefixPlanner
+
+
+class Grown(NamedTuple):
+    """A text that may go on.
+
+    Attributes:
+        ids: of the words that are done, the encoder's, little-endian int32.
+        word: the language model's tokens of the word that is being written.
+    """
+
+    ids: bytes = b""
+    word: tuple[int, ...] = ()
+
+
+class GrowingInputs:
+    """What `PrefixPlanner.last_inputs` finds, from what was found for a token less.
+
+    Args:
+        planner: one for which `can_grow` holds.
+    """
+
+    def __init__(self, planner: PrefixPlanner) -> None:
+        assert isinstance(planner.encoder, TokenInputs)
+        self._planner, self._encoder = planner, planner.encoder
+        self._map, self._special = planner.to_encoder, set(planner.special_ids)
+        decode = planner.tokenizer.decode
+        self._decoded = lru_cache(4096)(lambda tokens: str(decode(list(tokens))))
+
+    def grown(self, text: Grown, token: int) -> Grown:
+        """The text with one token more."""
+        if token in self._special:
+            return text
+        if self._map is not None:
+            return Grown(text.ids + self._map[token].astype("<i4").tobytes())
+        if text.word and self._decoded((token,))[:1].isspace():
+            return Grown(self._ids(text, self._decoded(text.word)), (token,))
+        return Grown(text.ids, (*text.word, token))
+
+    def input(self, text: Grown) -> EncoderInput:
+        """What the encoder is given."""
+        ids = self._ids(text, self._decoded(text.word).rstrip("�")) if text.word else text.ids
+        own = self._encoder.input_of(ids)
+        return self._planner.of_policy(own, own)
+
+    def _ids(self, text: Grown, end: str) -> bytes:
+        return text.ids + self._encoder.pieces(end if text.ids else end.lstrip())
+
+
+def can_grow(planner: PrefixPlanner) -> bool:
+    """Whether the ids of a text are those of its words, one after the other, and no earlier text
+    plays a part."""
+    encoder, policy = planner.encoder, planner.policy
+    if planner.view != "prefix" or not isinstance(encoder, TokenInputs):
+        return False
+    if policy.k or policy.name not in ("every", "incremental"):
+        return False
+    return planner.to_encoder is not None or encoder.goes_by_word()
