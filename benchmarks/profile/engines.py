@@ -12,6 +12,7 @@ from fusion_model.benchmarks.profile.spans import Recorder, replaced
 
 from fusion_model.data import corpus
 from fusion_model.data.text import Document
+from fusion_model.prefixes.stream import PrefixStream
 
 TOKENISER, ENCODER, LSTM = "tokeniser", "prefix encoding", "LSTM and fusion"
 VOCABULARY, HOST = "vocabulary and sampling", "host"
@@ -45,7 +46,7 @@ class Engine(ABC):
 def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
     found = [(corpus, "encode_sentences", TOKENISER)]
     if planner is not None:
-        found += [(planner, name, TOKENISER) for name in ("inputs", "last_inputs")]
+        found += [(planner, "inputs", TOKENISER), (PrefixStream, "inputs_of", TOKENISER)]
         found.append((planner.encoder, "encode", ENCODER))
     return found
 
@@ -76,6 +77,8 @@ class TorchEngine(Engine):
     def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
         import torch
 
+        from fusion_model import decoding
+
         type(self.lm)(self.lm.model, self.lm.tokenizer, self.lm.planner)  # attaches a new cache
         recorder, model = self._recorder, self.lm.model
         prompt_ids, encode = self.lm.prompt_ids, model.prefix_encoder
@@ -86,10 +89,13 @@ class TorchEngine(Engine):
         length = min(r.shape[1] for r in rows)  # rows of one length need no padding
         ids = torch.cat([r[:, :length] for r in rows])
 
-        def choosing(_: Any, scores: Any) -> Any:
+        choose, end = decoding.choose, self.lm.tokenizer.eos_token_id
+
+        def choosing(scores: Any, choice: Any) -> Any:
             if recorder is not None:
                 recorder.open(VOCABULARY)
-            return scores
+            scores[:, end] = -torch.inf  # after it, nothing new would be read
+            return choose(scores, choice)
 
         def made() -> None:
             if recorder is not None:
@@ -97,15 +103,14 @@ class TorchEngine(Engine):
             tick()
 
         never = replaced(model.generation_config, "eos_token_id", None)
-        with replaced(model, "prefix_encoder", encode), never:
+        by_host = replaced(decoding, "choose", choosing)
+        with replaced(model, "prefix_encoder", encode), never, by_host:
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
                 do_sample=False,
                 streamer=_Ticker(made),
-                # Another processor than none would keep tokens from being chosen on a device.
-                logits_processor=[choosing] if recorder is not None else [],
             )
 
     @contextmanager

@@ -50,7 +50,7 @@ class PrefixStream:
             rows: token ids; special tokens are not part of the text.
             start: counted from the end where negative: then rows may differ in length.
         """
-        of_rows = [self._inputs(tuple(row), range(len(row))[start:]) for row in rows]
+        of_rows = [self.inputs_of(tuple(row), range(len(row))[start:]) for row in rows]
         inputs = [given for of_row in of_rows for given in of_row]
         new = dict.fromkeys(given for given in inputs if given not in self._vectors)
         ends = [given for given in dict.fromkeys(of_row[-1] for of_row in of_rows) if given in new]
@@ -66,7 +66,7 @@ class PrefixStream:
                 kept.popitem(last=False)
         return vectors
 
-    def _inputs(self, row: tuple[int, ...], wanted: range) -> list[EncoderInput]:
+    def inputs_of(self, row: tuple[int, ...], wanted: range) -> list[EncoderInput]:
         """What the prefixes that end at these tokens need."""
         if self._growing is None:
             special = set(self._planner.special_ids)
