@@ -44,7 +44,7 @@ class Engine(ABC):
 
 
 def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
-    found = [(corpus, "encode_sentences", TOKENISER)]
+    found: list[tuple[Any, str, str]] = [(corpus, "encode_sentences", TOKENISER)]
     if planner is not None:
         found += [(planner, "inputs", TOKENISER), (PrefixStream, "inputs_of", TOKENISER)]
         found.append((planner.encoder, "encode", ENCODER))

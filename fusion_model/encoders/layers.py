@@ -180,7 +180,7 @@ def _norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     weight, bias = module.weight.detach(), module.bias.detach()
     return partial(
         F.layer_norm,
-        normalized_shape=module.normalized_shape,  # type: ignore[arg-type]
+        normalized_shape=module.normalized_shape,
         weight=weight,
         bias=bias,
         eps=module.eps,
