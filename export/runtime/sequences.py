@@ -12,6 +12,8 @@ import numpy as np
 from fusion_model.errors import ExportError
 
 ROWS, CELLS = 64, 65_536  # early fusion: prefixes run at once, and steps of all of them
+# Other fusions on a CPU: numbers [tokens, V] at once, few enough for its caches to hold.
+SCORES = 2**21
 
 
 class Sequences:
@@ -25,6 +27,7 @@ class Sequences:
     def __init__(self, session: Any, model: dict[str, Any]) -> None:
         self._session, self._model = session, model
         self._inputs = {i.name: i.type for i in session.get_inputs()}
+        self._on_cpu = session.get_providers()[0] == "CPUExecutionProvider"
 
     def check_ids(self, ids: np.ndarray) -> None:
         """Refuse what is no [B, T] of tokens of the vocabulary; see `check`."""
@@ -111,9 +114,19 @@ class Sequences:
             zeros = np.zeros(shape, np.float16 if "float16" in self._inputs["h0"] else np.float32)
             state = zeros, zeros
         names = ["target_log_probs", "boundary_log_probs", "h", "c"]
-        feed |= {"input_ids": ids, "h0": state[0], "c0": state[1]}
-        target, edge, h, c = self._session.run(names, feed)
-        return target, edge, (h, c)
+        feed["input_ids"] = ids
+        steps = ids.shape[1]
+        if self._on_cpu:
+            steps = max(1, SCORES // (vocabulary * len(ids)))
+        pieces = []
+        for at in range(0, ids.shape[1], steps):
+            some = {n: v if n == "boundary_ids" else v[:, at : at + steps] for n, v in feed.items()}
+            some |= {"h0": state[0], "c0": state[1]}
+            *piece, h, c = self._session.run(names, some)
+            pieces.append(piece)
+            state = h, c
+        target, edge = (np.concatenate(piece, axis=1) for piece in zip(*pieces, strict=True))
+        return target, edge, state
 
     def probe(self) -> np.ndarray:
         """Log-probabilities of fixed tokens under fixed embeddings, [N]: alike on all devices."""
