@@ -25,7 +25,7 @@ def experiment(
         ),
     ] = None,
     size: Annotated[
-        str, typer.Option(help="small: minutes on two cores; paper: for one GPU")
+        str, typer.Option(help="small: minutes on two cores; medium: hours; paper: for one GPU")
     ] = "small",
     seeds: Annotated[int, typer.Option(help="runs of each arm")] = 3,
     corpus: Annotated[
@@ -41,6 +41,13 @@ def experiment(
             "here, one a seed); fusion-lm-small-unfused and fusion-lm-small ship"
         ),
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="folder of finished runs, which can be committed (default: OUT/results)"),
+    ] = None,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="report the runs that are finished, train nothing")
+    ] = False,
     reading_times: Annotated[
         Path | None,
         typer.Option(help="instead of Natural Stories: a TSV with story, word, time (ms)"),
@@ -59,6 +66,8 @@ def experiment(
         corpus,
         model or (),
         reading_times,
+        results,
+        finished,
     )
     for one in settings.available() if name == "all" else [name]:
         print(settings.run(one))

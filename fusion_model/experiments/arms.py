@@ -1,37 +1,64 @@
 """Which arms each training experiment compares."""
 
+import dataclasses
+from bisect import bisect_left
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
 from fusion_model.config import FUSIONS, FusionLMConfig
+from fusion_model.encoders.controls import BAGS
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments.sizes import Size
-from fusion_model.experiments.study import Arm
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.prefixes.views import CAUSAL_VIEWS
 
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to build and train a model.
+
+    Attributes:
+        options: fields of `TrainingOptions` that set it apart.
+        model: one of `baselines.MODELS`, or of `NGRAMS`.
+        like: the arm whose settings it takes, where settings are frozen; itself by default.
+        most: not trained on more sentences than so many; 0: on all.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "plain"
+    like: Optional["Arm"] = None
+    most: int = 0
+
+
+NGRAMS = {"unigram": 1, "trigram": 3}
+COUNTED = [
+    Arm("unigram", {"fusion": "none"}, "unigram"),
+    Arm("Kneser-Ney trigram", {"fusion": "none"}, "trigram"),
+]
 POOLINGS = ("cls", "mean", "pooler", "last", "sep", "mask", "static+mean", "static+last")
-VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "masked", "previous")
+VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "previous", "masked")
 POLICIES = ("every", "word", "stride:4", "sentence", "incremental", "incremental+refresh:8")
-STATIC = Arm("static control", {"fusion": "concat", "pooling": "static"})
-WIDER = "unfused, wider"
+UNFUSED, STATIC, FUSED = "unfused", "static", "fused"
 
 
-def widened(name: str, arm: Mapping[str, Any], model: str, size: Size, width: int) -> Arm:
-    """An arm whose LSTM is widened until it has the parameters of `concat`.
+def widened(arm: Arm, size: Size, width: int, wanted: int) -> Arm:
+    """The arm with its LSTM widened until it has so many parameters.
 
     Args:
-        arm: its options.
-        width: of e, for it and for `concat`.
+        width: of its e.
     """
-    fields = dict(size.training)
-    wanted = _parameters({**fields, "fusion": "concat"}, width)
-    while _parameters({**fields, **arm}, width) < wanted:
-        fields["hidden_size"] += 1
-    return Arm(name, {**arm, "hidden_size": fields["hidden_size"]}, model)
+    least = size.training["hidden_size"]
+
+    def parameters(hidden: int) -> int:
+        return count_parameters({**size.training, **arm.options, "hidden_size": hidden}, width)
+
+    hidden = least + bisect_left(range(least, 16 * least), wanted, key=parameters)
+    return dataclasses.replace(arm, options={**arm.options, "hidden_size": hidden})
 
 
-def _parameters(fields: Mapping[str, Any], width: int) -> int:
+def count_parameters(fields: Mapping[str, Any], width: int) -> int:
+    """Of the model that these fields of `TrainingOptions` describe."""
     import torch
 
     names = ("vocab_size", "embedding_size", "hidden_size", "fusion", "tie_weights")
@@ -49,7 +76,8 @@ def joined_pooling(layers: int) -> str:
 
 
 def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> list[Arm]:
-    """The arms of an experiment; the first is what the others are compared with.
+    """The arms of an experiment: two that count, then baselines with the parameters of `concat`,
+    the unfused one first.
 
     Args:
         encoder_width: of one pooling; the joined one has three times that.
@@ -58,39 +86,43 @@ def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> lis
     Raises:
         FusionLMError: an unknown experiment.
     """
-    pooling = joined_pooling(layers)
+    one, joined = encoder_width, 3 * encoder_width
+    options = {"fusion": "concat", "pooling": joined_pooling(layers), "policy": "incremental"}
+    concat = Arm(FUSED, options)
+    wanted = count_parameters({**size.training, **options}, joined)
 
-    def fused(name: str, model: str = "plain", **options: Any) -> Arm:
-        return Arm(name, {"fusion": "concat", "pooling": pooling, **options}, model)
+    def fused(name: str, model: str = "plain", like: Arm | None = concat, **own: Any) -> Arm:
+        return Arm(name, {**options, **own}, model, like)
 
-    awd = {"pooling": pooling, "tie_weights": True}
-    width = 3 * encoder_width
-    wider = widened(WIDER, {"fusion": "none"}, "plain", size, width)
-    strong = widened("unfused, AWD", {"fusion": "none", "tie_weights": True}, "awd", size, width)
-    strong_fused = widened("concat, AWD", {"fusion": "concat", **awd}, "awd", size, width)
-    concat = fused("fused")
-    usual = [wider, strong, STATIC]
-    if experiment == "fusion":
-        plain = Arm("unfused", {"fusion": "none"})
-        modes = [fused(mode, fusion=mode) for mode in FUSIONS if mode != "none"]
-        return [wider, plain, *usual[1:], *modes, strong_fused]
+    unfused = widened(Arm(UNFUSED, {"fusion": "none"}), size, one, wanted)
+    awd = {"fusion": "none", "tie_weights": True}
+    strong = widened(Arm("unfused, AWD", awd, "awd"), size, one, wanted)
+    static = widened(Arm(STATIC, {"fusion": "concat", "pooling": "static"}), size, one, wanted)
+    usual = [*COUNTED, unfused, strong, static]
     if experiment in ("data-size", "domain", "reading-times", "examples"):
-        return [*usual, concat]
+        at_input = Arm("static at the input", {"fusion": "input", "pooling": "static"})
+        exact = Arm("exact mean", {"fusion": "concat", "pooling": "mean"}, most=size.sentences)
+        usual = [*COUNTED, unfused, static, concat, strong, widened(at_input, size, one, wanted)]
+        return [*usual, widened(exact, size, one, wanted)]
+    if experiment == "fusion":
+        return [*usual, *(fused(mode, fusion=mode) for mode in FUSIONS if mode != "none")]
     if experiment == "encoder":
-        poolings = [fused(p, pooling=p) for p in (*POOLINGS, pooling)]
-        bags = [fused(f"{name} (bag)", encoder=name) for name in ("tfidf", "counts")]
-        only = fused("embedding only (MLP)", "mlp")
-        return [*usual, *poolings, *bags, fused("zeros", encoder="zeros"), only]
+        names = (*POOLINGS, str(options["pooling"]))
+        poolings = [fused(p, like=None, pooling=p, policy="every") for p in names]
+        bags = [fused(f"{n} (bag)", like=None, encoder=n, policy="every") for n in (*BAGS, "zeros")]
+        return [*usual, *poolings, *bags, fused("embedding only (MLP)", "mlp", None)]
     if experiment == "view":
-        views = [
-            fused(view if view in CAUSAL_VIEWS else f"{view} (sees the future)", view=view)
-            for view in VIEWS
-        ]
+        # Pooled alike: a static vector of the view's own end would be of another token.
+        exact_options: dict[str, Any] = {"like": None, "policy": "every", "pooling": "mean"}
+        views = [fused(view, view=view, **exact_options) for view in VIEWS[:-1]]
+        masked = fused("masked", **{**exact_options, "view": "masked", "pooling": "mask"})
         shuffled = [fused(f"shuffled, {s}", shuffle=s) for s in ("sentence", "corpus")]
-        return [*usual, *views, *shuffled]
+        return [*usual, *views, masked, concat, *shuffled]
     if experiment == "schedule":
-        names = ("constant", "rising", "falling")
-        return [*usual, *(fused(f"{s} dropout", prefix_dropout_schedule=s) for s in names)]
+        schedules = ("constant", "rising", "falling")
+        arms = [fused(f"{s} dropout", prefix_dropout_schedule=s) for s in schedules]
+        published = {"prefix_dropout_schedule": "rising", "patience": 0}
+        return [*usual, *arms, fused("rising, in evaluation too", "dropping", **published)]
     if experiment == "policy":
         arms = [fused(policy, policy=policy) for policy in POLICIES]
         arms += [

@@ -1,4 +1,4 @@
-"""Two models that only experiments need; both keep the interface of `FusionLMForCausalLM`."""
+"""Models that only experiments need; all keep the interface of `FusionLMForCausalLM`."""
 
 from typing import Any
 
@@ -42,6 +42,15 @@ class RegularisedLM(FusionLMForCausalLM):
         return self._drop(x)
 
 
+class DroppingLM(FusionLMForCausalLM):
+    """Dropout on e acts in evaluation, too, as in the paper's code: a model weaned off e is chosen
+    and scored as it will be used, without."""
+
+    def _check_prefix_embeds(self, *args: Any) -> Tensor | None:
+        e = super()._check_prefix_embeds(*args)
+        return e if e is None or self.training else F.dropout(e, self.config.prefix_dropout)
+
+
 class EmbeddingOnlyLM(FusionLMForCausalLM):
     """No LSTM: three affine layers from e to the next word, E → H → D → V."""
 
@@ -69,4 +78,9 @@ class EmbeddingOnlyLM(FusionLMForCausalLM):
         return torch.relu(self.projection(hidden)), None
 
 
-MODELS = {"plain": FusionLMForCausalLM, "awd": RegularisedLM, "mlp": EmbeddingOnlyLM}
+MODELS = {
+    "plain": FusionLMForCausalLM,
+    "awd": RegularisedLM,
+    "mlp": EmbeddingOnlyLM,
+    "dropping": DroppingLM,
+}

@@ -13,9 +13,11 @@ import numpy as np
 
 from fusion_model.data.text import Document, read_documents
 from fusion_model.errors import FusionLMError
+from fusion_model.experiments.sizes import Size
 from fusion_model.files import write_text
 
 NATURAL_STORIES = ("all_stories.tok", "processed_wordinfo.tsv")
+FEW, RUN = 10, 100  # with fewer documents, statistics take runs of so many sentences
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,14 @@ class Texts:
 
     Attributes:
         name: of the corpus trained on.
-        tests: test texts by name; `test` is of the training corpus.
+        vocabulary: the largest training text, which the tokens of all sizes are from.
+        tests: test texts by name, a file what statistics take as independent; `test` is of the
+            training corpus.
     """
 
     name: str
     train: Path
+    vocabulary: Path
     dev: Path
     tests: dict[str, Path]
 
@@ -81,36 +86,94 @@ def choose_corpus(corpora: Mapping[str, Sequence[Document]], name: str | None) -
 
 
 def write_texts(
-    name: str, documents: Sequence[Document], sizes: tuple[int, int, int], out: Path
+    corpora: Mapping[str, Sequence[Document]], name: str, size: Size, sentences: int, out: Path
 ) -> Texts:
-    """Take dev, test and training sentences of all documents, in proportion to their length.
+    """Training, dev and test text as folders.
+
+    Of one corpus, dev, test and training sentences are taken of all documents, in proportion to
+    their length; the other corpora are tests of other domains. Size `medium` mixes Brown and
+    books, see `_mixed`.
 
     Args:
-        sizes: sentences to train on, for dev, for test.
-        out: folder under which the texts go; its name holds a hash of them.
+        name: of the corpus, or what the mixture is called.
+        sentences: to train on.
+        out: folder under which the texts go; the name of each holds a hash of it.
 
     Raises:
         FusionLMError: too little text.
     """
-    train, dev, test = sizes
-    available = sum(len(d.sentences) for d in documents)
-    if available < sum(sizes):
+    most = max(size.sentences, *size.data_sizes)
+    if size.mixed:
+        train, dev, tests = _mixed(corpora)
+        starts = [0] * len(train)
+        chosen = _take(dev, size.dev, [0] * len(dev))
+        needed = most
+    else:
+        train, starts = corpora[name], [0] * len(corpora[name])
+        needed = most + size.dev + size.test
+        tests = {other: docs for other, docs in corpora.items() if other != name}
+    available = sum(len(d.sentences) for d in train)
+    if available < needed:
         raise FusionLMError(
-            f"the corpus {name} has {available:,} sentences, {sum(sizes):,} are needed (training, "
+            f"the corpus {name} has {available:,} sentences, {needed:,} are needed (training, "
             "dev and test): give more text, or choose --corpus"
         )
-    starts = [0] * len(documents)
-    folders = {
-        part: _write(f"{plain_name(name)}-{part}-{size}", _take(documents, size, starts), out)
-        for part, size in (("dev", dev), ("test", test), ("train", train))
+    written = {}
+    if not size.mixed:
+        chosen = _take(train, size.dev, starts)
+        written["test"] = _take(train, size.test, starts)
+    for test, docs in tests.items():
+        total = sum(len(d.sentences) for d in docs)
+        written[test] = _take(docs, min(size.test, total), [0] * len(docs))
+    plain = plain_name(name)
+    return Texts(
+        name,
+        _write(f"{plain}-train-{sentences}", _take(train, sentences, list(starts)), out),
+        _write(f"{plain}-train-{most}", _take(train, most, list(starts)), out),
+        _write(f"{plain}-dev-{size.dev}", chosen, out),
+        {t: _write(f"{plain_name(t)}-test", _clusters(files), out) for t, files in written.items()},
+    )
+
+
+MIXTURE = "Brown and books"
+
+
+def _mixed(
+    corpora: Mapping[str, Sequence[Document]],
+) -> tuple[list[Document], list[Document], dict[str, Sequence[Document]]]:
+    """Documents for training, dev, and tests: the first 80 % of each file of Brown, 82 to 90 %,
+    and the rest; nine books, *Bryant*, and *Thursday*; speeches and WikiText-2 are tests whole."""
+    missing = [n for n in ("brown", "prose", "speeches", "wikitext-2") if n not in corpora]
+    if missing:
+        raise FusionLMError(
+            f"size medium is of ../shared/data as it is: --data lacks {', '.join(missing)}"
+        )
+
+    def part(low: float, high: float) -> list[Document]:
+        return [
+            Document(d.name, d.sentences[int(low * n) : int(high * n)])
+            for d in corpora["brown"]
+            for n in [len(d.sentences)]
+        ]
+
+    books: dict[str, list[Document]] = {"bryant": [], "thursday": [], "": []}
+    for book in corpora["prose"]:
+        books[next(key for key in books if key in book.name)].append(book)
+    tests = {"test": part(0.9, 1), "thursday": books["thursday"]}
+    tests |= {name: list(corpora[name]) for name in ("speeches", "wikitext-2")}
+    return part(0, 0.8) + books[""], part(0.82, 0.9) + books["bryant"], dict(tests)
+
+
+def _clusters(files: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Documents as they are if there are several, else runs of their sentences: what statistics
+    take as independent."""
+    if len(files) >= FEW:
+        return dict(files)
+    return {
+        f"{stem}-{start:05d}": lines[start : start + RUN]
+        for stem, lines in files.items()
+        for start in range(0, len(lines), RUN)
     }
-    return Texts(name, folders["train"], folders["dev"], {"test": folders["test"]})
-
-
-def write_test(name: str, documents: Sequence[Document], size: int, out: Path) -> Path:
-    """A test text of another domain, up to `size` sentences."""
-    size = min(size, sum(len(d.sentences) for d in documents))
-    return _write(f"{plain_name(name)}-domain", _take(documents, size, [0] * len(documents)), out)
 
 
 def _take(documents: Sequence[Document], size: int, starts: list[int]) -> dict[str, list[str]]:

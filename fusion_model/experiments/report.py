@@ -107,6 +107,7 @@ class Findings:
         answer: what came out, sentences made from the results.
         tables, figures: by file name without ending.
         data: figures behind the text, for programs.
+        notes: what only the run's own folder says, in `notes.md`.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Findings:
     tables: list[Table] = field(default_factory=list)
     figures: dict[str, "Figure"] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def table(
         self,
@@ -141,6 +143,7 @@ class Findings:
         parts = [f"# {self.title}", self.setting, *self.answer]
         parts += [f"![{name}]({name}.png)" for name in self.figures]
         parts += [table.markdown() for table in self.tables]
+        write_text(out / "notes.md", "\n\n".join(self.notes) + "\n")
         report = out / "report.md"
         write_text(report, "\n\n".join(parts) + "\n")
         saved = {

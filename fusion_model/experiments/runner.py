@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from fusion_model import progress
 from fusion_model.data.text import Document
@@ -13,22 +14,24 @@ from fusion_model.encoders import load_encoder
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments import comparisons, examples
-from fusion_model.experiments.arms import arms_of
+from fusion_model.experiments.arms import NGRAMS, arms_of
 from fusion_model.experiments.corpora import (
+    MIXTURE,
     choose_corpus,
     find_corpora,
     find_reading_times,
     write_texts,
 )
 from fusion_model.experiments.reading import experiment as reading_times
-from fusion_model.experiments.reading.data import read_natural_stories, read_tsv
+from fusion_model.experiments.reading.data import ReadingTimes, read_natural_stories, read_tsv
 from fusion_model.experiments.report import Findings
 from fusion_model.experiments.sizes import Size
-from fusion_model.experiments.study import Study
+from fusion_model.experiments.study import Study, word_bits
 from fusion_model.experiments.tables import describe
 from fusion_model.files import write_text
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load
+from fusion_model.training.options import TrainingOptions
 
 SCORING = ("reading-times", "examples")
 EXPERIMENTS = (*comparisons.TITLES, *SCORING)
@@ -43,6 +46,8 @@ class Experiments:
             others are compared with. None given: arms trained on the largest of
             `Size.data_sizes`, one model a seed.
         reading_times: a corpus as TSV, instead of Natural Stories in `data`.
+        results: folder of finished runs (default: `out/results`).
+        finished: report what is finished, train nothing.
     """
 
     size: Size
@@ -53,6 +58,9 @@ class Experiments:
     corpus: str | None = None
     models: Sequence[str] = ()
     reading_times: Path | None = None
+    results: Path | None = None
+    finished: bool = False
+    _studies: dict[tuple[int, bool], Study] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -71,15 +79,40 @@ class Experiments:
             return "Encoder: all-MiniLM-L6-v2, which stands in for the paper's BERT."
         return f"Encoder: {', '.join(sorted(encoders)) or 'none'}."
 
-    @cached_property
-    def study(self) -> Study:
-        """Training arms on the corpus."""
-        name = choose_corpus(self.corpora, self.corpus)
-        size = self.size
-        texts = write_texts(
-            name, self.corpora[name], (size.sentences, size.dev, size.test), self.out / "texts"
+    def study_of(self, sentences: int, domains: bool = False) -> Study:
+        """Training arms on so many sentences of the corpus.
+
+        With fewer, epochs and patience grow as the text shrinks, so that arms differ in what they
+        learn from little text and not in how fast they learn.
+
+        Args:
+            domains: other corpora are tests, too.
+        """
+        if (sentences, domains) in self._studies:
+            return self._studies[sentences, domains]
+        size, training = self.size, self.size.training
+        name = MIXTURE if size.mixed else choose_corpus(self.corpora, self.corpus)
+        epochs = size.data_sizes.get(sentences, training["epochs"])
+        patience = training.get("patience", TrainingOptions.patience) * epochs / training["epochs"]
+        training = {**training, "epochs": epochs, "patience": round(patience)}
+        texts = write_texts(self.corpora, name, size, sentences, self.out / "texts")
+        if not domains and not size.mixed:
+            texts = replace(texts, tests={"test": texts.tests["test"]})
+        tuner = None
+        if size.tuned_at not in (0, sentences):
+            tuner = self.study_of(size.tuned_at, domains)
+        study = Study(
+            replace(size, sentences=sentences, training=training),
+            texts,
+            self.out,
+            self.encoder,
+            self.seeds,
+            results=self.results,
+            read=self.read.documents() if self.read else (),
+            tuner=tuner,
+            finished=self.finished,
         )
-        return Study(size, texts, self.out, self.encoder, self.seeds)
+        return self._studies.setdefault((sentences, domains), study)
 
     def run(self, name: str) -> Path:
         """The report of an experiment, `out/NAME/report.md`."""
@@ -88,16 +121,16 @@ class Experiments:
                 f"unknown experiment {name!r}: choose one of {', '.join(EXPERIMENTS)}, or all"
             )
         self._claim()
+        note = self._note({self.encoder})
         if name == "reading-times":
             findings = self._reading_times()
         elif name == "examples":
-            models, note = self._models(name)
-            findings = examples.run(models, note)
+            findings = examples.run(*self._models(name))
         else:
-            # A copy: `domain` trains on other sentences of the corpus than the rest.
-            study = copy(self.study)
             arms = arms_of(name, self.size, *self._encoder_shape())
-            findings = comparisons.run(name, study, arms, self.corpora, self._note({self.encoder}))
+            sizes = list(self.size.data_sizes) if name == "data-size" else [self.size.sentences]
+            studies = {n: self.study_of(n, name == "domain") for n in sizes}
+            findings = comparisons.run(name, studies, arms, note)
         if name in SCORING and self.models:
             findings.title += ", models trained beforehand"
         return findings.write(self.out / name)
@@ -132,22 +165,38 @@ class Experiments:
             progress.note(f"left out: {name}, for which --data holds too little")
         return [name for name in EXPERIMENTS if name not in left_out]
 
-    def _reading_times(self) -> Findings:
+    @cached_property
+    def read(self) -> ReadingTimes | None:
+        """The text that people read, with their times."""
         if self.reading_times is not None:
-            corpus = read_tsv(self.reading_times)
-        else:
-            folder = find_reading_times(self.data)
-            if folder is None:
-                raise FusionLMError(
-                    "no reading times: --data needs a folder natural-stories with all_stories.tok "
-                    "and processed_wordinfo.tsv, or bring a corpus with --reading-times FILE.tsv "
-                    "(columns story, word, time)"
-                )
-            corpus = read_natural_stories(folder)
-        models, note = self._models("reading-times")
-        return reading_times.run(
-            corpus, models, next(iter(models)), self.corpora, self.out / "reading-times", note
-        )
+            return read_tsv(self.reading_times)
+        folder = find_reading_times(self.data)
+        return None if folder is None else read_natural_stories(folder)
+
+    def _reading_times(self) -> Findings:
+        if self.read is None:
+            raise FusionLMError(
+                "no reading times: --data needs a folder natural-stories with all_stories.tok and "
+                "processed_wordinfo.tsv, or bring a corpus with --reading-times FILE.tsv (columns "
+                "story, word, time)"
+            )
+        found: dict[tuple[str, str], np.ndarray] = {}
+        if self.models:
+            models, note = self._models("reading-times")
+            documents = self.read.documents()
+            for name, (lm,) in models.items():
+                progress.note(f"surprisals: {name}")
+                found[name, "as it was"] = word_bits(lm, documents)[None]
+            return reading_times.run(self.read, found, self.corpora, note)
+        sizes = list(self.size.data_sizes)
+        for sentences in sizes:
+            study = self.study_of(sentences)
+            arms = arms_of("reading-times", self.size, *self._encoder_shape())
+            arms = [arm for arm in arms if arm.model not in NGRAMS]
+            for arm, runs in study.results(arms).items():
+                found[arm, f"{sentences:,}"] = np.stack([run.surprisal() for run in runs])
+        note = describe(study, self._note({self.encoder}), sizes)
+        return reading_times.run(self.read, found, self.corpora, note)
 
     def _encoder_shape(self) -> tuple[int, int]:
         """Width and layers."""
@@ -159,10 +208,9 @@ class Experiments:
         """Models by name, one a seed, the reference first; and what the report says of them."""
         names = list(self.models)
         if not names:
-            largest = max(self.size.data_sizes)
-            study = comparisons.resized(self.study, largest, self.corpora[self.study.texts.name])
+            study = self.study_of(self.size.sentences)
             arms = arms_of(name, study.size, *self._encoder_shape())
-            results = study.results(arms)
+            results = study.results([arm for arm in arms if arm.model not in NGRAMS])
             note = describe(study, self._note({self.encoder}))
             return {a: [study.open(r) for r in runs] for a, runs in results.items()}, note
         loaded = {Path(n).name: [load(n, encoder_dtype="auto")] for n in names}

@@ -1,5 +1,6 @@
 """How large an experiment is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +12,13 @@ class Size:
     """What all arms of an experiment share.
 
     Attributes:
-        sentences, dev, test: sentences to train on, to choose by, and to report.
+        sentences, dev, test: sentences to train on, to choose by, and most of each test text.
         training: fields of `TrainingOptions`.
         learning_rates, dropouts, prefix_dropouts: grids that each arm alike climbs on dev, see
             `Study.tuned`; the last is of dropout on e.
-        data_sizes: sentences of each step of the experiment `data-size`; the largest also train
-            the models of `reading-times` and `examples`.
+        data_sizes: epochs by number of sentences, of each step of the experiment `data-size`.
+        tuned_at: sentences at which settings are chosen, for all sizes; 0: at each size anew.
+        mixed: trained on Brown and prose together, see `corpora.write_texts`.
     """
 
     name: str
@@ -27,7 +29,9 @@ class Size:
     learning_rates: tuple[float, ...] = (0.002,)
     dropouts: tuple[float, ...] = (0.2,)
     prefix_dropouts: tuple[float, ...] = (0.5,)
-    data_sizes: tuple[int, ...] = ()
+    data_sizes: Mapping[int, int] = field(default_factory=dict)
+    tuned_at: int = 0
+    mixed: bool = False
 
     @property
     def grids(self) -> dict[str, tuple[float, ...]]:
@@ -39,6 +43,7 @@ class Size:
         }
 
 
+FAST = {"precision": "bfloat16", "encoder_dtype": "auto"}
 SIZES = {
     "small": Size(
         "small",
@@ -53,13 +58,34 @@ SIZES = {
             "epochs": 8,
             "patience": 2,
             "tokens_per_batch": 1024,
-            "precision": "bfloat16",
-            "encoder_dtype": "auto",
+            **FAST,
         },
         learning_rates=(0.0006, 0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
         dropouts=(0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9),
         prefix_dropouts=(0.3, 0.5, 0.7, 0.85, 0.95),
-        data_sizes=(375, 750, 1500),
+        data_sizes={375: 32, 750: 16, 1500: 8},
+    ),
+    "medium": Size(
+        "medium",
+        sentences=20_000,
+        dev=3000,
+        test=6000,
+        training={
+            "vocab_size": 8192,
+            "embedding_size": 256,
+            "hidden_size": 512,
+            "tie_weights": True,
+            "max_tokens": 64,
+            "epochs": 10,
+            "patience": 3,
+            "tokens_per_batch": 2048,
+            **FAST,
+        },
+        learning_rates=(0.002, 0.005),
+        dropouts=(0.3, 0.5),
+        data_sizes={5000: 16, 20_000: 10, 78_000: 6},
+        tuned_at=5000,
+        mixed=True,
     ),
     "paper": Size(
         "paper",
@@ -74,13 +100,12 @@ SIZES = {
             "epochs": 20,
             "patience": 3,
             "tokens_per_batch": 4096,
-            "precision": "bfloat16",
-            "encoder_dtype": "auto",
+            **FAST,
         },
         learning_rates=(0.0001, 0.0003, 0.001, 0.003, 0.01),
         dropouts=(0.1, 0.2, 0.4, 0.6, 0.8),
         prefix_dropouts=(0.1, 0.3, 0.5, 0.7, 0.85),
-        data_sizes=(5_000, 10_000, 25_000, 50_000, 100_000),
+        data_sizes={5_000: 400, 10_000: 200, 25_000: 80, 50_000: 40, 100_000: 20},
     ),
 }
 

@@ -1,12 +1,17 @@
-"""Arms are trained, tuned on dev and scored on test; each run has a folder and is done once."""
+"""Arms are trained, tuned on dev and scored on test; what a run found is a small file.
 
+A file of `results` holds a finished run, named by a hash of all that defines it: settings, texts
+and vocabulary. It can be committed, and whoever has it need not train that arm again.
+"""
+
+import base64
 import dataclasses
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,79 +21,73 @@ import torch
 from fusion_model import progress
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document, read_documents
+from fusion_model.data.tokenizer import encode_sentences, train_bpe
+from fusion_model.devices import resolve_device
 from fusion_model.encoders.controls import BAGS
 from fusion_model.encoders.pretrained import HFEncoder, counted_tokens
 from fusion_model.errors import CheckpointError
-from fusion_model.experiments.baselines import MODELS
+from fusion_model.experiments.arms import NGRAMS, Arm
+from fusion_model.experiments.baselines import MODELS, DroppingLM
 from fusion_model.experiments.corpora import Texts
+from fusion_model.experiments.ngrams import KneserNey
 from fusion_model.experiments.sizes import Size
-from fusion_model.files import replacing, write_text
+from fusion_model.files import write_text
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load
 from fusion_model.scoring import score_sentences
 from fusion_model.training.options import TrainingOptions
-from fusion_model.training.run import train
+from fusion_model.training.run import autocast, claim_folder, train
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to build and train a model.
-
-    Attributes:
-        options: fields of `TrainingOptions` that set it apart.
-        model: one of `fusion_model.experiments.baselines.MODELS`.
-    """
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    model: str = "plain"
+class Unfinished(Exception):
+    """A run that only a report was wanted of has not been made."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Losses of one run on one text.
-
-    Attributes:
-        nats: of every token, float32 [N].
-        sentences: the sentence that each token is of, int32 [N].
-        words: of the text.
-    """
+    """Losses of one run on one text, by document: nats, tokens and words, each [D]."""
 
     nats: np.ndarray
-    sentences: np.ndarray
-    words: int
-
-    @property
-    def mean(self) -> float:
-        return float(self.nats.mean(dtype=np.float64))
-
-    @property
-    def per_word(self) -> float:
-        """Nats a word: comparable across vocabularies."""
-        return float(self.nats.sum(dtype=np.float64) / self.words)
+    tokens: np.ndarray
+    words: np.ndarray
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run; `metrics` has a row an epoch, see `fusion_model.training.run`.
+    """A run; `result` is what its file holds.
 
     Attributes:
-        dev_loss: of the best epoch, nats a token.
-        losses: file of each test, by the name that the study has for it.
+        metrics: a row an epoch, of `train_loss` and `dev_loss`, nats a token.
+        dev_loss: of the best epoch.
     """
 
     arm: Arm
-    folder: Path
     options: TrainingOptions
-    metrics: list[dict[str, Any]]
-    parameters: int
-    dev_loss: float
-    losses: Mapping[str, Path]
+    path: Path
+    result: dict[str, Any]
 
-    def scores(self, name: str) -> Scores:
-        """On one of the study's tests."""
-        with np.load(self.losses[name]) as saved:
-            return Scores(saved["nats"], saved["sentences"], int(saved["words"]))
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(self.result["epochs"])
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The epoch of least dev loss; without any, a model that only counts."""
+        return min(self.metrics, key=lambda m: float(m["dev_loss"]), default={"epoch": 0})
+
+    @property
+    def dev_loss(self) -> float:
+        return float(self.best["dev_loss"])
+
+    def scores(self, text: Path) -> Scores:
+        """On a text that it was scored on."""
+        saved = self.result["losses"][text.name]
+        return Scores(*(np.array(saved[key]) for key in ("nats", "tokens", "words")))
+
+    def surprisal(self) -> np.ndarray:
+        """Bits of every word of the text that people read, [M]."""
+        packed = base64.b64decode(self.result["read"]["bits"])
+        return np.frombuffer(packed, dtype="<f2").astype(float)
 
 
 class Study:
@@ -97,33 +96,55 @@ class Study:
     Args:
         encoder: for all arms that do not name their own.
         seeds: how many, counted from 0; the settings are chosen with seed 0.
+        results: folder of finished runs.
+        read: documents whose words get surprisals, for reading times.
+        tuner: the study that chooses the settings; this one by default.
+        finished: train nothing, only tell what is there.
     """
 
-    def __init__(self, size: Size, texts: Texts, out: Path, encoder: str, seeds: int) -> None:
+    def __init__(
+        self,
+        size: Size,
+        texts: Texts,
+        out: Path,
+        encoder: str,
+        seeds: int,
+        *,
+        results: Path | None = None,
+        read: Sequence[Document] = (),
+        tuner: "Study | None" = None,
+        finished: bool = False,
+    ) -> None:
         self.size, self.texts, self.out = size, texts, out
         self.encoder, self.seeds = encoder, seeds
-        self._done, self._planned, self._trained, self._spent = 0, 0, 0, 0.0
+        self.kept = results or out / "results"
+        self.read, self.tuner, self.finished = list(read), tuner, finished
 
     def results(self, arms: Sequence[Arm]) -> dict[str, list[Run]]:
-        """All runs of all arms: for each arm one a seed, with the settings that dev chose."""
-        expected = {arm.name: 1 + 2 * len(self.tuned_fields(arm)) for arm in arms}
-        self._planned += sum(expected.values()) + len(arms) * (self.seeds - 1)
-        found = {}
-        for arm in arms:
-            before = self._done
-            found[arm.name] = [self.tuned(arm)]
-            self._planned += self._done - before - expected[arm.name]
-        for seed in range(1, self.seeds):  # breadth first: fewer seeds can be reported early
+        """All runs of all arms, scored: for each arm one a seed, with the settings that dev chose;
+        breadth first, so that an interrupted study has fewer seeds of all arms."""
+        found: dict[str, list[Run]] = {}
+        for seed in range(self.seeds):
             for arm in arms:
-                chosen = found[arm.name][0].options
-                settings = {name: getattr(chosen, name) for name in self.size.grids}
-                found[arm.name].append(self.run(arm, settings, seed))
-        for run in (run for runs in found.values() for run in runs):
-            self.score(run)
+                if (seed and arm.model in NGRAMS) or 0 < arm.most < self.size.sentences:
+                    continue
+                try:
+                    run = self.tuned(arm)
+                    if seed:
+                        run = self.run(arm, self.settings(run), seed)
+                    found.setdefault(arm.name, []).append(self.scored(run))
+                except Unfinished:
+                    continue
         return found
+
+    def settings(self, run: Run) -> dict[str, float]:
+        """Of the grids, what the run was made with."""
+        return {name: getattr(run.options, name) for name in self.size.grids}
 
     def tuned_fields(self, arm: Arm) -> list[str]:
         """Which of `Size.grids` matter to the arm, and have more than one value."""
+        if arm.model in NGRAMS:
+            return []
         options = self.options(arm, {}, 0)
         fields = [name for name, grid in self.size.grids.items() if len(grid) > 1]
         sees_e = options.fusion != "none" and options.encoder != "zeros"
@@ -139,6 +160,8 @@ class Study:
         at the edge of its grid.
         """
         settings = {name: grid[(len(grid) - 1) // 2] for name, grid in self.size.grids.items()}
+        if self.tuner is not None and arm.model not in NGRAMS:
+            return self.run(arm, self.settings(self.tuner.tuned(arm.like or arm)), 0)
         best = self.run(arm, settings, 0)
         for name in self.tuned_fields(arm):
             grid = self.size.grids[name]
@@ -165,7 +188,7 @@ class Study:
         )
 
     def run(self, arm: Arm, settings: Mapping[str, float], seed: int) -> Run:
-        """One run, from its folder if it was done before."""
+        """One run, from its file if it was done before."""
         options = self.options(arm, settings, seed)
         # What differs from the defaults: options that come later leave old runs valid.
         own = {
@@ -173,53 +196,103 @@ class Study:
             for f in dataclasses.fields(options)
             if f.name not in ("train_file", "dev_file") and getattr(options, f.name) != f.default
         }
-        saved = {"model": arm.model, **own, "text": self.texts.train.name}
-        digest = hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()[:10]
+        texts = [p.name for p in (self.texts.train, self.texts.dev, self.texts.vocabulary)]
+        if arm.model in NGRAMS:
+            own = {name: own.get(name) for name in ("vocab_size", "max_tokens")}
+        definition = {"model": arm.model, **own, "texts": texts}
+        digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:10]
         label = "".join(c if c.isalnum() else "-" for c in arm.name)
-        folder = next(iter((self.out / "runs").glob(f"*-{digest}")), None)
-        folder = folder or self.out / "runs" / f"{label}-seed{seed}-{digest}"
-        self._done += 1
-        if not (folder / "result.json").exists():
-            self._announce(arm.name, options)
-            began = time.monotonic()
-            train(options, folder, self.store(options), MODELS[arm.model])
-            self._finish(folder, arm, options, saved)
-            self._spent += time.monotonic() - began
-        return self._read(folder, arm, options)
+        name = f"{label}-{self.size.sentences}-seed{seed}-{digest}"
+        path = next(iter(self.kept.glob(f"*-{digest}.json")), self.kept / f"{name}.json")
+        run = Run(arm, options, path, {"definition": definition, "epochs": [], "losses": {}})
+        if path.exists():
+            try:
+                run.result.update(json.loads(path.read_text()))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged ({error}): delete it") from None
+        elif arm.model not in NGRAMS:
+            self._train(run)
+        return run
 
-    def score(self, run: Run) -> None:
-        """Losses on all tests, once; settings that dev did not choose need none."""
-        for name, path in self.texts.tests.items():
-            if run.losses[name].exists():
-                continue
+    def folder(self, run: Run) -> Path:
+        """Where it is trained."""
+        return self.out / "runs" / run.path.stem
+
+    def _train(self, run: Run) -> None:
+        """Train, or go on; the model is then in its folder, and its file says how it went."""
+        if self.finished:
+            raise Unfinished
+        folder, options = self.folder(run), run.options
+        on_e = f", on e {options.prefix_dropout:g}" if options.fusion != "none" else ""
+        done = len(list(self.kept.glob("*.json")))
+        progress.note(
+            f"run {done + 1}: {run.arm.name}, {self.size.sentences:,} sentences, learning rate "
+            f"{options.learning_rate:g}, dropout {options.dropout:g}{on_e}, seed {options.seed}"
+        )
+        claim_folder(options, folder, True)
+        self.tokenizer.save_pretrained(folder)
+        train(options, folder, self.store(options), MODELS[run.arm.model])
+        model = MODELS[run.arm.model].from_pretrained(folder)
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        names = ("epoch", "train_loss", "dev_loss", "prefix_dropout")
+        run.result["parameters"] = sum(p.numel() for p in model.parameters())
+        run.result["epochs"] = [{name: m[name] for name in names} for m in metrics]
+        self._keep(run)
+        for checkpoint in folder.glob("checkpoint-*"):  # nothing is left to go on with
+            shutil.rmtree(checkpoint)
+
+    def _keep(self, run: Run) -> None:
+        self.kept.mkdir(parents=True, exist_ok=True)
+        saved = {"arm": run.arm.name, "sentences": self.size.sentences, **run.result}
+        write_text(run.path, json.dumps(saved, separators=(",", ":")) + "\n")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of the largest training text, the same for all sizes."""
+        documents = read_documents([str(self.texts.vocabulary)], "lines")
+        sentences = [s for d in documents for s in d.sentences]
+        return train_bpe(sentences, int(self.size.training["vocab_size"]))
+
+    def scored(self, run: Run) -> Run:
+        """The run with its losses on all tests, and its surprisals of what was read: the only
+        place where test texts are opened, for runs that dev has chosen."""
+        losses = run.result["losses"]
+        missing = [path for path in self.texts.tests.values() if path.name not in losses]
+        counts = run.arm.model in NGRAMS
+        unread = bool(self.read) and not counts and "read" not in run.result
+        if not missing and not unread:
+            return run
+        if self.finished:
+            raise Unfinished
+        if counts:
+            self._count(run, missing)
+        else:
             lm = self.open(run)
-            documents, corpus = _read(path, lm, run.options)
-            with lm.open_store(self.store(run.options)) as store:
-                scores = score_sentences(lm, lm.encode_corpus(corpus, store))
-            with replacing(run.losses[name]) as temporary:
-                np.savez_compressed(
-                    temporary,
-                    nats=np.concatenate([s.tokens for s in scores]),
-                    sentences=np.repeat(np.arange(len(scores)), [len(s.tokens) for s in scores]),
-                    words=sum(len(s.split()) for d in documents for s in d.sentences),
-                    characters=corpus.characters,
-                )
+            with torch.no_grad(), autocast(run.options.precision, lm.model.device):
+                for path in missing:
+                    documents, corpus = _read(path, lm.tokenizer, run.options)
+                    with lm.open_store(self.store(run.options)) as store:
+                        scores = score_sentences(lm, lm.encode_corpus(corpus, store))
+                    losses[path.name] = by_document(documents, corpus, [s.tokens for s in scores])
+            if unread:  # in float32
+                bits = word_bits(lm, self.read).astype("<f2").tobytes()
+                run.result["read"] = {"bits": base64.b64encode(bits).decode()}
+        self._keep(run)
+        return run
 
-    def encoding(self, run: Run) -> tuple[int, float]:
-        """Vectors that the runs of this text and store encoded, and the seconds it took them.
-
-        The first such run fills the store for all others.
-        """
-        wanted = (self.store(run.options).name, self.texts.train.name)
-        vectors, seconds = 0, 0.0
-        for path in (self.out / "runs").glob("*/encoding.jsonl"):
-            result = path.with_name("result.json")
-            saved = json.loads(result.read_text()) if result.exists() else {}
-            if saved and (saved["store"], saved["settings"]["text"]) == wanted:
-                lines = [json.loads(line) for line in path.read_text().splitlines()]
-                vectors += sum(e["vectors"] for e in lines)
-                seconds += sum(e["seconds"] for e in lines)
-        return vectors, seconds
+    def _count(self, run: Run, tests: Iterable[Path]) -> None:
+        """A model that counts."""
+        limit = run.options.max_tokens
+        documents = read_documents([str(self.texts.train)], "lines")
+        sentences = [s for d in documents for s in d.sentences]
+        ids = encode_sentences(self.tokenizer, sentences, limit)
+        model = KneserNey(ids, len(self.tokenizer), NGRAMS[run.arm.model])
+        run.result["parameters"] = model.grams
+        for path in tests:
+            texts, corpus = _read(path, self.tokenizer, run.options)
+            nats = model.nats(corpus.sentences)
+            parts = np.split(nats, np.cumsum(corpus.positions)[:-1])
+            run.result["losses"][path.name] = by_document(texts, corpus, parts)
 
     def store(self, options: TrainingOptions) -> Path:
         """Where embeddings are kept, shared by all runs that need the same ones."""
@@ -231,50 +304,17 @@ class Study:
         plain = "_".join(parts).replace("/", "-").replace(":", "-")
         return self.out / "stores" / plain
 
-    def _announce(self, name: str, options: TrainingOptions) -> None:
-        left = ""
-        if self._trained:
-            minutes = self._spent / self._trained * (self._planned - self._done + 1) / 60
-            left = f", about {minutes:.0f} min left"
-        self._trained += 1
-        on_e = f", on e {options.prefix_dropout:g}" if options.fusion != "none" else ""
-        progress.note(
-            f"run {self._done} of about {self._planned}{left}: {name}, learning rate "
-            f"{options.learning_rate:g}, dropout {options.dropout:g}{on_e}, seed {options.seed}"
-        )
-
-    def _finish(
-        self, folder: Path, arm: Arm, options: TrainingOptions, settings: dict[str, Any]
-    ) -> None:
-        model = MODELS[arm.model].from_pretrained(folder)
-        result = {
-            "arm": arm.name,
-            "settings": settings,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "store": self.store(options).name if options.fusion != "none" else "",
-        }
-        write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
-        for checkpoint in folder.glob("checkpoint-*"):  # nothing is left to go on with
-            shutil.rmtree(checkpoint)
-
-    def _read(self, folder: Path, arm: Arm, options: TrainingOptions) -> Run:
-        try:
-            result = json.loads((folder / "result.json").read_text())
-            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            parameters, best = int(result["parameters"]), min(m["dev_loss"] for m in metrics)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder} is damaged ({error}): delete it to repeat") from None
-        # The text's folder has a hash in its name: another text never meets these losses.
-        losses = {
-            name: folder / f"losses-{text.name}.npz" for name, text in self.texts.tests.items()
-        }
-        return Run(arm, folder, options, metrics, parameters, best, losses)
-
     def open(self, run: Run) -> FusionLM:
-        """The trained model, with its encoder; on a GPU if there is one, as training is."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        """The trained model, with its encoder; one of which only the file is here is trained
+        again."""
+        folder = self.folder(run)
+        if not (folder / "model.safetensors").exists() or list(folder.glob("checkpoint-*")):
+            self._train(run)
         dtype, kind = run.options.encoder_dtype, MODELS[run.arm.model]
-        return load(str(run.folder), device=device, encoder_dtype=dtype, model_class=kind)
+        lm = load(str(folder), device=resolve_device("auto"), encoder_dtype=dtype, model_class=kind)
+        if kind is DroppingLM:
+            lm.model.config.prefix_dropout = run.best["prefix_dropout"]
+        return lm
 
     def encoder_work(self, run: Run) -> float:
         """Tokens that go through the whole encoder for each token of the test text: one that
@@ -284,13 +324,37 @@ class Study:
         encoder = lm.planner.encoder
         if not isinstance(encoder, HFEncoder) or not encoder.deepest:
             return 0.0
-        _, corpus = _read(self.texts.tests["test"], lm, run.options)
+        _, corpus = _read(self.texts.tests["test"], lm.tokenizer, run.options)
         lm.encode_corpus(Corpus(corpus.sentences[:1], [True], 1))  # tries its own pass first
         with counted_tokens(encoder) as tokens:
             lm.encode_corpus(corpus)
         return sum(tokens) * encoder.deepest / encoder.depth / sum(corpus.positions)
 
 
-def _read(path: Path, lm: FusionLM, options: TrainingOptions) -> tuple[list[Document], Corpus]:
+def _read(path: Path, tokenizer: Any, options: TrainingOptions) -> tuple[list[Document], Corpus]:
     documents = read_documents([str(path)], "lines")
-    return documents, Corpus.from_documents(documents, lm.tokenizer, options.max_tokens)
+    return documents, Corpus.from_documents(documents, tokenizer, options.max_tokens)
+
+
+def by_document(
+    documents: Sequence[Document], corpus: Corpus, nats: Sequence[np.ndarray]
+) -> dict[str, list[float]]:
+    """Sums over the documents of a corpus: nats, tokens, words.
+
+    Args:
+        nats: of the tokens of each sentence.
+    """
+    document = np.cumsum(corpus.starts_document) - 1
+    sums = np.bincount(document, [n.sum(dtype=np.float64) for n in nats])
+    tokens = np.bincount(document, [len(n) for n in nats])
+    words = [sum(len(s.split()) for s in d.sentences) for d in documents]
+    return {"nats": np.round(sums, 3).tolist(), "tokens": tokens.tolist(), "words": words}
+
+
+def word_bits(lm: FusionLM, documents: Sequence[Document]) -> np.ndarray:
+    """Surprisal in bits of every word, sentence ends left out, each sentence on its own, [M]."""
+    lengths = {
+        (d.name, i): len(s.split()) for d in documents for i, s in enumerate(d.sentences, start=1)
+    }
+    scores = lm.score(documents)
+    return np.array([w.bits for w in scores if w.word <= lengths[w.document, w.sentence]])

@@ -108,7 +108,7 @@ def train(
     """
     # Precision is set below, by autocast: accelerate would fix it for the whole process.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-    _claim_folder(options, out, accelerator.is_main_process)
+    claim_folder(options, out, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     data = prepare(options, out, store or out / "prefixes", accelerator)
     run = TrainingRun(options, out, data, accelerator, build)
@@ -118,7 +118,7 @@ def train(
         accelerator.end_training()
 
 
-def _claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
+def claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
     """A folder belongs to one run: its options are kept in `training.json`."""
     path = out / "training.json"
     wanted = json.loads(json.dumps(dataclasses.asdict(options)))

@@ -1,22 +1,25 @@
 """How well surprisal predicts reading times: Pearson's r, and the ΔLL of a regression.
 
-The regression is linear, on the mean time of each word in ms. Base predictors: length and log
-frequency of the word and of the SPILLOVER words before it; the full model adds the surprisal of
-all these words. ΔLL is the log-likelihood of held-out stories under the full model minus that
-under the base model, in nats a word.
+The regression is linear, on the mean time of each word, in ms or its logarithm. Base predictors:
+length and log frequency of the word and of the SPILLOVER words before it; the full model adds the
+surprisal of all these words. ΔLL is the log-likelihood of held-out stories under the full model
+minus that under the base model, in nats a word.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments.reading.data import Frequencies, ReadingTimes
-from fusion_model.experiments.statistics import Estimate, bootstrap_groups, sign_flip
+from fusion_model.experiments.statistics import resampled_means
 
 SPILLOVER = 2
 FOLDS = 10
+Model = tuple[str, str]
+"""Arm, and what it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,14 @@ class Predictors:
         return _history(values, self.rows)
 
 
-def predictors(corpus: ReadingTimes, alignment: str, frequencies: Frequencies) -> Predictors:
-    """Base predictors of a corpus under an alignment; words early in a story drop out."""
+def predictors(
+    corpus: ReadingTimes, alignment: str, frequencies: Frequencies, log: bool = False
+) -> Predictors:
+    """Base predictors of a corpus under an alignment; words early in a story drop out.
+
+    Args:
+        log: times are logarithms.
+    """
     times, stories = corpus.aligned(alignment), corpus.stories
     usable = np.isfinite(times)
     usable[:SPILLOVER] = False
@@ -52,7 +61,8 @@ def predictors(corpus: ReadingTimes, alignment: str, frequencies: Frequencies) -
     length = np.array([len(word) for word in corpus.words], dtype=float)
     frequency = np.array([frequencies.log(word) for word in corpus.words])
     base = np.concatenate([_history(length, rows), _history(frequency, rows)], axis=1)
-    return Predictors(rows, stories[rows], times[rows], base)
+    own = times[rows]
+    return Predictors(rows, stories[rows], np.log(own) if log else own, base)
 
 
 def _history(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -76,81 +86,63 @@ def held_out_log_likelihood(x: np.ndarray, y: np.ndarray, stories: np.ndarray) -
     return result
 
 
-@dataclass(frozen=True)
-class Fit:
-    """One model in one setting; `versus` compares it with the reference model: ours - theirs.
+class Measured(NamedTuple):
+    """One model, each [1 + RESAMPLES], as measured and with other stories and seeds.
 
     Attributes:
-        r: Pearson's, surprisal with time.
+        bits: mean surprisal of a word: log2 of its perplexity on this text.
+        r: Pearson's, surprisal with time, the mean over seeds.
         delta: ΔLL over the base regression, nats a word.
-        r_versus, delta_versus: differences; None for the reference itself.
     """
 
-    r: Estimate
-    delta: Estimate
-    r_versus: Estimate | None
-    delta_versus: Estimate | None
+    bits: np.ndarray
+    r: np.ndarray
+    delta: np.ndarray
 
 
-def compare(
-    data: Predictors, surprisals: Mapping[str, np.ndarray], reference: str
-) -> dict[str, Fit]:
-    """All models against `reference`; intervals from resampled stories, p by sign flips.
+def measure(data: Predictors, surprisals: Mapping[Model, np.ndarray]) -> dict[Model, Measured]:
+    """All models, stories drawn alike for all.
 
     Args:
-        surprisals: of all words of the corpus, by model, each [M].
+        surprisals: of all words of the corpus with each seed, [S, M], by model.
     """
-    names = list(surprisals)
+    _, story = np.unique(data.stories, return_inverse=True)
+    words = np.bincount(story).astype(float)
     base = held_out_log_likelihood(data.base, data.times, data.stories)
-    own = np.stack([surprisals[n][data.rows] for n in names], axis=1)
-    gains = np.stack(
-        [
-            held_out_log_likelihood(
-                np.column_stack([data.base, data.surprisal(surprisals[n])]),
-                data.times,
-                data.stories,
-            )
-            - base
-            for n in names
-        ],
-        axis=1,
-    )
-    at = names.index(reference)
-
-    def statistic(rows: np.ndarray) -> np.ndarray:
-        r, gain = _correlations(own[rows], data.times[rows]), gains[rows].mean(axis=0)
-        return np.concatenate([r, r - r[at], gain, gain - gain[at]])
-
-    everything = np.arange(len(data.times))
-    values = statistic(everything)
-    low, high = bootstrap_groups(statistic, data.stories)
-    parts = [everything[data.stories == s] for s in np.unique(data.stories)]
-    by_story = np.stack([statistic(rows) for rows in parts])
-    estimates = [
-        Estimate(float(v), float(a), float(b), _p(by_story[:, i]))
-        for i, (v, a, b) in enumerate(zip(values, low, high, strict=True))
-    ]
-    k = len(names)
-    return {
-        name: Fit(
-            estimates[i],
-            estimates[2 * k + i],
-            None if i == at else estimates[k + i],
-            None if i == at else estimates[3 * k + i],
+    own, gains = {}, {}
+    for model, seeds in surprisals.items():
+        full = [np.column_stack([data.base, data.surprisal(values)]) for values in seeds]
+        found = [held_out_log_likelihood(x, data.times, data.stories) - base for x in full]
+        gains[model] = np.stack([np.bincount(story, gain) for gain in found])
+        own[model] = np.stack([values[data.rows] for values in seeds])
+    sums = {m: np.stack([np.bincount(story, x) for x in values]) for m, values in own.items()}
+    bits, deltas = resampled_means(sums, words), resampled_means(gains, words)
+    y = data.times - data.times.mean()
+    correlations = {}
+    for model, values in own.items():
+        x = values - values.mean(axis=1, keepdims=True)
+        products = (x, np.broadcast_to(y, x.shape), x * y, x**2, np.broadcast_to(y**2, x.shape))
+        # Means of each product over the same drawn stories make a correlation for each seed.
+        by_seed = [
+            [resampled_means({"": np.bincount(story, p[s])[None]}, words)[""] for p in products]
+            for s in range(len(x))
+        ]
+        correlations[model] = np.mean(
+            [(xy - a * b) / np.sqrt((xx - a**2) * (yy - b**2)) for a, b, xy, xx, yy in by_seed],
+            axis=0,
         )
-        for i, name in enumerate(names)
-    }
+    return {m: Measured(bits[m], correlations[m], deltas[m]) for m in own}
 
 
-def _correlations(columns: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x = columns - columns.mean(axis=0)
-    y = y - y.mean()
-    return (x * y[:, None]).sum(axis=0) / np.sqrt((x**2).sum(axis=0) * (y**2).sum())
-
-
-def _p(by_story: np.ndarray) -> float:
-    if len(by_story) <= 20:
-        return sign_flip(by_story.tolist())
-    from scipy import stats
-
-    return float(stats.ttest_1samp(by_story, 0.0).pvalue)
+def at_equal_perplexity(reference: Sequence[Measured], ours: Sequence[Measured]) -> np.ndarray:
+    """How much higher ΔLL is than the reference's at equal perplexity, [1 + RESAMPLES]: the
+    distance of two parallel lines, ΔLL against mean surprisal, through models of several sizes.
+    With one size the line would be a point: the difference as it is."""
+    if len(reference) < 2:
+        difference: np.ndarray = ours[0].delta - reference[0].delta
+        return difference
+    models = [*reference, *ours]
+    bits, delta = (np.stack([getattr(m, n) for m in models], axis=1) for n in ("bits", "delta"))
+    is_ours = np.repeat([0.0, 1.0], [len(reference), len(ours)])
+    x = np.stack([np.ones_like(bits), bits, np.broadcast_to(is_ours, bits.shape)], axis=2)
+    return np.asarray((np.linalg.pinv(x) @ delta[..., None])[:, 2, 0])
