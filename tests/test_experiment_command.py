@@ -22,9 +22,9 @@ COMMAND = """
 from fusion_model.experiments import sizes
 sizes.SIZES["toy"] = sizes.Size(
     "toy", 16, 4, 6,
-    {"vocab_size": 300, "embedding_size": 6, "hidden_size": 8, "max_tokens": 40, "epochs": 40,
+    {"vocab_size": 300, "embedding_size": 6, "hidden_size": 8, "max_tokens": 40, "epochs": 30,
      "patience": 0, "tokens_per_batch": 64},
-    learning_rates=(0.01,), prefix_dropouts=(0.5,), dropouts=(0.1,), data_sizes=(8, 16),
+    learning_rates=(0.01,), prefix_dropouts=(0.5,), dropouts=(0.1,), data_sizes={16: 30},
 )
 from fusion_model.cli import app
 app()
@@ -50,22 +50,27 @@ def start(name: str, data: Path, out: Path, encoder: Path) -> "subprocess.Popen[
     )
 
 
+def finished(out: Path) -> dict[str, int]:
+    """When the file of each finished run was begun to be; scored, it is written again."""
+    return {path.stem: path.stat().st_mtime_ns for path in out.glob("results/*.json")}
+
+
 def wait_until_in_the_middle(out: Path, number: int, process: "subprocess.Popen[str]") -> Path:
-    """Until the run of this number has some epochs behind it, of 40; its folder."""
+    """Until the run of this number has some epochs behind it, of 30; its folder."""
     until = time.monotonic() + 600
     while time.monotonic() < until:
         assert process.poll() is None, process.communicate()[1]
-        finished = {path.parent for path in out.glob("runs/*/result.json")}
+        done = finished(out)
         for metrics in out.glob("runs/*/metrics.jsonl"):
-            going = len(finished) == number - 1 and metrics.parent not in finished
+            going = len(done) == number - 1 and metrics.parent.name not in done
             if going and len(metrics.read_text().splitlines()) >= 3:
                 return metrics.parent
         time.sleep(0.005)
     raise AssertionError("the run did not come so far")
 
 
-def losses(out: Path) -> dict[str, np.ndarray]:
-    return {path.parent.name: np.load(path)["nats"] for path in out.glob("runs/*/losses-*.npz")}
+def results(out: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in out.glob("results/*.json")}
 
 
 @pytest.mark.parametrize(
@@ -78,40 +83,34 @@ def test_killed_command_goes_on_where_it_was(
 ) -> None:
     data, whole, halves = write_corpora(tmp_path / "data"), tmp_path / "whole", tmp_path / "halves"
     process = start("domain", data, halves, bert_folder)
-    begun = wait_until_in_the_middle(halves, 3, process)
+    begun = wait_until_in_the_middle(halves, 5, process)
     process.send_signal(how)
     out, err = process.communicate(timeout=300)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert not (halves / "domain").exists()
     if how == signal.SIGINT:
         assert err.splitlines()[-1] == "error: interrupted; what was finished is kept"
-    done = {p: p.stat().st_mtime_ns for p in halves.glob("runs/*/result.json")}
-    assert len(done) == 2
+    done = finished(halves)
+    assert len(done) == 4  # two that count, two trained
     epochs = len((begun / "metrics.jsonl").read_text().splitlines())
-    assert 3 <= epochs < 40
+    assert 3 <= epochs < 30
 
     again = start("domain", data, halves, bert_folder)
     out, err = again.communicate(timeout=900)
     assert again.returncode == 0, err
     assert out.strip() == str(halves / "domain" / "report.md")
-    assert {p: p.stat().st_mtime_ns for p in done} == done  # not trained again
-    third, fourth = err.split("run 4 of")
-    repeated = [n for n in range(1, 41) if f"epoch {n:>3}  train" in third]
+    assert done.items() <= finished(halves).items()  # not trained again
+    third, fourth = err.split("run 6:")
+    repeated = [n for n in range(1, 31) if f"epoch {n:>3}  train" in third]
     # Killed between an epoch's metrics and its checkpoint, it repeats that epoch.
-    assert repeated == list(range(repeated[0], 41))
+    assert repeated == list(range(repeated[0], 31))
     assert repeated[0] >= epochs
     assert "epoch   1  train" in fourth
 
     straight = start("domain", data, whole, bert_folder)
     assert straight.wait(timeout=900) == 0
-    expected, found = losses(whole), losses(halves)
-    assert expected.keys() == found.keys()
-    for name in expected:
-        assert np.array_equal(expected[name], found[name]), name
-    for table in ("perplexity", "domains"):
-        assert (whole / f"domain/{table}.tex").read_text() == (
-            halves / f"domain/{table}.tex"
-        ).read_text()
+    assert results(whole) == results(halves)
+    assert (whole / "domain/report.md").read_text() == (halves / "domain/report.md").read_text()
 
 
 TINY = Size(
@@ -120,7 +119,7 @@ TINY = Size(
     4,
     6,
     {"vocab_size": 300, "embedding_size": 6, "hidden_size": 8, "max_tokens": 40, "epochs": 1},
-    data_sizes=(8, 16),
+    data_sizes={8: 1, 16: 1},
 )
 
 
@@ -194,10 +193,9 @@ def test_users_reading_times_as_tsv(tmp_path: Path, bert_folder: Path) -> None:
     assert code == 0, stderr
     saved = json.loads(Path(stdout.strip()).with_name("results.json").read_text())
     assert saved["setting"].startswith(f"mine: {len(rows) - 1} words in 3 stories")
-    assert {fit["alignment"] for fit in saved["data"]["fits"]} == {"stored"}
-    assert len(saved["data"]["fits"]) == 4  # contexts and corrections
-    assert len(list((out / "reading-times").glob("surprisal-*.npy"))) == 4 * 4 * 2
-    assert "fused" in saved["data"]["fits"][0]["models"]
+    models = {(m["arm"], m["size"]) for m in saved["data"]["models"]}
+    assert {("unfused", "8"), ("fused", "16"), ("exact mean", "16")} < models
+    assert saved["data"]["verdicts"].keys() == {"as stored", "as stored, log"}
     table.write_text("story\tword\nA\tb\n")
     code, _, stderr = run("reading-times", "--reading-times", table, "--out", tmp_path / "o")
     assert (code, len(stderr.splitlines())) == (1, 1)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,27 @@ from scipy import stats
 
 from fusion_model.data.text import Document
 from fusion_model.errors import FusionLMError
+from fusion_model.experiments.ngrams import KneserNey
 from fusion_model.experiments.reading.data import (
     Frequencies,
     ReadingTimes,
     read_natural_stories,
     read_tsv,
 )
-from fusion_model.experiments.reading.regression import compare, held_out_log_likelihood, predictors
+from fusion_model.experiments.reading.regression import (
+    Measured,
+    at_equal_perplexity,
+    held_out_log_likelihood,
+    measure,
+    predictors,
+)
 from fusion_model.experiments.report import Table, p_value, signed
 from fusion_model.experiments.statistics import (
-    bootstrap_groups,
+    estimate,
     holm,
     mean_estimate,
-    paired_losses,
-    sign_flip,
+    resampled_means,
+    verdict,
 )
 
 rng = np.random.default_rng(0)
@@ -36,25 +44,6 @@ def test_mean_is_scipys_t_interval() -> None:
     low, high = stats.t.interval(0.95, 2, loc=np.mean(x), scale=stats.sem(x))
     assert (found.value, found.low, found.high) == pytest.approx((np.mean(x), low, high))
     assert math.isnan(mean_estimate([1.0]).low)
-
-
-def test_paired_losses_with_a_token_a_sentence_are_the_t_test() -> None:
-    ours, theirs = rng.normal(5.0, 1, 400), rng.normal(5.1, 1, 400)
-    found = paired_losses(ours, theirs, np.arange(400))
-    test = stats.ttest_rel(ours, theirs)
-    assert found.value == pytest.approx(np.mean(ours - theirs))
-    assert found.p == pytest.approx(test.pvalue, rel=0.01)
-    interval = test.confidence_interval()
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=0.01)
-
-
-def test_paired_losses_count_sentences_not_tokens() -> None:
-    """Tokens that repeat their sentence's difference add no evidence."""
-    per_sentence = rng.normal(0.02, 0.1, 50)
-    sentences = np.repeat(np.arange(50), 20)
-    found = paired_losses(per_sentence[sentences], np.zeros(1000), sentences)
-    low, high = stats.t.interval(0.95, 49, per_sentence.mean(), stats.sem(per_sentence))
-    assert (found.low, found.high) == pytest.approx((low, high), rel=0.02, abs=1e-3)
 
 
 def test_holm_by_hand() -> None:
@@ -75,47 +64,115 @@ def test_holm_is_its_definition() -> None:
         assert holm(family.tolist()) == pytest.approx(expected.tolist())
 
 
-def test_clustered_errors_are_the_textbook_formula() -> None:
-    """Sentences of unequal length, whose tokens go together (Cameron & Miller 2015, eq. 11)."""
+def test_documents_and_seeds_are_both_drawn() -> None:
+    """The variance is the textbook's: of documents, and of seeds, over their numbers; and it is
+    unbiased, which drawing n of n is not."""
     generator = np.random.default_rng(2)
-    sentences = np.repeat(np.arange(60), generator.integers(3, 30, 60))
-    difference = generator.normal(0.1, 1, len(sentences)) + generator.normal(0, 1, 60)[sentences]
-    found = paired_losses(difference, np.zeros_like(difference), sentences)
-    n, g, mean = len(sentences), 60, difference.mean()
-    sums = np.bincount(sentences, difference - mean)
-    error = math.sqrt((sums**2).sum() / n**2 * g / (g - 1) * (n - 1) / (n - 1))
-    half = stats.t.ppf(0.975, g - 1) * error
-    assert (found.value, found.low, found.high) == pytest.approx((mean, mean - half, mean + half))
-    assert found.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, g - 1))
+    seeds, documents, tokens = 3, 40, 100
+    found, expected = [], []
+    for _ in range(60):
+        sums = generator.normal(0, 1, documents) + generator.normal(0, 0.5, (seeds, 1))
+        values = resampled_means({"a": tokens * sums}, np.full(documents, float(tokens)))["a"]
+        assert values[0] == pytest.approx(sums.mean())
+        found.append(values[1:].var())
+        expected.append(sums.mean(0).var(ddof=1) / documents + sums.mean(1).var(ddof=1) / seeds)
+    assert np.mean(found) == pytest.approx(np.mean(expected), rel=0.03)
 
 
-def test_bootstrap_of_equal_groups_is_scipys() -> None:
-    values = rng.normal(1.0, 2.0, 40)
-    low, high = bootstrap_groups(
-        lambda rows: np.array([values[rows].mean()]), np.arange(40), resamples=4000
+def test_documents_are_drawn_alike_for_all_arms() -> None:
+    """Arms that differ by the same in every document differ by that in every draw."""
+    sums = rng.normal(5, 2, (1, 30))
+    weights = rng.integers(50, 200, 30).astype(float)
+    found = resampled_means({"a": sums, "b": sums + 0.1 * weights}, weights)
+    again = resampled_means({"c": sums}, weights)
+    assert found["b"] - found["a"] == pytest.approx(np.full(4001, 0.1))
+    assert np.array_equal(again["c"], found["a"])
+    assert found["a"][1:].std() > 0
+
+
+def test_interval_and_p_are_of_the_draws() -> None:
+    values = np.concatenate([[2.0], rng.normal(2, 1, 4000)])
+    found = estimate(values)
+    low, high = stats.norm.interval(0.95, 2, 1)
+    assert (found.value, found.low, found.high) == pytest.approx((2, low, high), abs=0.15)
+    assert found.p == pytest.approx(2 * stats.norm.sf(2), abs=0.02)
+    assert estimate(np.zeros(4001)).p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "expected"),
+    [
+        (3.0, 1.0, "better"),
+        (-3.0, 1.0, "worse"),
+        (0.5, 0.5, "equivalent"),
+        (0.0, 2.0, "undecided"),
+        (1.9, 1.0, "undecided"),
+    ],
+)
+def test_no_gain_and_undecided_are_told_apart(mean: float, spread: float, expected: str) -> None:
+    """The margin is 2."""
+    drawn = np.random.default_rng(1).normal(mean, spread, 4000)
+    assert verdict(np.concatenate([[mean], drawn]), 2.0) == expected
+
+
+def brute_kneser_ney(
+    train: list[list[int]], word: int, context: tuple[int, ...], vocabulary: int, order: int
+) -> float:
+    """p(word | context) from the definition: counts of tuples, Chen & Goodman's equations."""
+    if order == 0:
+        return 1 / vocabulary
+    full = 1 + len(context)
+    grams = Counter(
+        tuple(([s[0]] * (full - 1) + s[1:])[i - full : i])
+        for s in train
+        for i in range(full, len(s) + full - 1)
     )
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1)
-    interval = theirs.confidence_interval
-    assert low[0] == pytest.approx(interval.low, abs=0.05)
-    assert high[0] == pytest.approx(interval.high, abs=0.05)
+    if order < full:  # in how many ways is it continued to the left?
+        for n in range(full - 1, order - 1, -1):
+            grams = Counter(g[-n:] for g in grams)
+    have = Counter(grams.values())
+    n1, n2, n3, n4 = (max(have[i], 1) for i in (1, 2, 3, 4))
+    y = n1 / (n1 + 2 * n2)
+    d = [0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
+    d = [min(max(x, 0.0), float(i)) for i, x in enumerate(d)]
+    before = context[len(context) - order + 1 :] if order > 1 else ()
+    after = {g: c for g, c in grams.items() if g[:-1] == before}
+    lower = brute_kneser_ney_below(train, word, context, vocabulary, order)
+    if not after:
+        return lower
+    left = sum(d[min(c, 3)] for c in after.values())
+    own = after.get((*before, word), 0)
+    return (own - d[min(own, 3)] + left * lower) / sum(after.values())
 
 
-def test_bootstrap_keeps_groups_whole() -> None:
-    groups = np.repeat([0, 1], 500)
-    values = np.repeat([0.0, 1.0], 500)
-    low, high = bootstrap_groups(lambda rows: np.array([values[rows].mean()]), groups)
-    assert (low[0], high[0]) == (0.0, 1.0)
+def brute_kneser_ney_below(
+    train: list[list[int]], word: int, context: tuple[int, ...], vocabulary: int, order: int
+) -> float:
+    return brute_kneser_ney(train, word, context, vocabulary, order - 1)
 
 
-def test_sign_flips_are_scipys_exact_permutation_test() -> None:
-    x = rng.normal(0.5, 1, 9)
-    theirs = stats.permutation_test(
-        (x,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
-    )
-    assert sign_flip(x) == pytest.approx(theirs.pvalue)
-    assert sign_flip(np.ones(10)) == 2 / 1024
-    with pytest.raises(ValueError, match="at most 20"):
-        sign_flip(np.ones(21))
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_kneser_ney_is_its_definition(order: int) -> None:
+    generator = np.random.default_rng(4)
+    vocabulary, bos, eos = 12, 1, 2
+    text = [
+        [bos, *(3 + generator.geometric(0.35, n) % 8).tolist(), eos]
+        for n in generator.integers(1, 9, 60)
+    ]
+    train, test = text[:50], text[50:]
+    model = KneserNey(train, vocabulary, order)
+    expected = []
+    for s in test:
+        padded = [bos] * (order - 1) + s[1:]
+        for i in range(order - 1, len(padded)):
+            context = tuple(padded[i - order + 1 : i])
+            expected.append(
+                -math.log(brute_kneser_ney(train, padded[i], context, vocabulary, order))
+            )
+    assert model.nats(test) == pytest.approx(expected)
+    for context in ([bos, 5, 6], [bos], [bos, 11, 11]):  # the last was never seen
+        each = [model.nats([[*context, w]])[-1] for w in range(vocabulary)]
+        assert np.exp(-np.array(each)).sum() == pytest.approx(1)
 
 
 def test_held_out_log_likelihood_is_statsmodels() -> None:
@@ -153,20 +210,18 @@ def test_surprisal_that_drives_times_is_found_under_the_right_alignment_only() -
     fits = {}
     for alignment in made.alignments:
         data = predictors(made, alignment, frequencies)
-        fits[alignment] = compare(data, {"noise": noise, "true": surprisal}, "noise")
+        surprisals = {("noise", ""): noise[None], ("true", ""): np.stack([surprisal, surprisal])}
+        fits[alignment] = measure(data, surprisals)
         own = surprisal[data.rows]
-        assert fits[alignment]["true"].r.value == pytest.approx(
-            stats.pearsonr(own, data.times).statistic
-        )
-    right, wrong = fits["corrected"]["true"], fits["stored"]["true"]
-    assert right.r.value > 0.8
-    assert right.delta.low > 0.3
-    assert right.delta_versus is not None
-    assert right.delta_versus.low > 0.3
-    assert right.delta_versus.p == 2 / 2**8
-    assert abs(wrong.r.value) < 0.2  # the next word's time
-    assert fits["corrected"]["noise"].delta_versus is None
-    assert fits["corrected"]["noise"].delta.low < 0.01
+        r = stats.pearsonr(own, data.times).statistic
+        assert fits[alignment]["true", ""].r[0] == pytest.approx(r)
+        assert fits[alignment]["true", ""].bits[0] == pytest.approx(own.mean())
+    right, wrong = fits["corrected"]["true", ""], fits["stored"]["true", ""]
+    assert right.r[0] > 0.8
+    assert estimate(right.delta).low > 0.3
+    assert estimate(right.delta - fits["corrected"]["noise", ""].delta).low > 0.3
+    assert abs(wrong.r[0]) < 0.2  # the next word's time
+    assert estimate(fits["corrected"]["noise", ""].delta).low < 0.01
 
 
 def test_spillover_reaches_the_words_before() -> None:
@@ -174,10 +229,34 @@ def test_spillover_reaches_the_words_before() -> None:
     made, surprisal = corpus(effect=3.0, shifted=False)
     moved = ReadingTimes("made", made.words, made.stories, np.roll(made.times, 1), False)
     data = predictors(moved, "stored", Frequencies([Document("d", ["x xx"])]))
-    other = np.random.default_rng(9).normal(size=len(surprisal))
-    fit = compare(data, {"noise": other, "true": surprisal}, "noise")["true"]
-    assert abs(fit.r.value) < 0.2
-    assert fit.delta.low > 0.3
+    fit = measure(data, {("true", ""): surprisal[None]})["true", ""]
+    assert abs(fit.r[0]) < 0.2
+    assert estimate(fit.delta).low > 0.3
+    log = predictors(moved, "stored", Frequencies([Document("d", ["x xx"])]), log=True)
+    assert np.exp(log.times) == pytest.approx(data.times)
+
+
+def test_equal_perplexity_is_the_distance_of_parallel_lines() -> None:
+    """ΔLL = 9 - bits for one arm, half a unit more for the other, whose models are better."""
+    generator = np.random.default_rng(5)
+
+    def model(bits: float, more: float) -> Measured:
+        drawn = bits + generator.normal(0, 0.01, 4001)
+        return Measured(drawn, drawn, 9 - drawn + more)
+
+    reference = [model(b, 0.0) for b in (8.0, 7.0, 6.5)]
+    ours = [model(b, 0.5) for b in (7.5, 6.0, 5.5)]
+    assert at_equal_perplexity(reference, ours) == pytest.approx(np.full(4001, 0.5))
+    x = sm.add_constant(np.array([[8, 0], [7, 0], [6.5, 0], [7.5, 1], [6, 1], [5.5, 1]]))
+    y = np.array([1.0, 2.2, 2.4, 1.9, 3.6, 4.1])
+    points = [
+        Measured(np.full(3, bits), np.zeros(3), np.full(3, delta))
+        for bits, delta in zip(x[:, 1], y, strict=True)
+    ]
+    found = at_equal_perplexity(points[:3], points[3:])
+    assert found == pytest.approx(np.full(3, sm.OLS(y, x).fit().params[2]))
+    one = at_equal_perplexity(reference[:1], ours[:1])
+    assert one == pytest.approx(ours[0].delta - reference[0].delta)
 
 
 def test_corrected_alignment_moves_times_within_a_story() -> None:
@@ -269,13 +348,3 @@ def test_latex_survives_what_names_and_words_hold() -> None:
     faults = latex_faults(table.latex().replace(r"\%", "%").replace(r"\_", "_"))
     assert faults == ["bare %", "bare _"]  # the check sees them
     assert latex_faults(table.latex().replace(r"\end{tabular}", "")) != []
-
-
-def test_saved_tables_are_latex() -> None:
-    folder = Path(__file__).parents[1] / "docs" / "experiments"
-    tables = sorted(folder.glob("*/*.tex"))
-    assert tables
-    faults = {str(t): latex_faults(t.read_text(encoding="utf-8")) for t in tables}
-    # Words of the examples are the corpus' own.
-    found = {t: f for t, f in faults.items() if f and (f != ["not ASCII"] or "examples" not in t)}
-    assert not found

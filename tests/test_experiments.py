@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
+from test_experiment_statistics import latex_faults
 from typer.testing import CliRunner
 
 from fusion_model import FusionLMConfig
 from fusion_model.cli import app
-from fusion_model.data.corpus import Corpus
-from fusion_model.data.text import Document, read_documents
+from fusion_model.data.text import Document
+from fusion_model.errors import FusionLMError
 from fusion_model.experiments import study as study_module
 from fusion_model.experiments.arms import arms_of
-from fusion_model.experiments.baselines import EmbeddingOnlyLM, RegularisedLM
-from fusion_model.experiments.comparisons import resized
-from fusion_model.experiments.corpora import Texts, find_corpora, write_test, write_texts
+from fusion_model.experiments.baselines import DroppingLM, EmbeddingOnlyLM, RegularisedLM
+from fusion_model.experiments.corpora import Texts, find_corpora, write_texts
 from fusion_model.experiments.runner import EXPERIMENTS, Experiments
 from fusion_model.experiments.sizes import Size, size_by_name
 from fusion_model.experiments.study import Arm, Run, Study
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.prefixes.store import digest
+from fusion_model.training import run as run_module
 
 TOY = Size(
     "toy",
@@ -44,9 +44,15 @@ TOY = Size(
     learning_rates=(0.01,),
     dropouts=(0.1,),
     prefix_dropouts=(0.5,),
-    data_sizes=(8, 16),
+    data_sizes={8: 4, 16: 2},
 )
 STORIES = [SENTENCES[:8], SENTENCES[2:8], SENTENCES[3:7] + SENTENCES[:2]]
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curve that every run draws takes longer than its training."""
+    monkeypatch.setattr(run_module, "plot_metrics", lambda *_: None)
 
 
 @pytest.fixture
@@ -86,24 +92,18 @@ def test_experiment_end_to_end(settings: Experiments, name: str) -> None:
         assert settings.encoder in table["caption"] + saved["setting"]
         latex = (report.parent / f"{table['name']}.tex").read_text()
         assert latex.count(r"\\") == 1 + len(table["rows"])
-        assert name == "examples" or latex.isascii()
+        assert name == "examples" or not latex_faults(latex)  # words of examples are the corpus'
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (report.parent / figure).read_bytes().startswith(b"\x89PNG")
         assert (report.parent / figure).with_suffix(".pdf").stat().st_size > 1000
     assert list(report.parent.glob("*.png"))
 
 
-def without_times(report: Path) -> str:
-    """A report but for its table of seconds."""
-    text, rest = report.read_text().split("| arm | prefixes encoded")
-    return text + rest[rest.index("Wall-clock time") :]
-
-
 def test_interrupted_experiment_ends_the_same(
     settings: Experiments, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped during the second arm, then run again: as if never stopped, nothing done twice."""
-    whole = without_times(settings.run("schedule"))
+    whole = settings.run("schedule").read_text()
     other = Experiments(TOY, [str(data)], tmp_path / "other", 1, settings.encoder)
     train, calls = study_module.train, []
 
@@ -116,18 +116,18 @@ def test_interrupted_experiment_ends_the_same(
     monkeypatch.setattr(study_module, "train", stop_in_second)
     with pytest.raises(KeyboardInterrupt):
         other.run("schedule")
-    assert without_times(other.run("schedule")) == whole
-    assert len(calls) == 7  # six arms, one of them begun twice
+    assert other.run("schedule").read_text() == whole
+    assert len(calls) == 8  # seven arms, one of them begun twice
     again = Experiments(TOY, [str(data)], tmp_path / "other", 1, settings.encoder)
-    assert without_times(again.run("schedule")) == whole
-    assert len(calls) == 7
+    assert again.run("schedule").read_text() == whole
+    assert len(calls) == 8
 
 
 class Landscape(Study):
     """A study whose runs have the dev loss of a formula, and are counted."""
 
     def __init__(self, size: Size, out: Path, best: dict[str, float]) -> None:
-        texts = Texts("made", out / "train", out / "dev", {})
+        texts = Texts("made", out / "train", out / "train", out / "dev", {})
         super().__init__(size, texts, out, "minilm", 1)
         self.best, self.tried = best, []
 
@@ -135,7 +135,7 @@ class Landscape(Study):
         self.tried.append(tuple(settings.values()))
         options = self.options(arm, settings, seed)
         away = [math.log(getattr(options, name) / at) ** 2 for name, at in self.best.items()]
-        return Run(arm, self.out, options, [], 0, sum(away), {})
+        return Run(arm, options, self.out, {"epochs": [{"epoch": 1, "dev_loss": sum(away)}]})
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.004, 0.016])
@@ -158,7 +158,7 @@ def test_grids_are_climbed_to_their_best_value(rate: float, dropout: float, tmp_
 
 def test_dev_chooses_and_only_the_chosen_are_scored(data: Path, tmp_path: Path) -> None:
     size = dataclasses.replace(TOY, learning_rates=(1e-7, 0.02), dropouts=(0.1, 0.9))
-    study = Experiments(size, [str(data)], tmp_path / "out", seeds=2).study
+    study = Experiments(size, [str(data)], tmp_path / "out", seeds=2).study_of(16)
     arm = Arm("unfused", {"fusion": "none"})
     runs = study.results([arm])[arm.name]
     chosen = [run.options for run in runs]
@@ -169,51 +169,34 @@ def test_dev_chooses_and_only_the_chosen_are_scored(data: Path, tmp_path: Path) 
     losses = [study.run(arm, s, 0).dev_loss for s in settings]
     assert chosen[0].dropout == (0.1, 0.9)[int(np.argmin(losses))]
     assert runs[0].dev_loss == min(m["dev_loss"] for m in runs[0].metrics) == min(losses)
-    folders = list((tmp_path / "out" / "runs").iterdir())
-    assert len(folders) == 4
-    assert sum(bool(list(f.glob("losses-*.npz"))) for f in folders) == 2
-
-
-def test_encoding_is_timed_once_for_all_runs(data: Path, tmp_path: Path, bert_folder: Path) -> None:
-    study = Experiments(TOY, [str(data)], tmp_path / "out", 2, str(bert_folder)).study
-    arm = Arm("fused", {"fusion": "concat", "pooling": "mean"})
-    runs = study.results([arm])[arm.name]
-    lm = study.open(runs[0])
-    corpora = [
-        Corpus.from_documents(read_documents([str(folder)], "lines"), lm.tokenizer, 40)
-        for folder in (study.texts.train, study.texts.dev)
-    ]
-    inputs = {digest(i.to_bytes()) for c in corpora for i in lm.planner.inputs(c.sentences)}
-    vectors, seconds = study.encoding(runs[0])
-    assert vectors == len(inputs) == study.encoding(runs[1])[0]
-    assert seconds > 0
-    assert len(list((tmp_path / "out" / "runs").glob("*/encoding.jsonl"))) == 1
-    assert all(m["seconds"] > 0 for run in runs for m in run.metrics)
+    kept = [json.loads(path.read_text()) for path in study.kept.iterdir()]
+    assert len(kept) == 4
+    assert sum(bool(run["losses"]) for run in kept) == 2
 
 
 def test_less_text_is_trained_on_for_as_many_steps(data: Path, tmp_path: Path) -> None:
     experiments = Experiments(TOY, [str(data)], tmp_path / "out", 1)
-    study, documents = experiments.study, experiments.corpora["brown"]
-    part = resized(study, 4, documents)
-    assert part.size.sentences == 4
-    assert part.size.training["epochs"] == 2 * 16 // 4
-    assert part.size.training["patience"] == 3 * 16 // 4
-    assert resized(study, 16, documents).size.training["epochs"] == 2
-    assert part.texts.tests == study.texts.tests
+    part, whole = experiments.study_of(8), experiments.study_of(16)
+    assert (part.size.sentences, part.size.training["epochs"]) == (8, 4)
+    assert part.size.training["patience"] == 3 * 4 // 2
+    assert whole.size.training["epochs"] == 2
+    assert part.texts.tests == whole.texts.tests
+    assert part.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
 
 
 def test_losses_of_another_test_text_are_not_taken(data: Path, tmp_path: Path) -> None:
     """Another test text under the same name, in the same folder: scored, not read back."""
-    study = Experiments(TOY, [str(data)], tmp_path / "out", 1).study
+    study = Experiments(TOY, [str(data)], tmp_path / "out", 1).study_of(16)
     arm = Arm("unfused", {"fusion": "none"})
     [run] = study.results([arm])[arm.name]
-    other = Document("o", ["Another text altogether.", "It is short."])
-    study.texts = dataclasses.replace(
-        study.texts, tests={"test": write_test("other", [other], 2, study.texts.train.parent)}
-    )
+    other = tmp_path / "other" / "o.txt"
+    other.parent.mkdir()
+    other.write_text("Another text altogether.\nIt is short.\n")
+    assert run.scores(study.texts.tests["test"]).words.sum() != 6
+    study.texts = dataclasses.replace(study.texts, tests={"test": other.parent})
     [again] = study.results([arm])[arm.name]
-    assert again.folder == run.folder
-    assert again.scores("test").words == 6 != run.scores("test").words
+    assert again.path == run.path
+    assert again.scores(other.parent).words.sum() == 6
 
 
 def test_all_leaves_out_what_the_data_lack(data: Path, tmp_path: Path) -> None:
@@ -223,40 +206,124 @@ def test_all_leaves_out_what_the_data_lack(data: Path, tmp_path: Path) -> None:
     assert set(EXPERIMENTS) - set(little.available()) == {"reading-times", "domain"}
 
 
-@pytest.mark.parametrize("size", [TOY, size_by_name("small"), size_by_name("paper")], ids=str)
-def test_baselines_have_the_parameters_of_concat(size: Size) -> None:
-    arms = {a.name: a for a in arms_of("fusion", size, 384, 6)}
+@pytest.mark.parametrize("size", ["toy", "small", "medium", "paper"])
+def test_baselines_have_the_parameters_of_concat(size: str) -> None:
+    chosen = TOY if size == "toy" else size_by_name(size)
     counts = {}
-    for name in ("concat", "unfused, wider", "unfused, AWD", "concat, AWD"):
-        fields = size.training | dict(arms[name].options)
+    for arm in arms_of("data-size", chosen, 384, 6):
+        fields = {**chosen.training, **arm.options}
         names = ("vocab_size", "embedding_size", "hidden_size", "fusion", "tie_weights")
-        chosen = {n: fields[n] for n in names if n in fields}
+        width = 384 * (1 + str(fields.get("pooling")).count("+"))
         with torch.device("meta"):
-            model = FusionLMForCausalLM(FusionLMConfig(**chosen, prefix_size=3 * 384))
-        counts[name] = sum(p.numel() for p in model.parameters())
-    concat = counts.pop("concat")
-    for count in counts.values():
-        assert concat <= count < 1.01 * concat + 2000
+            config = FusionLMConfig(**{n: fields[n] for n in names if n in fields})
+            config.prefix_size = width
+            counts[arm.name] = sum(p.numel() for p in FusionLMForCausalLM(config).parameters())
+    fused = counts["fused"]
+    for name in ("unfused", "unfused, AWD", "static", "static at the input", "exact mean"):
+        assert fused <= counts[name] < 1.01 * fused + 4000, name
 
 
 def test_texts_are_nested_and_disjoint(data: Path, tmp_path: Path) -> None:
     corpora = find_corpora([str(data)])
     assert sorted(corpora) == ["brown", "letters"]
-    numbered = [
-        type(d)(d.name, [f"{d.name} {i}" for i in range(len(d.sentences))])
-        for d in corpora["brown"]
-    ]
-
-    def lines(folder: Path) -> set[str]:
-        return {line for f in folder.glob("*.txt") for line in f.read_text().splitlines()}
-
-    small, large = (write_texts("brown", numbered, (n, 7, 9), tmp_path / "t") for n in (10, 20))
+    numbered = {
+        "brown": [
+            type(d)(d.name, [f"{d.name} {i}" for i in range(len(d.sentences))])
+            for d in corpora["brown"]
+        ]
+    }
+    size = dataclasses.replace(TOY, sentences=20, dev=7, test=9)
+    small, large = (write_texts(numbered, "brown", size, n, tmp_path / "t") for n in (10, 20))
     assert small.dev == large.dev
     assert small.tests == large.tests
+    assert small.vocabulary == large.vocabulary == large.train
     assert len(lines(small.train)) == 10
     assert len(lines(large.dev)) == 7
     assert lines(small.train) < lines(large.train)
     assert not lines(large.train) & (lines(large.dev) | lines(large.tests["test"]))
+
+
+def lines(folder: Path) -> set[str]:
+    return {line for f in folder.glob("*.txt") for line in f.read_text().splitlines()}
+
+
+def numbered(name: str, size: int) -> Document:
+    return Document(name, [f"{name} {i}" for i in range(size)])
+
+
+def test_mixed_texts(tmp_path: Path) -> None:
+    """Training, dev and test parts of Brown and of books, by the numbers of their sentences."""
+    books = ("bryant", "thursday", *(f"book{i}" for i in range(9)))
+    corpora = {
+        "brown": [numbered(f"genre{i}", 1000) for i in range(15)],
+        "prose": [numbered(name, 500) for name in books],
+        "speeches": [numbered(f"speech{i}", 40) for i in range(12)],
+        "wikitext-2": [numbered("valid", 250)],
+    }
+    size = dataclasses.replace(
+        TOY, mixed=True, sentences=16_500, dev=1700, test=1500, data_sizes={165: 1, 16_500: 1}
+    )
+    texts = write_texts(corpora, "mixture", size, 16_500, tmp_path)
+    few = write_texts(corpora, "mixture", size, 165, tmp_path)
+    assert lines(few.train) < lines(texts.train) == lines(texts.vocabulary)
+    assert len(lines(texts.train)) == 15 * 800 + 9 * 500
+    assert "genre3 799" in lines(texts.train)
+    assert {"genre3 820", "genre14 899", "bryant 0"} < lines(texts.dev)
+    assert not lines(texts.dev) & {"genre3 819", "genre3 900"}
+    tests = {name: lines(folder) for name, folder in texts.tests.items()}
+    assert {name: len(found) for name, found in tests.items()} == {
+        "test": 1500,
+        "thursday": 500,
+        "speeches": 480,
+        "wikitext-2": 250,
+    }
+    assert "genre3 900" in tests["test"]
+    assert not set.union(*tests.values()) & (lines(texts.train) | lines(texts.dev))
+    # What statistics take as independent: files, or runs of 100 sentences of few files.
+    counts = {name: len(list(folder.glob("*.txt"))) for name, folder in texts.tests.items()}
+    assert counts == {"test": 15, "thursday": 5, "speeches": 12, "wikitext-2": 3}
+    with pytest.raises(FusionLMError, match="lacks prose, wikitext-2"):
+        write_texts({k: corpora[k] for k in ("brown", "speeches")}, "mixture", size, 165, tmp_path)
+
+
+def test_kept_runs_are_found_in_another_folder(
+    data: Path, tmp_path: Path, bert_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a fresh clone: the files of finished runs, and none of the models."""
+    size = dataclasses.replace(TOY, tuned_at=8, learning_rates=(0.01, 0.02))
+    kept = tmp_path / "kept"
+
+    def experiments(out: str, **options: bool) -> Experiments:
+        encoder = str(bert_folder)
+        return Experiments(size, [str(data)], tmp_path / out, 1, encoder, results=kept, **options)
+
+    whole = experiments("one").run("reading-times").read_text()
+    monkeypatch.setattr(study_module, "train", None)
+    assert experiments("two", finished=True).run("reading-times").read_text() == whole
+    study = experiments("two").study_of(16)
+    arm = next(a for a in arms_of("reading-times", size, 16, 2) if a.name == "fused")
+    [run] = study.results([arm])["fused"]
+    frozen = experiments("two").study_of(8).tuned(arm).options
+    assert run.options.learning_rate == frozen.learning_rate
+    next(kept.glob("fused-16-*")).unlink()
+    left = experiments("three", finished=True).run("reading-times").read_text()
+    assert "| fused | 8 |" in left
+    assert "| fused | 16 |" not in left
+    next(kept.glob("static-8-*")).write_text("{")
+    with pytest.raises(FusionLMError, match="is damaged"):
+        experiments("four", finished=True).run("reading-times")
+
+
+def test_dropping_model_drops_in_evaluation_too() -> None:
+    from conftest import small_model
+
+    plain = small_model(fusion="concat", prefix_dropout=1.0)
+    dropping = DroppingLM(plain.config).eval()
+    dropping.load_state_dict(plain.state_dict())
+    ids, e = torch.randint(3, 30, (2, 5)), torch.randn(2, 5, plain.config.prefix_size)
+    without = plain(ids, prefix_embeds=torch.zeros_like(e)).logits
+    assert torch.equal(dropping(ids, prefix_embeds=e).logits, without)
+    assert not torch.equal(plain(ids, prefix_embeds=e).logits, without)
 
 
 def test_regularised_model_is_plain_in_evaluation() -> None:
@@ -319,12 +386,61 @@ def test_bad_input_is_one_line(
 
 
 def test_page_of_experiments_is_what_the_results_say() -> None:
-    """Renew it: python -m fusion_model.experiments.summary docs/experiments docs/experiments.md"""
+    """Renewed by `fusion_model.experiments.summary`."""
     from fusion_model.experiments.summary import START, section, update
 
     docs = Path(__file__).parents[1] / "docs"
-    page, folder = (docs / "experiments.md").read_text(), docs / "experiments"
+    page, folder = (docs / "experiments.md").read_text(), docs / "experiments" / "medium"
     assert START in page
     assert update(page, folder) == page
     assert section(folder) in page
-    assert "null result" in section(folder)
+
+
+def recomputed(runs: Path, arm: str, sentences: int, test: str) -> list[float]:
+    """Nats a token with each seed, by nothing but sums over the files of finished runs."""
+    found = []
+    for path in sorted(runs.glob("*.json")):
+        run = json.loads(path.read_text())
+        if run["arm"] == arm and run["sentences"] == sentences and run["losses"]:
+            (saved,) = (v for name, v in run["losses"].items() if name.startswith(f"{test}-test-"))
+            found.append(sum(saved["nats"]) / sum(saved["tokens"]))
+    return found
+
+
+def cells(table: dict[str, list[list[str]]], *first: str) -> dict[str, str]:
+    (row,) = (row for row in table["rows"] if tuple(row[: len(first)]) == first)
+    return dict(zip(reversed(table["columns"]), reversed(row), strict=True))  # the first of doubles
+
+
+def hold_to_losses(report: Path, runs: Path, test: str = "test") -> int:
+    """Perplexities and differences in the table of a `data-size` report; how many."""
+    (table,) = json.loads(report.read_text())["tables"]
+    checked = 0
+    for label, arm in {tuple(row[:2]) for row in table["rows"]}:
+        sentences = int(label.replace(",", ""))
+        shown = cells(table, label, arm)
+        own = recomputed(runs, arm, sentences, test)
+        assert int(shown["seeds"]) == len(own)
+        assert shown["perplexity"].startswith(f"{math.exp(sum(own) / len(own)):.1f} ["), (
+            label,
+            arm,
+        )
+        if shown["nats − unfused"]:
+            other = recomputed(runs, "unfused", sentences, test)
+            difference = sum(own) / len(own) - sum(other) / len(other)
+            number = float(shown["nats − unfused"].split()[0].replace("−", "-"))
+            assert number == pytest.approx(difference, abs=0.00051)
+        checked += 1
+    return checked
+
+
+def test_reports_are_what_the_losses_say(settings: Experiments) -> None:
+    report = settings.run("data-size")
+    assert hold_to_losses(report.with_name("results.json"), settings.out / "results") == 15
+
+
+def test_committed_report_is_what_the_committed_losses_say() -> None:
+    medium = Path(__file__).parents[1] / "docs" / "experiments" / "medium"
+    if not (medium / "data-size").exists():
+        pytest.skip("no report of size medium is committed")
+    assert hold_to_losses(medium / "data-size" / "results.json", medium / "runs") > 2

@@ -29,10 +29,10 @@ WORDS = ["", "The", "The cat", "The cat sat", "The cat sat down"]
     [
         ("prefix", WORDS),
         ("sentence", ["The cat sat down"] * 5),
-        ("left:0.5", ["The cat"] * 5),
-        ("right:0.5", ["sat down"] * 5),
+        ("left:0.5", ["", "The", "The cat", "The cat", "The cat"]),
+        ("right:0.5", ["", "", "", "sat", "sat down"]),
         ("left:0", [""] * 5),
-        ("right:0", ["The cat sat down"] * 5),
+        ("right:0", WORDS),
         ("previous", ["It slept."] * 5),
         (
             "masked",

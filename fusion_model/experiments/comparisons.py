@@ -138,12 +138,12 @@ def _add_trend(findings: Findings, losses: Mapping[int, Losses]) -> None:
             continue
         x = np.log2(sizes) - np.mean(np.log2(sizes))
         slope = estimate(x @ np.stack(gains) / (x @ x))
-        kind = "smaller with more text" if slope.low > 0 else "larger with more text"
+        kind = "rises" if slope.low > 0 else "falls"
         if slope.low <= 0 <= slope.high:
-            kind = "not shown to change"
+            kind = "is not shown to change"
         findings.answer.append(
             f"{name} − {UNFUSED}, for each doubling of the text: {interval(slope, 3, True)} nats a "
-            f"token over {len(sizes)} sizes: the gain is {kind}."
+            f"token over {len(sizes)} sizes: it {kind}."
         )
     findings.figures["gain"] = curves(
         {name: [(n, e.value) for n, e in found] for name, found in points.items()},

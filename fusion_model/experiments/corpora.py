@@ -92,7 +92,7 @@ def write_texts(
 
     Of one corpus, dev, test and training sentences are taken of all documents, in proportion to
     their length; the other corpora are tests of other domains. Size `medium` mixes Brown and
-    books, see `_mixed`.
+    books, see `_mixed`. What is trained on is a part of every larger training text.
 
     Args:
         name: of the corpus, or what the mixture is called.
@@ -103,35 +103,30 @@ def write_texts(
         FusionLMError: too little text.
     """
     most = max(size.sentences, *size.data_sizes)
-    if size.mixed:
-        train, dev, tests = _mixed(corpora)
-        starts = [0] * len(train)
-        chosen = _take(dev, size.dev, [0] * len(dev))
-        needed = most
-    else:
-        train, starts = corpora[name], [0] * len(corpora[name])
-        needed = most + size.dev + size.test
-        tests = {other: docs for other, docs in corpora.items() if other != name}
+    needed = most + (0 if size.mixed else size.dev + size.test)
+    train, dev, tests = _mixed(corpora) if size.mixed else (list(corpora[name]), [], {})
     available = sum(len(d.sentences) for d in train)
     if available < needed:
         raise FusionLMError(
             f"the corpus {name} has {available:,} sentences, {needed:,} are needed (training, "
             "dev and test): give more text, or choose --corpus"
         )
-    written = {}
-    if not size.mixed:
-        chosen = _take(train, size.dev, starts)
-        written["test"] = _take(train, size.test, starts)
-    for test, docs in tests.items():
-        total = sum(len(d.sentences) for d in docs)
-        written[test] = _take(docs, min(size.test, total), [0] * len(docs))
+    if size.mixed:
+        chosen, _ = _split(dev, size.dev)
+        files = {}
+    else:
+        chosen, train = _split(train, size.dev)
+        own, train = _split(train, size.test)
+        files = {"test": own}
+        tests = {other: list(docs) for other, docs in corpora.items() if other != name}
+    files |= {test: _split(docs, size.test)[0] for test, docs in tests.items()}
     plain = plain_name(name)
     return Texts(
         name,
-        _write(f"{plain}-train-{sentences}", _take(train, sentences, list(starts)), out),
-        _write(f"{plain}-train-{most}", _take(train, most, list(starts)), out),
+        _write(f"{plain}-train-{sentences}", _split(train, sentences)[0], out),
+        _write(f"{plain}-train-{most}", _split(train, most)[0], out),
         _write(f"{plain}-dev-{size.dev}", chosen, out),
-        {t: _write(f"{plain_name(t)}-test", _clusters(files), out) for t, files in written.items()},
+        {t: _write(f"{plain_name(t)}-test", _clusters(own), out) for t, own in files.items()},
     )
 
 
@@ -140,7 +135,7 @@ MIXTURE = "Brown and books"
 
 def _mixed(
     corpora: Mapping[str, Sequence[Document]],
-) -> tuple[list[Document], list[Document], dict[str, Sequence[Document]]]:
+) -> tuple[list[Document], list[Document], dict[str, list[Document]]]:
     """Documents for training, dev, and tests: the first 80 % of each file of Brown, 82 to 90 %,
     and the rest; nine books, *Bryant*, and *Thursday*; speeches and WikiText-2 are tests whole."""
     missing = [n for n in ("brown", "prose", "speeches", "wikitext-2") if n not in corpora]
@@ -161,7 +156,7 @@ def _mixed(
         books[next(key for key in books if key in book.name)].append(book)
     tests = {"test": part(0.9, 1), "thursday": books["thursday"]}
     tests |= {name: list(corpora[name]) for name in ("speeches", "wikitext-2")}
-    return part(0, 0.8) + books[""], part(0.82, 0.9) + books["bryant"], dict(tests)
+    return part(0, 0.8) + books[""], part(0.82, 0.9) + books["bryant"], tests
 
 
 def _clusters(files: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
@@ -176,17 +171,18 @@ def _clusters(files: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
     }
 
 
-def _take(documents: Sequence[Document], size: int, starts: list[int]) -> dict[str, list[str]]:
-    """The next sentences of each document by file name, `size` in proportion to the documents'
-    lengths; `starts`, the sentences that were taken before, move on."""
+def _split(documents: Sequence[Document], size: int) -> tuple[dict[str, list[str]], list[Document]]:
+    """The first sentences of each document by file name, `size` of them or all, in proportion to
+    the documents' lengths; and the documents without them."""
     passed = np.cumsum([0, *(len(d.sentences) for d in documents)])
-    taken = {}
-    for i, share in enumerate(np.diff(size * passed // passed[-1]).tolist()):
-        if share:
-            name = f"{i:03d}-{Path(documents[i].name).stem}"
-            taken[name] = documents[i].sentences[starts[i] : starts[i] + share]
-        starts[i] += share
-    return taken
+    shares = np.diff(min(size, passed[-1]) * passed // max(passed[-1], 1)).tolist()
+    taken = {
+        f"{i:03d}-{Path(d.name).stem}": d.sentences[:share]
+        for i, (d, share) in enumerate(zip(documents, shares, strict=True))
+        if share
+    }
+    rest = [Document(d.name, d.sentences[n:]) for d, n in zip(documents, shares, strict=True)]
+    return taken, rest
 
 
 def plain_name(name: str) -> str:

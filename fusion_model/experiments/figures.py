@@ -91,7 +91,6 @@ def intervals(
     xlabel: str,
     series: Sequence[str] = ("",),
     zero: bool = False,
-    first: int = 0,
 ) -> "Figure":
     """A row a label with a dot and its interval; panels side by side share the labels.
 
@@ -99,7 +98,6 @@ def intervals(
         panels: title -> label -> one estimate a series.
         series: names of the series, shown in a legend when there are several.
         zero: mark 0.
-        first: colour and marker of the first series, so that figures agree on them.
     """
     labels = list(next(iter(panels.values())))
     height = 0.9 + 0.2 * len(labels) * max(1.0, 0.7 * len(series))
@@ -114,8 +112,8 @@ def intervals(
                 value,
                 y,
                 xerr=np.maximum(np.nan_to_num([value - low, high - value]), 0),
-                fmt=MARKERS[s + first],
-                color=COLOURS[s + first],
+                fmt=MARKERS[s],
+                color=COLOURS[s],
                 markersize=4,
                 capsize=2,
                 linewidth=1.1,

@@ -66,34 +66,15 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    **{c: "\\" + c for c in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "−": "$-$",
-    "Δ": r"$\Delta$",
-    "×": r"$\times$",
-    "±": r"$\pm$",
-    "…": r"\ldots{}",
-    "<": "$<$",
-    ">": "$>$",
-    "→": r"$\rightarrow$",
-    "⁻": "$^{-}$",
-    "³": "$^{3}$",
-    "·": r"$\cdot$",
-    "≤": r"$\le$",
-    "“": "``",
-    "”": "''",
-    "–": "--",
-    "—": "---",
-    "‘": "`",
-    "’": "'",
-}
+ESCAPES = r"""\textbackslash{} \textasciitilde{} \textasciicircum{} $-$ $\Delta$ $\times$ $\pm$
+\ldots{} $<$ $>$ $\rightarrow$ $^{-}$ $^{3}$ $\cdot$ $\le$ `` '' -- --- ` '"""
+LATEX = {c: "\\" + c for c in "&%$#_{}"} | dict(
+    zip("\\~^−Δ×±…<>→⁻³·≤“”–—‘’", ESCAPES.split(), strict=True)
+)
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX.get(c, c) for c in text.replace("**", "").replace("`", ""))
+    return text.replace("**", "").replace("`", "").translate(str.maketrans(LATEX))
 
 
 @dataclass

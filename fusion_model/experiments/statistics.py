@@ -23,10 +23,6 @@ class Estimate:
     high: float
     p: float | None = None
 
-    def scaled(self, factor: float) -> "Estimate":
-        """In another unit; p stays."""
-        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.p)
-
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
     """Mean over seeds with the t interval (scipy); NaN bounds for a single value."""
@@ -90,14 +86,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
 
 
-def verdict(difference: np.ndarray, reference: np.ndarray, margin: float = 0.2) -> str:
-    """`better`, `worse`, `equivalent` or `undecided`; both [1 + RESAMPLES].
+def verdict(difference: np.ndarray, margin: float) -> str:
+    """`better`, `worse`, `equivalent` or `undecided`, of a difference [1 + RESAMPLES].
 
-    Equivalent: two one-sided tests at 5 % leave the difference within `margin` of the reference,
-    that is, its 90 % interval lies within.
+    Equivalent: two one-sided tests at 5 % leave it within ± `margin`, that is, its 90 % interval
+    lies within.
     """
-    e = estimate(difference)
+    e, narrow = estimate(difference), estimate(difference, 0.9)
     if e.low > 0 or e.high < 0:
         return "better" if e.value > 0 else "worse"
-    share = estimate(difference / np.abs(reference), 0.9)
-    return "equivalent" if -margin < share.low and share.high < margin else "undecided"
+    return "equivalent" if -margin < narrow.low and narrow.high < margin else "undecided"

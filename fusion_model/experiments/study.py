@@ -132,9 +132,10 @@ class Study:
                     run = self.tuned(arm)
                     if seed:
                         run = self.run(arm, self.settings(run), seed)
-                    found.setdefault(arm.name, []).append(self.scored(run))
+                    run = self.scored(run)
                 except Unfinished:
                     continue
+                found.setdefault(arm.name, []).append(run)
         return found
 
     def settings(self, run: Run) -> dict[str, float]:

@@ -74,10 +74,13 @@ def perplexity_of(losses: np.ndarray) -> Estimate:
 
 
 def share(losses: Losses, name: str) -> Estimate | None:
-    """How much of the gain of `static` over `unfused` an arm gains beyond it, in percent."""
+    """What an arm gains beyond `static`, in percent of what `static` gains over `unfused`; None
+    where `static` is not shown to gain."""
     if STATIC not in losses or UNFUSED not in losses or name in (STATIC, UNFUSED):
         return None
     lexical = losses[UNFUSED] - losses[STATIC]
+    if estimate(lexical).low <= 0:
+        return None
     return estimate(100 * (losses[STATIC] - losses[name]) / lexical)
 
 
@@ -112,7 +115,7 @@ def add_perplexities(
         "Perplexity a token, exp of nats; 2^nats is what the paper calls perplexity. Differences "
         "in nats a token, p adjusted by Holm within a text and size. The last column: what an arm "
         f"gains over {STATIC}, in percent of what {STATIC} gains over {UNFUSED}. Intervals of "
-        "95 %: documents and seeds drawn anew, n − 1 of n, 4 000 times."
+        "95 %: documents and seeds drawn anew, n − 1 of n, 4 000 times; one seed: documents only."
     )
     columns.append("% beyond static")
     findings.table(name or "perplexity", caption, columns, rows, left=2 if of else 1)

@@ -1,8 +1,9 @@
 """Stage 3: what the encoder is shown at each position of a sentence.
 
 A sentence of n tokens (BOS and EOS not counted) has n + 1 positions: after t = 0..n tokens the
-model predicts token t + 1, at t = n EOS. Views as in arXiv 2208.02402; all but `prefix` and
-`previous` see the future and serve as bounds and controls only.
+model predicts token t + 1, at t = n EOS. Views as in the published code of arXiv 2208.02402, whose
+crops are of the prefix. All but `prefix` and `previous` see the future, crops the sentence's length
+only, and serve as bounds and controls.
 """
 
 import math
@@ -58,22 +59,22 @@ def view_texts(
 
     Args:
         texts: `prefix_texts` of the sentence.
-        view: one of `VIEWS`. `left:K` is the first K of the sentence's tokens, `right:K` all
-            but them, `masked` the sentence with the next token masked, `previous` the sentence
-            before.
+        view: one of `VIEWS`. `left:K` is the prefix up to the first K of the sentence's tokens,
+            `right:K` what of the prefix follows them, `masked` the sentence with the next token
+            masked, `previous` the sentence before.
         mask_token: the encoder's.
         previous: text of the sentence before.
     """
     name, k = parse_view(view)
     n, whole = len(texts) - 1, texts[-1]
-    cut = len(texts[math.ceil(k * n)])
-    if name == "prefix":
-        return [text.strip() for text in texts]
     if name == "masked":
         after = [whole[len(texts[min(t + 1, n)]) :] for t in range(n + 1)]
         return [f"{texts[t].strip()} {mask_token}{after[t]}".strip() for t in range(n + 1)]
-    shown = {"sentence": whole, "left": whole[:cut], "right": whole[cut:], "previous": previous}
-    return [shown[name].strip()] * (n + 1)
+    if name in ("sentence", "previous"):
+        return [(whole if name == "sentence" else previous).strip()] * (n + 1)
+    cut = len(texts[math.ceil(k * n)]) if name != "prefix" else 0
+    parts = slice(cut) if name == "left" else slice(cut, None)
+    return [text[parts].strip() for text in texts]
 
 
 def view_ids(
@@ -82,15 +83,15 @@ def view_ids(
     """As `view_texts`, for tokens that are pieces of the encoder's vocabulary."""
     name, k = parse_view(view)
     whole, n = list(ids), len(ids)
-    if name == "prefix":
-        return [whole[:t] for t in range(n + 1)]
     if name == "masked":
         if mask_id is None:
             raise FusionLMError("view 'masked' needs an encoder with a mask token")
         return [[*whole[:t], mask_id, *whole[t + 1 :]] for t in range(n + 1)]
-    cut = math.ceil(k * n)
-    shown = {"sentence": whole, "left": whole[:cut], "right": whole[cut:]}
-    return [shown.get(name, list(previous))] * (n + 1)
+    if name in ("sentence", "previous"):
+        return [whole if name == "sentence" else list(previous)] * (n + 1)
+    cut = math.ceil(k * n) if name != "prefix" else 0
+    parts = slice(cut) if name == "left" else slice(cut, None)
+    return [whole[:t][parts] for t in range(n + 1)]
 
 
 def shuffle_rows(

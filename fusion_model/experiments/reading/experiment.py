@@ -57,7 +57,7 @@ def run(
     if len({arm for arm, _ in surprisals}) < 2:
         raise FusionLMError("reading-times compares models: it needs two arms at least")
     frequencies = Frequencies(counted)
-    findings = Findings("reading-times", "Reading times", "", models_note)
+    findings = Findings("reading-times", "Reading times", "")
     rows = []
     for primary, alignment, log in [
         (alignment == corpus.alignments[-1] and not log, alignment, log)
@@ -97,15 +97,15 @@ def _compared(
     for (arm, _), measured in found.items():
         arms.setdefault(arm, []).append(measured)
     (reference, base), *others = arms.items()
-    level = np.mean([m.delta for m in base], axis=0)
+    level = float(np.mean([m.delta[0] for m in base]))
     rows = []
     for arm, models in others:
         same = [at for at, (a, size) in enumerate(found) if a == arm and (reference, size) in found]
         if not same:
             continue
         difference = at_equal_perplexity(base, models)
-        percent = estimate(100 * difference / np.abs(level), 0.9)
-        judged = verdict(difference, level, MARGIN)
+        percent = estimate(100 * difference / abs(level), 0.9)
+        judged = verdict(difference, MARGIN * abs(level))
         shown = interval(estimate(MILLI * difference), 1, True)
         rows.append([times, arm, shown, interval(percent, 0, True), judged])
         findings.data.setdefault("verdicts", {}).setdefault(times, {})[arm] = judged
