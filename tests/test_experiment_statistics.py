@@ -30,20 +30,11 @@ from fusion_model.experiments.report import Table, p_value, signed
 from fusion_model.experiments.statistics import (
     estimate,
     holm,
-    mean_estimate,
     resampled_means,
     verdict,
 )
 
 rng = np.random.default_rng(0)
-
-
-def test_mean_is_scipys_t_interval() -> None:
-    x = [3.1, 2.9, 3.6]
-    found = mean_estimate(x)
-    low, high = stats.t.interval(0.95, 2, loc=np.mean(x), scale=stats.sem(x))
-    assert (found.value, found.low, found.high) == pytest.approx((np.mean(x), low, high))
-    assert math.isnan(mean_estimate([1.0]).low)
 
 
 def test_holm_by_hand() -> None:

@@ -22,7 +22,6 @@ from fusion_model.experiments.tables import (
     describe,
     differences,
     grid_edges,
-    perplexity_of,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ TITLES = {
     "encoder": "Encoders and poolings",
     "view": "What the encoder sees",
     "schedule": "Dropout on the embedding, rising and falling",
-    "policy": "How often the encoder runs: cost against perplexity",
+    "policy": "How often the encoder runs",
 }
 # What the arms of an experiment vary, at its usual value.
 COMPARED = {"view": "prefix", "schedule": "constant dropout", "policy": "every"}
@@ -64,7 +63,8 @@ def run(name: str, studies: Mapping[int, Study], arms: Sequence[Arm], note: str)
         return findings
     if name == "domain":
         domains = {test: (results, path) for test, path in tests.items()}
-        _add_domains(findings, add_perplexities(findings, domains, "tested on"))
+        for test, those in add_perplexities(findings, domains, "tested on").items():
+            findings.answer += answers(those, f"{'same domain' if test == 'test' else test}: ")
         return findings
     (own,) = add_perplexities(findings, {"": (results, tests["test"])}).values()
     findings.answer = answers(own)
@@ -75,8 +75,6 @@ def run(name: str, studies: Mapping[int, Study], arms: Sequence[Arm], note: str)
         findings.answer += _early_and_late(results)
     if name == "schedule":
         findings.answer += _weaned(results)
-    if name == "policy":
-        _add_costs(findings, study, results, own)
     findings.figures["dev-perplexity"] = _learning_curves(results)
     findings.figures["test-differences"] = _gains(own)
     return findings
@@ -149,50 +147,7 @@ def _add_trend(findings: Findings, losses: Mapping[int, Losses]) -> None:
         {name: [(n, e.value) for n, e in found] for name, found in points.items()},
         "training sentences",
         f"nats a token − {UNFUSED}",
-        x_scale="log",
+        log_x=True,
         errors={name: [(e.low, e.high) for _, e in found] for name, found in points.items()},
         zero=True,
-    )
-
-
-def _add_costs(findings: Findings, study: Study, results: Results, losses: Losses) -> None:
-    """Encoder work of each policy beside its perplexity."""
-    found = {n: perplexity_of(losses[n]) for n, r in results.items() if r[0].metrics}
-    work = {
-        n: study.encoder_work(results[n][0]) if results[n][0].options.fusion != "none" else 0.0
-        for n in found
-    }
-    rows = [[n, f"{cost:.2f}", interval(found[n], 1)] for n, cost in work.items()]
-    findings.table(
-        "cost",
-        "Encoder work: tokens through all of the encoder's layers for each token of the test text, "
-        "duplicates dropped; and test perplexity a token.",
-        ["policy", "encoder tokens a token", "test perplexity"],
-        rows,
-    )
-    findings.figures["cost"] = curves(
-        {name: [(cost, found[name].value)] for name, cost in work.items()},
-        "encoder tokens a token (logarithmic from 1)",
-        "test perplexity (per token)",
-        errors={name: [(e.low, e.high)] for name, e in found.items()},
-        x_scale="symlog",
-    )
-
-
-def _add_domains(findings: Findings, losses: Mapping[str, Losses]) -> None:
-    """The gain over the unfused model in the training domain, and in the others."""
-    found = {test: differences(those, UNFUSED) for test, those in losses.items()}
-    names = list(next(iter(found.values())))
-    for test, those in losses.items():
-        findings.answer += answers(those, f"{'same domain' if test == 'test' else test}: ")
-    findings.figures["domains"] = intervals(
-        {
-            f"against {UNFUSED}": {
-                "same domain" if test == "test" else test: [those[name] for name in names]
-                for test, those in found.items()
-            }
-        },
-        "difference (nats a token; negative: better)",
-        names,
-        True,
     )

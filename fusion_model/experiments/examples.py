@@ -4,12 +4,13 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fusion_model.experiments.figures import intervals
 from fusion_model.experiments.report import Findings, Table, interval, plain_number
-from fusion_model.experiments.statistics import Estimate, mean_estimate
+from fusion_model.experiments.statistics import Estimate
 from fusion_model.language_model import FusionLM
 
 ENDING = "finally faced the"
@@ -30,24 +31,18 @@ def next_token(lm: FusionLM, prefix: str) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def shown(lm: FusionLM, prefix: str, log_p: Tensor) -> str:
-    """The most likely tokens with their probabilities; one that begins a longer word has a
-    hyphen, as far as the model's own most likely next token tells."""
+def shown(lm: FusionLM, log_p: Tensor) -> str:
+    """The most likely tokens with their probabilities; a token may begin a longer word."""
     top = log_p.topk(SHOWN)
-    parts = []
-    for token, p in zip(top.indices.tolist(), top.values.exp().tolist(), strict=True):
-        text = str(lm.tokenizer.decode([token])).strip()
-        after = str(lm.tokenizer.decode([int(next_token(lm, f"{prefix} {text}").argmax())]))
-        hyphen = "-" if text.isalpha() and after[:1].isalpha() else ""
-        parts.append(f"{text}{hyphen} {100 * p:.1f} %")
-    return ", ".join(parts)
+    pairs = zip(top.indices.tolist(), top.values.exp().tolist(), strict=True)
+    return ", ".join(f"{str(lm.tokenizer.decode([t])).strip()} {100 * p:.1f} %" for t, p in pairs)
 
 
 def shift(ours: Tensor, theirs: Tensor) -> float:
     """Jensen–Shannon divergence of two distributions in bits, 0 to 1; log p in, [V] each."""
-    middle = torch.logaddexp(ours, theirs) - torch.log(torch.tensor(2.0))
-    nats = 0.5 * sum(float((p.exp() * (p - middle)).sum()) for p in (ours, theirs))
-    return nats / float(torch.log(torch.tensor(2.0)))
+    from scipy.spatial.distance import jensenshannon
+
+    return float(jensenshannon(ours.exp().numpy(), theirs.exp().numpy(), base=2)) ** 2
 
 
 def run(models: Mapping[str, Sequence[FusionLM]], note: str) -> Findings:
@@ -55,15 +50,15 @@ def run(models: Mapping[str, Sequence[FusionLM]], note: str) -> Findings:
 
     Args:
         models: by name, one a seed; their probabilities are averaged for the tokens shown, and
-            the shifts of the seeds give an interval.
+            of their shifts mean, least and most.
     """
     findings = Findings(
         "examples",
         "How the next word shifts with the prefix",
-        f"The tokens after “… {ENDING}”, by what stands before; a hyphen marks one that begins a "
-        "longer word. The shift is the Jensen–Shannon divergence, in bits, from the same model's "
-        "distribution after the ending alone; the mean over seeds with its 95 % interval over "
-        "seeds. Probabilities are means over seeds, too. " + note,
+        f"The tokens after “… {ENDING}”, by what stands before; a token may begin a longer "
+        "word. The shift is the Jensen–Shannon divergence, in bits, from the same model's "
+        "distribution after the ending alone; the mean over seeds, the least and the most. "
+        "Probabilities are means over seeds, too. " + note,
     )
     rows: list[list[str]] = []
     panel: dict[str, list[Estimate]] = {}
@@ -75,13 +70,10 @@ def run(models: Mapping[str, Sequence[FusionLM]], note: str) -> Findings:
         for name, lms in models.items():
             log_p = [next_token(lm, prefix) for lm in lms]
             mean = torch.stack(log_p).logsumexp(0) - math.log(len(lms))
-            shifts.append(
-                mean_estimate([shift(p, q) for p, q in zip(log_p, alone[name], strict=True)])
-            )
+            moves = [shift(p, q) for p, q in zip(log_p, alone[name], strict=True)]
+            shifts.append(Estimate(float(np.mean(moves)), min(moves), max(moves)))
             moved = interval(shifts[-1]) if beginning else ""
-            rows.append(
-                [f"{beginning} …" if beginning else "…", name, shown(lms[0], prefix, mean), moved]
-            )
+            rows.append([f"{beginning} …" if beginning else "…", name, shown(lms[0], mean), moved])
         if beginning:
             panel[textwrap.shorten(beginning, 32, placeholder=" …")] = shifts
     columns = ["before", "model", "next", "shift"]

@@ -35,14 +35,14 @@ def curves(
     xlabel: str,
     ylabel: str,
     *,
-    x_scale: str = "linear",
+    log_x: bool = False,
     log_y: bool = False,
     errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     zero: bool = False,
 ) -> "Figure":
     """A line an arm, through (x, y); `errors` are (low, high) of each point.
 
-    A linear x is of whole numbers.
+    Without `errors` x is of whole numbers.
     """
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
@@ -71,15 +71,12 @@ def curves(
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if x_scale == "log":
+    if log_x:
         ticks = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    elif x_scale == "symlog":
-        axes.set_xscale("symlog", linthresh=1)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-    else:
+    elif errors is None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

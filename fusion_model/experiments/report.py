@@ -68,13 +68,13 @@ class Table:
 
 ESCAPES = r"""\textbackslash{} \textasciitilde{} \textasciicircum{} $-$ $\Delta$ $\times$ $\pm$
 \ldots{} $<$ $>$ $\rightarrow$ $^{-}$ $^{3}$ $\cdot$ $\le$ `` '' -- --- ` '"""
-LATEX = {c: "\\" + c for c in "&%$#_{}"} | dict(
-    zip("\\~^−Δ×±…<>→⁻³·≤“”–—‘’", ESCAPES.split(), strict=True)
+LATEX = {ord(c): "\\" + c for c in "&%$#_{}"} | dict(
+    zip(map(ord, "\\~^−Δ×±…<>→⁻³·≤“”–—‘’"), ESCAPES.split(), strict=True)
 )
 
 
 def _latex(text: str) -> str:
-    return text.replace("**", "").replace("`", "").translate(str.maketrans(LATEX))
+    return text.replace("**", "").replace("`", "").translate(LATEX)
 
 
 @dataclass

@@ -142,16 +142,10 @@ class Experiments:
         if not path.exists():
             self.out.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(wanted, indent=1) + "\n")
-            return
-        try:
-            found = json.loads(path.read_text())
-            changed = [f"{k} {found[k]}, not {v}" for k, v in wanted.items() if found[k] != v]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FusionLMError(f"{path} is damaged ({error}): choose another --out") from None
-        if changed:
+        elif (found := path.read_text()) != json.dumps(wanted, indent=1) + "\n":
             raise FusionLMError(
-                f"{self.out} holds experiments with other settings ({'; '.join(changed)}): choose "
-                "another --out, or repeat the settings"
+                f"{self.out} holds experiments with other settings ({' '.join(found.split())}): "
+                "choose another --out, or repeat the settings"
             )
 
     def available(self) -> list[str]:

@@ -7,11 +7,13 @@ unbiased (Rao & Wu 1988); with n of n, an interval over three seeds is a fifth t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,6 @@ class Estimate:
     p: float | None = None
 
 
-def mean_estimate(values: Sequence[float]) -> Estimate:
-    """Mean over seeds with the t interval (scipy); NaN bounds for a single value."""
-    from scipy import stats
-
-    x = np.asarray(values, dtype=float)
-    mean = float(x.mean())
-    if len(x) < 2:
-        return Estimate(mean, float("nan"), float("nan"))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1) * stats.sem(x))
-    return Estimate(mean, mean - half, mean + half)
-
-
 def draws(n: int, generator: np.random.Generator) -> np.ndarray:
     """How often each of n is drawn, [1 + RESAMPLES, n]; the first row is the sample itself."""
     if n == 1:
@@ -45,8 +35,8 @@ def draws(n: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def resampled_means(
-    sums: Mapping[str, np.ndarray], weights: np.ndarray, seed: int = 0
-) -> dict[str, np.ndarray]:
+    sums: Mapping[Name, np.ndarray], weights: np.ndarray, seed: int = 0
+) -> dict[Name, np.ndarray]:
     """Means as they are, and as they would be with other documents and other seeds.
 
     Documents are drawn alike for all arms, also in another call for the same documents, so that

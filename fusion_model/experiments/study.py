@@ -24,7 +24,6 @@ from fusion_model.data.text import Document, read_documents
 from fusion_model.data.tokenizer import encode_sentences, train_bpe
 from fusion_model.devices import resolve_device
 from fusion_model.encoders.controls import BAGS
-from fusion_model.encoders.pretrained import HFEncoder, counted_tokens
 from fusion_model.errors import CheckpointError
 from fusion_model.experiments.arms import NGRAMS, Arm
 from fusion_model.experiments.baselines import MODELS, DroppingLM
@@ -316,20 +315,6 @@ class Study:
         if kind is DroppingLM:
             lm.model.config.prefix_dropout = run.best["prefix_dropout"]
         return lm
-
-    def encoder_work(self, run: Run) -> float:
-        """Tokens that go through the whole encoder for each token of the test text: one that
-        goes through half of the layers counts half. Duplicate prefixes are dropped."""
-        lm = self.open(run)
-        assert lm.planner is not None
-        encoder = lm.planner.encoder
-        if not isinstance(encoder, HFEncoder) or not encoder.deepest:
-            return 0.0
-        _, corpus = _read(self.texts.tests["test"], lm.tokenizer, run.options)
-        lm.encode_corpus(Corpus(corpus.sentences[:1], [True], 1))  # tries its own pass first
-        with counted_tokens(encoder) as tokens:
-            lm.encode_corpus(corpus)
-        return sum(tokens) * encoder.deepest / encoder.depth / sum(corpus.positions)
 
 
 def _read(path: Path, tokenizer: Any, options: TrainingOptions) -> tuple[list[Document], Corpus]:

@@ -119,7 +119,9 @@ def _compared(
 
 def _describe_models(findings: Findings, found: Mapping[Model, Measured]) -> None:
     """ΔLL against perplexity, a row a model and a line an arm."""
-    rows, lines, bars = [], {}, {}
+    rows = []
+    lines: dict[str, list[tuple[float, float]]] = {}
+    bars: dict[str, list[tuple[float, float]]] = {}
     for (arm, size), m in found.items():
         delta = estimate(MILLI * m.delta)
         bits, r = estimate(m.bits), estimate(m.r)
