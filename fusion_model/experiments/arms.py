@@ -42,18 +42,18 @@ POLICIES = ("every", "word", "stride:4", "sentence", "incremental", "incremental
 UNFUSED, STATIC, FUSED = "unfused", "static", "fused"
 
 
-def widened(arm: Arm, size: Size, width: int, wanted: int) -> Arm:
-    """The arm with its LSTM widened until it has so many parameters.
+def fitted(arm: Arm, size: Size, width: int, wanted: int) -> Arm:
+    """The arm with the narrowest LSTM that gives it so many parameters.
 
     Args:
         width: of its e.
     """
-    least = size.training["hidden_size"]
 
     def parameters(hidden: int) -> int:
         return count_parameters({**size.training, **arm.options, "hidden_size": hidden}, width)
 
-    hidden = least + bisect_left(range(least, 16 * least), wanted, key=parameters)
+    most = 16 * int(size.training["hidden_size"])
+    hidden = 1 + bisect_left(range(1, most), wanted, key=parameters)
     return dataclasses.replace(arm, options={**arm.options, "hidden_size": hidden})
 
 
@@ -94,16 +94,16 @@ def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> lis
     def fused(name: str, model: str = "plain", like: Arm | None = concat, **own: Any) -> Arm:
         return Arm(name, {**options, **own}, model, like)
 
-    unfused = widened(Arm(UNFUSED, {"fusion": "none"}), size, one, wanted)
+    unfused = fitted(Arm(UNFUSED, {"fusion": "none"}), size, one, wanted)
     awd = {"fusion": "none", "tie_weights": True}
-    strong = widened(Arm("unfused, AWD", awd, "awd"), size, one, wanted)
-    static = widened(Arm(STATIC, {"fusion": "concat", "pooling": "static"}), size, one, wanted)
+    strong = fitted(Arm("unfused, AWD", awd, "awd"), size, one, wanted)
+    static = fitted(Arm(STATIC, {"fusion": "concat", "pooling": "static"}), size, one, wanted)
     usual = [*COUNTED, unfused, strong, static]
     if experiment in ("data-size", "domain", "reading-times", "examples"):
         at_input = Arm("static at the input", {"fusion": "input", "pooling": "static"})
         exact = Arm("exact mean", {"fusion": "concat", "pooling": "mean"}, most=size.sentences)
-        usual = [*COUNTED, unfused, static, concat, strong, widened(at_input, size, one, wanted)]
-        return [*usual, widened(exact, size, one, wanted)]
+        usual = [*COUNTED, unfused, static, concat, strong, fitted(at_input, size, one, wanted)]
+        return [*usual, fitted(exact, size, one, wanted)]
     if experiment == "fusion":
         return [*usual, *(fused(mode, fusion=mode) for mode in FUSIONS if mode != "none")]
     if experiment == "encoder":
@@ -113,15 +113,13 @@ def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> lis
         return [*usual, *poolings, *bags, fused("embedding only (MLP)", "mlp", None)]
     if experiment == "view":
         # Pooled alike: a static vector of the view's own end would be of another token.
-        exact_options: dict[str, Any] = {"like": None, "policy": "every", "pooling": "mean"}
-        views = [fused(view, view=view, **exact_options) for view in VIEWS[:-1]]
-        masked = fused("masked", **{**exact_options, "view": "masked", "pooling": "mask"})
+        views = [fused(v, like=None, view=v, policy="every", pooling="mean") for v in VIEWS]
         shuffled = [fused(f"shuffled, {s}", shuffle=s) for s in ("sentence", "corpus")]
-        return [*usual, *views, masked, concat, *shuffled]
+        return [*usual, *views, concat, *shuffled]
     if experiment == "schedule":
         schedules = ("constant", "rising", "falling")
         arms = [fused(f"{s} dropout", prefix_dropout_schedule=s) for s in schedules]
-        published = {"prefix_dropout_schedule": "rising", "patience": 0}
+        published: dict[str, Any] = {"prefix_dropout_schedule": "rising", "patience": 0}
         return [*usual, *arms, fused("rising, in evaluation too", "dropping", **published)]
     if experiment == "policy":
         arms = [fused(policy, policy=policy) for policy in POLICIES]

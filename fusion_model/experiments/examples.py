@@ -40,9 +40,8 @@ def shown(lm: FusionLM, log_p: Tensor) -> str:
 
 def shift(ours: Tensor, theirs: Tensor) -> float:
     """Jensen–Shannon divergence of two distributions in bits, 0 to 1; log p in, [V] each."""
-    from scipy.spatial.distance import jensenshannon
-
-    return float(jensenshannon(ours.exp().numpy(), theirs.exp().numpy(), base=2)) ** 2
+    middle = torch.logaddexp(ours, theirs) - math.log(2)
+    return 0.5 * sum(float((p.exp() * (p - middle)).sum()) for p in (ours, theirs)) / math.log(2)
 
 
 def run(models: Mapping[str, Sequence[FusionLM]], note: str) -> Findings:

@@ -37,9 +37,9 @@ def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
     return (
         f"Size `{size.name}`: {trained} training, {size.dev:,} dev and at most {size.test:,} test "
         f"sentences, {study.texts.name}; V ≤ {fields['vocab_size']:,}, the same for all sizes, D = "
-        f"{fields['embedding_size']}, H from {fields['hidden_size']}, widened so that all arms "
-        f"have the parameters of concat; up to {study.seeds} seeds. For each arm alike, dev chose "
-        f"with seed 0{at}, one after the other from the middle of the grid: {grids}. {note}"
+        f"{fields['embedding_size']}, H = {fields['hidden_size']} in concat and so fitted in the "
+        f"others that all have its parameters; up to {study.seeds} seeds. For each arm alike, dev "
+        f"chose with seed 0{at}, one after the other from the middle of the grid: {grids}. {note}"
     )
 
 
@@ -98,9 +98,10 @@ def add_perplexities(
     columns += ["perplexity", "2^nats"]
     for reference in against:
         columns += [f"nats − {reference}", "p"]
-    rows, all_losses = [], {}
+    rows, all_losses = [], dict[str, Losses]()
     for label, (results, test) in groups.items():
-        losses = all_losses[label] = losses_of(results, test)
+        losses = losses_of(results, test)
+        all_losses[label] = losses
         found = [differences(losses, reference) for reference in against]
         for arm, runs in results.items():
             row = [label] if of else []
