@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--suite", choices=SUITES, help="shapes (default: quick; tiny if disabled)")
-    parser.addoption("--keep", type=Path, help="folder for results (default: benchmarks/results)")
+    parser.addoption("--keep", type=Path, help="folder for results (default: out/bench)")
 
 
 def suite_of(config: pytest.Config) -> str:

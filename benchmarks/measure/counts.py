@@ -7,21 +7,33 @@ fraction of this floor that is reached tells how well they do. A multiply-add co
 
 from dataclasses import dataclass
 
-SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one call."""
+    """Of one call.
+
+    Attributes:
+        held: bytes of the memory that is read, each counted once however often it is read: what
+            a cache must hold (default: all bytes are read once).
+    """
 
     flops: float
     bytes: float
+    held: float | None = None
+
+    @property
+    def reach(self) -> float:
+        """`held`, as a number."""
+        return self.bytes if self.held is None else self.held
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.flops + other.flops, self.bytes + other.bytes)
+        reach = self.reach + other.reach
+        return Counts(self.flops + other.flops, self.bytes + other.bytes, reach)
 
     def times(self, n: float) -> "Counts":
-        return Counts(n * self.flops, n * self.bytes)
+        return Counts(n * self.flops, n * self.bytes, self.reach)
 
 
 def matmul(rows: float, inner: int, outer: int, size: int) -> Counts:

@@ -34,9 +34,12 @@ def run_line(machine: Record, ceilings: Ceilings, **more: Any) -> Record:
 
 
 def home() -> Path | None:
-    """Where results are kept unless a folder is named: `benchmarks/results` of a clone."""
+    """Where results are kept unless a folder is named: `out/bench` of a clone, which git ignores.
+
+    `benchmarks/results` holds what was committed on purpose.
+    """
     root = checkout()
-    return None if root is None else root / "benchmarks" / "results"
+    return None if root is None else root / "out" / "bench"
 
 
 def file_of(folder: Path, run: Record) -> Path:

@@ -1,7 +1,9 @@
 """What `fusion-lm bench` does: choose cases, run them, show a ranked table."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from fusion_model.errors import FusionLMError
 from fusion_model.loading import load_model
 
 SAMPLE = "samples/thursday.txt"  # beside fusion_model/__init__.py
-BUDGETS = {"tiny": 0.0, "quick": 0.3, "full": 2.0}  # seconds of samples a case
-WORDS = {"tiny": 5, "quick": 80, "full": 400}  # of the text that is used
+BUDGETS = {"tiny": 0.0, "quick": 0.3, "full": 2.0, "figures": 1.0}  # seconds of samples a case
+WORDS = {"tiny": 5, "quick": 80, "full": 400, "figures": 250}  # of the text that is used
 FEWEST_WORDS = 4
 Record = dict[str, Any]
 
@@ -69,8 +71,9 @@ def chosen_cases(
         FusionLMError: an unknown operation, backend or dtype; a size below 1.
     """
     only = [*only, backend] if backend else list(only)
-    if shape.get("dtype") not in (None, *SIZE):
-        raise FusionLMError(f"unknown dtype {shape['dtype']!r}: choose one of {', '.join(SIZE)}")
+    known = [name for name in SIZE if name != "int8"]
+    if shape.get("dtype") not in (None, *known):
+        raise FusionLMError(f"unknown dtype {shape['dtype']!r}: choose one of {', '.join(known)}")
     if not shape and model is None:
         return cases(suite, only)
     on_text: list[Case] = []
@@ -83,7 +86,7 @@ def chosen_cases(
         if names and set(names) <= {"scoring", "generation"}:
             return on_text
     shape = {"batch": 1, "length": 64} | shape
-    return own_cases(shape, only, sweep=suite == "full") + on_text
+    return own_cases(shape, only) + on_text
 
 
 def bench(
@@ -103,11 +106,14 @@ def bench(
     Raises:
         FusionLMError: a text without words.
     """
-    with tempfile.TemporaryDirectory(prefix="fusion-lm-bench-") as scratch:
+    with ExitStack() as closing:
+        scratch = closing.enter_context(tempfile.TemporaryDirectory(prefix="fusion-lm-bench-"))
         context = context_of(model, text, device, suite, Path(scratch))
+        closing.enter_context(context.closing)
         progress.note(f"{len(chosen)} cases on {where(describe(device))}")
         words = sum(len(s.split()) for s in context.sentences)
-        ceilings = measure_ceilings(device, sorted({c.dtype for c in chosen}))
+        int8 = {"int8" for c in chosen if c.way == "onnx-int8"}
+        ceilings = measure_ceilings(device, sorted({c.dtype for c in chosen} | int8))
         first = results.run_line(
             describe(device),
             ceilings,
@@ -163,26 +169,35 @@ def _digits(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def remarks(records: Sequence[Record]) -> list[str]:
-    """What was skipped and why, once for each backend; what was wrong; whether times hold."""
-    skipped: dict[tuple[str, str], int] = {}
-    wrong = []
-    for r in records:
-        if r["kind"] == "skip":
-            key = (r["backend"], r["reason"])
-            skipped[key] = skipped.get(key, 0) + 1
-        elif r["kind"] == "wrong":
-            wrong.append(f"WRONG {r['group']} {r['backend']}: {r['reason']}; not timed")
-    uneven = sum(not results.is_even(r) for r in results.measured(records))
-    if uneven:
-        wrong.append(
+def warnings(records: Sequence[Record]) -> list[str]:
+    """Whether the times hold, and the floors: what to know before reading them."""
+    timed = results.measured(records)
+    found = []
+    if uneven := sum(not results.is_even(r) for r in timed):
+        found.append(
             f"uneven: in {uneven} cases p90 is over {results.UNEVEN} times p50, so the machine did "
             "something else meanwhile; measure again when it is idle, or with OMP_NUM_THREADS=1"
         )
-    lines = [f"skipped {name} ({n}): {reason}" for (name, reason), n in skipped.items()]
-    return lines + wrong
+    if above := [f"{r['group']} {r['backend']}" for r in timed if r["of_floor"] > 1]:
+        found.append(f"above 100 % of the floor, which was measured too high: {', '.join(above)}")
+    return found
+
+
+def remarks(records: Sequence[Record]) -> list[str]:
+    """What was skipped and why, once for each backend; what was wrong; and `warnings`."""
+    skipped = Counter((r["backend"], r["reason"]) for r in records if r["kind"] == "skip")
+    return [
+        *(f"skipped {name} ({n}): {reason}" for (name, reason), n in skipped.items()),
+        *(
+            f"WRONG {r['group']} {r['backend']}: {r['reason']}; not timed"
+            for r in records
+            if r["kind"] == "wrong"
+        ),
+        *warnings(records),
+    ]
 
 
 def glossary(records: Sequence[Record]) -> dict[str, str]:
     """The backends that appear, and what each is."""
-    return {r["backend"]: MEANING[r["backend"]] for r in records if r["backend"] in MEANING}
+    ways = dict.fromkeys(r["backend"].partition("/")[0] for r in records)
+    return {way: MEANING[way] for way in ways if way in MEANING}

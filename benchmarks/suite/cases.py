@@ -4,8 +4,8 @@ Notation: B sequences, T tokens, D embedding width, H hidden width, E width of t
 embeddings, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fusion_model.kernels import BACKENDS as OURS
@@ -17,25 +17,51 @@ EAGER = "eager"  # what every other backend of a group is compared with
 OPERATIONS = {
     "step": "one LSTM step",
     "sequence": "LSTM over whole sequences",
-    "training": "training step: forward, backward, Adam",
+    "training": "training step: forward, backward, Adam; embeddings at hand",
+    "evaluation": "surprisal of tokens, embeddings at hand",
     "prefixes": "all prefixes of a sentence, each from its own state (early fusion)",
     "head": "log-probability of given tokens",
     "embedding": "prefix embeddings, from text",
-    "scoring": "surprisal of a text, whole model",
-    "generation": "text, one token at a time, whole model",
+    "streaming": "prefix embeddings of one text, token by token",
+    "scoring": "surprisal of a text, encoder included",
+    "generation": "text, one token at a time, encoder included",
 }
-ON_TEXT = ("embedding", "scoring", "generation")  # a saved model on real text, not a shape
-UNITS = {"embedding": "prefixes", "prefixes": "prefixes"}  # the others count tokens
+ON_TEXT = ("embedding", "streaming", "scoring", "generation")  # real text, not a shape
+UNITS = dict.fromkeys(("embedding", "streaming", "prefixes"), "prefixes")  # the others: tokens
 
+# After a slash: a batch size, an encoding policy with the pooling where it is not `mean`, or the
+# model's unfused twin.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "step": (*OURS, EAGER, "cuda-graph", "compile", "onnx", "flashrnn"),
     "sequence": (*OURS, EAGER, "cuda-graph", "compile", "onnx", "flashrnn"),
     "training": (*OURS, EAGER, "published"),
+    "evaluation": (*OURS, EAGER, "published"),
     "prefixes": (*OURS, EAGER, "cuda-graph"),
     "head": ("fusion-lm", EAGER, "compile"),
-    "embedding": ("fusion-lm", EAGER, "sentence-transformers"),
-    "scoring": (*OURS, EAGER, "onnx", "onnx-int8", "published"),
+    "embedding": (
+        *(EAGER, *(f"sentence-transformers/{size}" for size in (8, 32, 128))),
+        "sentence-transformers-onnx/32",
+        *(f"fusion-lm/{policy}" for policy in ("every", "word", "stride:4", "sentence")),
+        *("fusion-lm/incremental", "fusion-lm/incremental last@3+mean@3"),
+        "fusion-lm/incremental+refresh:16",
+    ),
+    "streaming": (
+        *(EAGER, "fusion-lm/every", "fusion-lm/incremental"),
+        "fusion-lm/incremental+refresh:16",
+    ),
+    "scoring": (*OURS, EAGER, "batched", "onnx", "onnx-int8", "published"),
     "generation": (*OURS, EAGER, "onnx", "onnx-int8", "published"),
+}
+_POLICIES = tuple(
+    f"{way}/{policy}"
+    for way in ("auto", "onnx", "onnx-int8")
+    for policy in ("every", "incremental", "unfused")
+)
+IN_FIGURES = {  # what the README's tables show; the other operations as above
+    "training": ("auto", EAGER, "published"),
+    "evaluation": ("auto", EAGER, "published"),
+    "scoring": (EAGER, "batched", "published", *_POLICIES),
+    "generation": (EAGER, "published", *_POLICIES),
 }
 MEANING = {
     "auto": "fusion-lm, backend auto",
@@ -44,13 +70,15 @@ MEANING = {
     "cudnn": "fusion-lm on cuDNN",
     "triton": "fusion-lm, Triton kernels",
     "fusion-lm": "fusion-lm",
-    EAGER: "plain PyTorch: nn.LSTM (cuDNN on a GPU), nothing batched that users do not batch",
+    EAGER: "plain PyTorch: nn.LSTM (cuDNN on a GPU); a text by one call a prefix and a sentence",
+    "batched": "plain PyTorch in batches: 32 prefixes, padded; all sentences, padded",
     "cuda-graph": "nn.LSTM under a CUDA graph",
     "compile": "torch.compile of the equations, a step at a time",
     "onnx": "ONNX Runtime, float32",
     "onnx-int8": "ONNX Runtime, int8 weights",
     "published": "the published code's way: every prefix from its start",
-    "sentence-transformers": "sentence-transformers, batch 32",
+    "sentence-transformers": "sentence-transformers, texts a batch after the slash",
+    "sentence-transformers-onnx": "the same with its ONNX backend",
     "flashrnn": "FlashRNN",
 }
 
@@ -70,13 +98,24 @@ class Case:
     prefix_size: int = 768
 
     @property
+    def way(self) -> str:
+        """The backend without what follows a slash."""
+        return self.backend.partition("/")[0]
+
+    @property
+    def variant(self) -> str:
+        """What follows the slash, or nothing."""
+        return self.backend.partition("/")[2]
+
+    @property
     def group(self) -> str:
         """What is compared, without the backend."""
         if self.operation in ON_TEXT:
-            return f"{self.operation} {self.dtype}"
-        head = f" V{self.vocab_size}" if self.operation in ("head", "training") else ""
-        size = f"B{self.batch} T{self.length} H{self.hidden_size}{head}"
-        return f"{self.operation} {size} {self.dtype}"
+            tokens = f" T{self.length}" if self.operation == "streaming" else ""
+            return f"{self.operation}{tokens} {self.dtype}"
+        has_head = self.operation in ("head", "training", "evaluation")
+        size = f"B{self.batch} T{self.length} H{self.hidden_size}"
+        return f"{self.operation} {size}{f' V{self.vocab_size}' * has_head} {self.dtype}"
 
     def __str__(self) -> str:
         return f"{self.group} {self.backend}".replace(" ", "-")
@@ -87,6 +126,7 @@ class Case:
 
 
 Shape = dict[str, Any]
+_DTYPES = ("float32", "bfloat16")
 
 # Each shape is one group; where all but one number agree, the report draws a curve. The first
 # shape of an operation stands for it in the overview.
@@ -102,10 +142,12 @@ QUICK: dict[str, Sequence[Shape]] = {
         *({"batch": 16, "length": 64, "hidden_size": h} for h in (256, 512)),
         {"batch": 16, "length": 64, "dtype": "bfloat16"},
     ],
-    "training": [{"batch": 8, "length": 32, "dtype": d} for d in ("float32", "bfloat16")],
+    "training": [{"batch": 8, "length": 32, "dtype": d} for d in _DTYPES],
+    "evaluation": [{"batch": 8, "length": 32, "dtype": d} for d in _DTYPES],
     "prefixes": [{"batch": 4, "length": t} for t in (32, 8, 16)],
-    "head": [{"batch": 16, "length": 64, "dtype": d} for d in ("float32", "bfloat16")],
+    "head": [{"batch": 16, "length": 64, "dtype": d} for d in _DTYPES],
     "embedding": [{}],
+    "streaming": [{"length": 64}],
     "scoring": [{}],
     "generation": [{}],
 }
@@ -126,14 +168,19 @@ FULL: dict[str, Sequence[Shape]] = QUICK | {
         *({"batch": b, "length": 32} for b in (1, 16)),
         {"batch": 4, "length": 32, "dtype": "bfloat16"},
     ],
-    "embedding": [{"dtype": d} for d in ("float32", "bfloat16")],
+    "embedding": [{"dtype": d} for d in _DTYPES],
+    "streaming": [{"length": t} for t in (64, 16, 256)],
 }
 _SMALL = {"hidden_size": 32, "embedding_size": 16, "vocab_size": 300, "prefix_size": 32}
 TINY: dict[str, Sequence[Shape]] = {
     name: [{}] if name in ON_TEXT else [_SMALL | {"batch": 2, "length": 1 + 4 * (name != "step")}]
     for name in OPERATIONS
 }
-SUITES = {"tiny": TINY, "quick": QUICK, "full": FULL}
+# One float32 shape each; embeddings in bfloat16, too, and streams as they grow.
+FIGURES = {name: shapes[:1] for name, shapes in QUICK.items()} | {
+    name: FULL[name] for name in ("embedding", "streaming")
+}
+SUITES = {"tiny": TINY, "quick": QUICK, "full": FULL, "figures": FIGURES}
 
 
 def cases(suite: str, only: Sequence[str] = ()) -> list[Case]:
@@ -147,53 +194,40 @@ def cases(suite: str, only: Sequence[str] = ()) -> list[Case]:
     Raises:
         FusionLMError: neither an operation nor a backend.
     """
-    operations, backends = _chosen(only)
-    return [
-        Case(operation, backend, **shape)
-        for operation in operations
-        for shape in SUITES[suite][operation]
-        for backend in _backends(operation, backends)
-    ]
-
-
-def own_cases(shape: Shape, only: Sequence[str] = (), sweep: bool = False) -> list[Case]:
-    """The operations on shapes, at the user's own one; `sweep` adds its neighbours for curves."""
-    operations, backends = _chosen(only)
-    found: dict[Case, None] = {}
-    for operation in operations:
-        if operation in ON_TEXT:
-            continue
-        base = Case(operation, EAGER, **shape)
-        base = replace(base, length=1) if operation == "step" else base
-        neighbours = [base]
-        if sweep:
-            neighbours += [replace(base, batch=base.batch * k) for k in (2, 4)]
-            neighbours += [replace(base, hidden_size=max(8, base.hidden_size // 2))]
-        for case in neighbours:
-            for backend in _backends(operation, backends):
-                found[replace(case, backend=backend)] = None
-    if not found:
-        raise FusionLMError(f"--only {', '.join(only)} is measured on text and has no shape")
-    return list(found)
-
-
-def _chosen(only: Sequence[str]) -> tuple[list[str], set[str]]:
-    known = {name for names in BACKENDS.values() for name in names}
+    known = {Case("", name).way for names in BACKENDS.values() for name in names}
     for name in only:
-        if name not in OPERATIONS and name not in known:
+        if name not in OPERATIONS and name.partition("/")[0] not in known:
             raise FusionLMError(
                 f"unknown {name!r}: choose operations ({', '.join(OPERATIONS)}) or backends "
                 f"({', '.join(sorted(known))})"
             )
-    operations = [name for name in OPERATIONS if name in only]
-    backends = {name for name in only if name in known}
-    return operations or list(OPERATIONS), backends
+    operations = [name for name in OPERATIONS if name in only] or list(OPERATIONS)
+    wanted = {name for name in only if name not in OPERATIONS}
+    found = []
+    for operation in operations:
+        own = BACKENDS[operation]
+        if suite == "figures":
+            own = IN_FIGURES.get(operation, own)
+        names = [n for n in own if not wanted or {n, Case("", n).way} & wanted]
+        if names and EAGER not in names:
+            names.append(EAGER)
+        found += [
+            Case(operation, name, **shape) for shape in SUITES[suite][operation] for name in names
+        ]
+    return found
 
 
-def _backends(operation: str, chosen: set[str]) -> Iterator[str]:
-    mine = BACKENDS[operation]
-    if chosen and not chosen & set(mine):
-        return  # an operation that this backend does not know
-    for name in mine:
-        if not chosen or name in chosen or name == EAGER:
-            yield name
+def own_cases(shape: Shape, only: Sequence[str] = ()) -> list[Case]:
+    """The operations on shapes, at the user's own one.
+
+    Raises:
+        FusionLMError: as `cases`; or what is asked for has no shape.
+    """
+    found = [
+        Case(c.operation, c.backend, **(shape | ({"length": 1} if c.operation == "step" else {})))
+        for c in cases("tiny", only)
+        if c.operation not in ON_TEXT
+    ]
+    if not found:
+        raise FusionLMError(f"--only {', '.join(only)} is measured on text and has no shape")
+    return found

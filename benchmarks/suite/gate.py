@@ -1,21 +1,23 @@
 """A gate against regressions: ratios to plain PyTorch, not times, against a committed baseline.
 
 A ratio of two backends that took turns in one run holds on a busy machine and, roughly, on
-another of the same kind; a time does not.
+another of the same kind; a time does not. It catches a backend that lost 30 % against plain
+PyTorch, not one that slowed together with it, nor what has no baseline on this kind of machine.
 
     python -m fusion_model.benchmarks.suite.gate RESULTS.jsonl            # compare the last run
     python -m fusion_model.benchmarks.suite.gate RESULTS.jsonl… --write   # the new baseline
 
-A baseline is the lowest ratio of the runs that it is written from; uneven times take no part.
+A baseline is the median over the runs that it is written from, best five on a quiet machine;
+uneven times take no part.
 """
 
-import argparse
 import json
-import sys
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from fusion_model.benchmarks.measure.records import is_even, measured, read
 from fusion_model.benchmarks.suite.cases import EAGER, SUITES, cases
 
@@ -43,16 +45,19 @@ def ratios(records: Iterable[Record]) -> dict[str, float]:
     }
 
 
-def lowest(runs: Iterable[tuple[Record, Iterable[Record]]]) -> dict[str, dict[str, float]]:
-    """The lowest ratio of each case over runs, by kind of machine; only of cases that exist."""
+def medians(runs: Iterable[tuple[Record, Iterable[Record]]]) -> dict[str, dict[str, float]]:
+    """The median ratio of each case over runs, by kind of machine; only of cases that exist."""
     known = {f"{c.group} {c.backend}" for suite in SUITES for c in cases(suite)}
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for run, records in runs:
         own = found.setdefault(kind_of(run["machine"]), {})
         for name, ratio in ratios(records).items():
             if name in known:
-                own[name] = min(ratio, own.get(name, ratio))
-    return found
+                own.setdefault(name, []).append(ratio)
+    return {
+        kind: {name: round(statistics.median(several), 4) for name, several in own.items()}
+        for kind, own in found.items()
+    }
 
 
 def compare(machine: Record, records: Iterable[Record], baseline: Record) -> list[str]:
@@ -81,30 +86,27 @@ def load_baseline(path: Path = BASELINE) -> Record:
     return loaded
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """See the module."""
-    parser = argparse.ArgumentParser(prog="python -m fusion_model.benchmarks.suite.gate")
-    parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--write", action="store_true", help="make this the baseline")
-    parser.add_argument("--baseline", type=Path, default=BASELINE)
-    options = parser.parse_args(arguments)
+def main(
+    results: list[Path],
+    write: Annotated[bool, typer.Option(help="make this the baseline")] = False,
+    baseline: Path = BASELINE,
+) -> None:
+    """See the module: exit 1 where a ratio fell, 2 where nothing can be compared."""
     try:
-        runs = [run for path in options.results for run in read(path)]
+        runs = [run for path in results for run in read(path)]
         run, records = runs[-1]
-        if options.write:
-            known = load_baseline(options.baseline) if options.baseline.exists() else {}
-            known |= lowest(runs)
-            options.baseline.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-            return 0
-        fallen = compare(run["machine"], records, load_baseline(options.baseline))
+        if write:
+            known = load_baseline(baseline) if baseline.exists() else {}
+            text = json.dumps(known | medians(runs), indent=1) + "\n"
+            baseline.write_text(text, encoding="utf-8")
+            return
+        fallen = compare(run["machine"], records, load_baseline(baseline))
     except FusionLMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for line in fallen:
-        print(line)
-    print(f"{len(fallen)} ratios fell below {TOLERATED:.0%} of the baseline")
-    return 1 if fallen else 0
+        print(f"error: {error}")
+        raise typer.Exit(2) from None
+    print(*fallen, f"{len(fallen)} ratios fell below {TOLERATED:.0%} of the baseline", sep="\n")
+    raise typer.Exit(1 if fallen else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -9,20 +9,22 @@ from typing import Any
 
 from fusion_model.benchmarks.measure.ceilings import Ceilings
 from fusion_model.benchmarks.measure.timing import Timing, measure_in_turns, peak_memory
-from fusion_model.benchmarks.suite import on_text, recurrence, training_step
+from fusion_model.benchmarks.suite import encoding, on_text, predictions, recurrence
 from fusion_model.benchmarks.suite.cases import EAGER, Case
 from fusion_model.benchmarks.suite.work import Context, Unavailable, Work, WrongResult
 
 from fusion_model.errors import FusionLMError
 
 Record = dict[str, Any]
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 KEPT = 200  # samples a record keeps, evenly over all of them
 # By operation; each raises `Unavailable` where this machine cannot run the case.
 BUILD: dict[str, Callable[[Case, Context], Work]] = {
     **dict.fromkeys(("step", "sequence", "prefixes"), recurrence.build),
-    "training": training_step.training,
-    "head": training_step.head,
-    "embedding": on_text.embedding,
+    **dict.fromkeys(("training", "evaluation"), predictions.at_hand),
+    "head": predictions.head,
+    "embedding": encoding.embedding,
+    "streaming": encoding.streaming,
     "scoring": on_text.scoring,
     "generation": on_text.generation,
 }
@@ -41,39 +43,49 @@ def run(
         budget: seconds of samples for each case.
         progress: called with the number of cases done and what comes now.
     """
-    done = 0
+    done, device = 0, context.device
     for group, members in groupby(cases, key=lambda case: case.group):
-        progress(done, group)
         ready: dict[Case, Work] = {}
-        for case in list(members):
-            try:
-                work = BUILD[case.operation](case, context)
-                work.check()
+        for case in members:
+            progress(done, f"{group} {case.backend}")
+            work = _checked(case, context)
+            if isinstance(work, Work):
                 ready[case] = work
-            except Unavailable as reason:
-                yield {"kind": "skip", "reason": str(reason)} | case.facts()
-            except FusionLMError:
-                raise  # the user's mistake
-            except Exception as error:  # of a backend: the others are measured all the same
-                said = next(iter(str(error).splitlines()), "")
-                name = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
-                yield {"kind": "wrong", "reason": name + said} | case.facts()
+            else:
+                yield work | case.facts()
             done += 1
-        runs = {case.backend: work.run for case, work in ready.items()}
-        timings = measure_in_turns(runs, context.device, budget)
-        device = context.device
+        progress(done, group)
+        timings = measure_in_turns({c.backend: w.run for c, w in ready.items()}, device, budget)
         timed = [record(c, w, timings[c.backend], ceilings, device) for c, w in ready.items()]
         yield from with_speedups(timed)
         context.forget()
     progress(done, "")
 
 
+def _checked(case: Case, context: Context) -> Work | Record:
+    """What is timed, its result compared with the reference; or why it is not."""
+    try:
+        work = BUILD[case.operation](case, context)
+        work.check()
+        return work
+    except Unavailable as reason:
+        return {"kind": "skip", "reason": str(reason)}
+    except FusionLMError:
+        raise  # the user's mistake
+    except Exception as error:  # of a backend: the others are measured all the same
+        said = next(iter(str(error).splitlines()), "")
+        if isinstance(error, MemoryError) or any(sign in said for sign in OUT_OF_MEMORY):
+            return {"kind": "skip", "reason": "out of memory"}
+        name = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+        return {"kind": "wrong", "reason": name + said}
+
+
 def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: str) -> Record:
     """What is kept of a measured case; times in milliseconds, rates in items a second."""
     p50 = timing.percentile(50)
-    floor, bound = ceilings.floor(work.counts, case.dtype)
+    floor, bound = ceilings.floor(work.counts, "int8" if case.way == "onnx-int8" else case.dtype)
     step = max(1, len(timing.seconds) // KEPT)
-    found = case.facts() | {
+    found = case.facts() | work.facts | {
         "kind": "case",
         **{f"p{q}_ms": round(1e3 * timing.percentile(q), 5) for q in (50, 90, 99)},
         "samples": len(timing.seconds),
@@ -85,7 +97,7 @@ def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: s
         "floor_ms": float(f"{1e3 * floor:.4g}"),
         "bound": bound,
         "of_floor": round(floor / p50, 4),
-        "peak_bytes": None if case.backend.startswith("onnx") else peak_memory(work.run, device),
+        "peak_bytes": None if "onnx" in case.way else peak_memory(work.run, device),
         "times_ms": [float(f"{1e3 * s:.4g}") for s in timing.seconds[::step]],
     }
     if timing.host:

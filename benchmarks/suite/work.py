@@ -1,6 +1,7 @@
 """A case made ready: what is called, how its result is checked, and what it costs at least."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ class Work:
         counts: bytes and operations that no implementation can save.
         tolerance: largest difference, relative to the largest expected number.
         compiled: seconds that building took because something was compiled.
+        facts: more for the record, complete once `check` was called.
     """
 
     run: Callable[[], Any]
@@ -41,6 +43,7 @@ class Work:
     counts: Counts
     tolerance: float
     compiled: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> float:
         """The largest difference from the reference, relative.
@@ -72,10 +75,12 @@ def of_case(case: Case) -> Counts:
         recurrence = Counts(8.0 * steps * h * h, float(size * (4 * h * h + 3 * b * t * h)))
         return matmul(b * t, d, 4 * h, size) + recurrence
     head = matmul(b * t, d, v, size)
+    head = Counts(head.flops, float(size * (v * d + v + b * t * d) + 12 * b * t))
     if case.operation == "head":
-        return Counts(head.flops, float(size * (v * d + v + b * t * d) + 12 * b * t))
-    layers = (matmul(b * t, h + e, d, size), lstm(b, b * t, d, h, size))
-    forward = sum(layers, head)
+        return head
+    forward = matmul(b * t, h + e, d, size) + lstm(b, b * t, d, h, size) + head
+    if case.operation == "evaluation":
+        return forward
     parameters = v * d + 4 * h * (d + h + 2) + d * (h + e + 1) + v * (d + 1)
     adam = Counts(12.0 * parameters, 4.0 * 7 * parameters)  # reads p, g, m, v; writes p, m, v
     return forward.times(3) + adam  # a backward pass is two products for each forward one
@@ -93,8 +98,9 @@ class Context:
         model: saved model, for the cases on text.
         sentences: text of those cases.
         scratch: folder for exports.
-        new_tokens: most that are generated.
+        new_tokens: how many are generated.
         cache: what was made once, by name.
+        closing: what ends with the run.
     """
 
     device: str
@@ -103,6 +109,7 @@ class Context:
     scratch: Path
     new_tokens: int = 32
     cache: dict[Any, Any] = field(default_factory=dict)
+    closing: ExitStack = field(default_factory=ExitStack)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Make something once; a reason not to be able to is kept, too."""

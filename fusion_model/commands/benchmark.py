@@ -27,7 +27,7 @@ def bench(
     report: Annotated[Path | None, typer.Option(help="HTML page to write")] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="folder to append to (default, in a clone: benchmarks/results)"),
+        typer.Option(help="folder to append to (default, in a clone: out/bench)"),
     ] = None,
     hidden_size: Size = None,
     batch: Size = None,
@@ -76,7 +76,7 @@ def bench(
         write_text(report, page(first, records))
         print(f"report: {report}")
     if any(r["kind"] == "wrong" for r in records):
-        raise FusionLMError("a backend gave wrong results, see above")
+        raise FusionLMError("a backend failed, or gave wrong results: see above")
 
 
 @command

@@ -1,9 +1,10 @@
-"""The training step and the log-probability of targets, with each backend.
+"""Training, evaluation with embeddings at hand, and the log-probability of targets.
 
 Notation: B sequences, T tokens, N = B * T positions, D features, E prefix width, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,16 +37,14 @@ def head(case: Case, context: Context) -> Work:
     targets = torch.randint(case.vocab_size, (n,)).to(device)
     weight, bias = layer.weight.detach(), layer.bias.detach()
 
-    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def plain() -> Tensor:
         return -F.cross_entropy(F.linear(x, weight, bias).float(), targets, reduction="none")
-
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return target_log_probs(x, weight, bias, targets)
 
     if case.backend == "compile":
         torch._dynamo.reset()
-    way = {EAGER: plain, "compile": torch.compile(plain)}.get(case.backend, ours)
-    run = no_gradients(lambda: way(x, weight, bias))
+    ours = partial(target_log_probs, x, weight, bias, targets)
+    ways: dict[str, Callable[[], Tensor]] = {EAGER: plain, "compile": torch.compile(plain)}
+    run = no_gradients(ways.get(case.backend, ours))
 
     def expected() -> Tensor:
         logits = F.linear(x.double(), weight.double(), bias.double())
@@ -62,10 +61,12 @@ class _Plain(nn.Module):
         self.embedding, self.lstm = ours.embed_tokens, ours.lstm
         self.projection, self.output = ours.projection, ours.lm_head
 
-    def loss(self, tokens: Tensor, e: Tensor) -> Tensor:
+    def nats(self, tokens: Tensor, e: Tensor) -> Tensor:
+        """Surprisals [B * T] of tokens [B, T + 1], with e [B, T, E]."""
         hidden, _ = self.lstm(self.embedding(tokens[:, :-1]))
         logits = self.output(self.projection(torch.cat([hidden, e.to(hidden.dtype)], dim=-1)))
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        targets = tokens[:, 1:].flatten()
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
 
 
 def _published(ours: FusionLMForCausalLM, case: Case) -> PublishedLM:
@@ -78,63 +79,72 @@ def _published(ours: FusionLMForCausalLM, case: Case) -> PublishedLM:
     return model.to(ours.device)
 
 
-def training(case: Case, context: Context) -> Work:
-    """Forward, backward and Adam on B sentences of T predictions, embeddings at hand."""
+def at_hand(case: Case, context: Context) -> Work:
+    """`training`: forward, backward and Adam; `evaluation`: surprisals. Of B sentences of T
+    predictions, embeddings at hand, with the same weights in each way."""
     torch.manual_seed(0)
-    device = context.device
+    device, trains = context.device, case.operation == "training"
     sizes = ("vocab_size", "embedding_size", "hidden_size", "prefix_size")
     config = FusionLMConfig(fusion="concat", **{name: getattr(case, name) for name in sizes})
-    model = FusionLMForCausalLM(config).to(device).train()  # type: ignore[arg-type]
+    model = FusionLMForCausalLM(config).to(device).train(trains)  # type: ignore[arg-type]
     tokens = torch.randint(3, case.vocab_size, (case.batch, case.length + 1)).to(device)
     e = torch.randn(case.batch, case.length, case.prefix_size).to(device)
     dtype, kind = getattr(torch, case.dtype), torch.device(device).type
+    network: nn.Module = model
+    if case.backend == EAGER:
+        network = _Plain(model)
+        nats = partial(network.nats, tokens, e)
+    elif case.backend == "published":
+        network = _published(model, case)
 
-    losses: dict[str, Callable[[], Tensor]] = {
-        EAGER: lambda: _Plain(model).loss(tokens, e),
-        "published": lambda: published_loss(),
-    }
-    parameters = list(model.parameters())
-    if case.backend == "published":
-        published = _published(model, case)
-        parameters = list(published.parameters())
-
-        def published_loss() -> Tensor:
+        def nats() -> Tensor:
             rows = zip(tokens, e, strict=True)
-            return torch.stack([F.cross_entropy(published(r, v), r[1:]) for r, v in rows]).mean()
-
-    elif case.backend != EAGER:
+            found = [F.cross_entropy(network(r, v), r[1:], reduction="none") for r, v in rows]
+            return torch.cat(found)
+    else:
         check_backend(case.backend, device)
         model.set_backend(case.backend)
-    loss_of = losses.get(case.backend, lambda: -model.token_log_probs(tokens, e).mean())
-    optimizer = torch.optim.Adam(parameters, lr=RATE)
+
+        def nats() -> Tensor:
+            return -model.token_log_probs(tokens, e)
+
+    optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
+
+    def surprisals() -> Tensor:
+        with torch.autocast(kind, dtype, enabled=case.dtype != "float32"):
+            return nats().float()
 
     def gradients() -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast(kind, dtype, enabled=case.dtype != "float32"):
-            loss = loss_of()
+        loss = surprisals().mean()
         loss.backward()
         return loss
 
-    def run() -> None:
+    def step() -> None:
         gradients()
         optimizer.step()
 
-    def result() -> Tensor:
+    def with_gradient(loss: Tensor, lstm: Any) -> Tensor:
         """Loss, and the gradient of the recurrent weights, which everything passes through."""
-        loss = gradients().detach()
-        gradient = model.lstm.weight_hh_l0.grad
-        assert gradient is not None
-        return torch.cat([loss.float().view(1), gradient.float().flatten() * case.batch])
+        gradient = lstm.weight_hh_l0.grad.flatten() * case.batch
+        return torch.cat([loss.detach().view(1), gradient]).double()
 
     def expected() -> Tensor:
         copy = FusionLMForCausalLM(config)
         copy.load_state_dict(model.state_dict())
-        plain = _Plain(copy)
-        plain.double()
-        loss = plain.loss(tokens.cpu(), e.double().cpu())
-        loss.backward()
-        gradient: Any = copy.lstm.weight_hh_l0.grad
-        return torch.cat([loss.detach().view(1), gradient.flatten() * case.batch])
+        plain = _Plain(copy).double()
+        nats = plain.nats(tokens.cpu(), e.double().cpu())
+        if not trains:
+            return nats.detach()
+        nats.mean().backward()
+        return with_gradient(nats.mean(), copy.lstm)
 
-    count = case.batch * case.length
-    return Work(run, result, expected, count, of_case(case), TOLERANCE[case.dtype])
+    evaluate = no_gradients(surprisals)
+    return Work(
+        step if trains else evaluate,
+        (lambda: with_gradient(gradients(), model.lstm)) if trains else evaluate,
+        expected,
+        case.batch * case.length,
+        of_case(case),
+        TOLERANCE[case.dtype],
+    )
