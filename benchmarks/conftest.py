@@ -9,7 +9,6 @@ import pytest
 import torch
 from fusion_model.benchmarks.measure import records as results
 from fusion_model.benchmarks.measure.ceilings import Ceilings, measure_ceilings
-from fusion_model.benchmarks.measure.counts import SIZE
 from fusion_model.benchmarks.measure.machine import describe
 from fusion_model.benchmarks.suite.bench import BUDGETS, context_of
 from fusion_model.benchmarks.suite.cases import SUITES, cases
@@ -63,7 +62,7 @@ def context(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def ceilings(budget: float) -> Ceilings:
-    return measure_ceilings(DEVICE, tuple(SIZE)[:2], min(0.3, budget or 0.02))
+    return measure_ceilings(DEVICE, ("float32", "bfloat16", "int8"), min(0.3, budget or 0.02))
 
 
 @pytest.fixture(scope="session")

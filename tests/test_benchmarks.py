@@ -2,13 +2,18 @@
 
 import json
 import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES
+import typer
+from conftest import SENTENCES, small_model
+from fusion_model.benchmarks import summary
 from fusion_model.benchmarks.measure import records as results
 from fusion_model.benchmarks.measure import timing
 from fusion_model.benchmarks.measure.ceilings import Ceilings
@@ -16,17 +21,22 @@ from fusion_model.benchmarks.measure.counts import Counts
 from fusion_model.benchmarks.measure.machine import describe
 from fusion_model.benchmarks.page import charts
 from fusion_model.benchmarks.page.page import page
-from fusion_model.benchmarks.suite import bench, gate, on_text, recurrence
+from fusion_model.benchmarks.suite import bench, encoding, gate, on_text, recurrence
 from fusion_model.benchmarks.suite import cases as case_data
 from fusion_model.benchmarks.suite import run as suite
 from fusion_model.benchmarks.suite.cases import EAGER, Case, cases
 from fusion_model.benchmarks.suite.work import Context, Unavailable, Work, WrongResult, of_case
 from fusion_model.kernels import BACKENDS
+from onnx_cases import saved_model
 from test_cli import fails, run
 
+from fusion_model.encoders.inputs import EncoderInput
+from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import FusionLMError
 
-CEILINGS = Ceilings({"float32": 1e11, "bfloat16": 1e12}, [(2**20, 1e11), (2**28, 1e10)])
+CEILINGS = Ceilings(
+    {"float32": 1e11, "bfloat16": 1e12, "int8": 2e12}, [(2**20, 1e11), (2**28, 1e10)]
+)
 
 
 @pytest.fixture
@@ -46,7 +56,7 @@ def test_cases_name_every_backend_of_ours_and_what_it_is() -> None:
     assert set(charts.COLOURS) == set(case_data.MEANING)
     for backend in BACKENDS:
         assert any(c.backend == backend for c in cases("quick"))
-    assert {c.backend for c in cases("full")} <= set(case_data.MEANING)
+    assert {c.way for c in cases("full")} <= set(case_data.MEANING)
 
 
 def test_only_chooses_operations_and_backends() -> None:
@@ -61,6 +71,14 @@ def test_counts_of_a_step_by_hand() -> None:
     weights = 4 * 3 * 5 + 4 * 3 * 3 + 2 * 4 * 3
     moved = weights + 2 * 5 + 2 * 3 + 4 * 2 * 3  # x, output, both states in and out
     assert of_case(case) == Counts(2 * (2 * 4 * 3 * (5 + 3)), 4 * moved)
+
+
+def test_a_floor_takes_the_bandwidth_of_what_is_held() -> None:
+    """Weights that a cache holds are read from it again and again, however many bytes that is."""
+    counts = Counts(0, 2.0**29, 2.0**21)
+    assert CEILINGS.floor(counts, "float32") == (2**29 / 1e11, "memory")
+    assert (counts + counts).reach == 2**22
+    assert Counts(1, 5.0).reach == 5
 
 
 def test_counts_of_prefixes_grow_with_the_square_of_the_length() -> None:
@@ -101,10 +119,14 @@ def test_a_backend_that_fails_is_named_and_the_others_run(context: Context, monk
 
 
 def test_uneven_times_are_pointed_out() -> None:
-    even = {"kind": "case", "backend": "torch", "p50_ms": 1.0, "p90_ms": 1.2}
+    even = {"kind": "case", "group": "step", "backend": "torch", "p50_ms": 1.0, "p90_ms": 1.2}
+    even |= {"of_floor": 0.9}
     assert bench.remarks([even]) == []
     (line,) = bench.remarks([even, even | {"p90_ms": 3.5}])
     assert line.startswith("uneven: in 1 cases")
+    (line,) = bench.remarks([even, even | {"of_floor": 1.1}])
+    assert line.startswith("above 100 % of the floor")
+    assert line.endswith(": step torch")
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
@@ -196,8 +218,10 @@ def test_gate_sees_ratios_not_times(tmp_path: Path, capsys) -> None:
     list(results.append(tmp_path, run, suite.with_speedups(timed)))
     kept = results.file_of(tmp_path, run)
     baseline = tmp_path / "baseline.json"
-    assert gate.main([str(kept), "--baseline", str(baseline), "--write"]) == 0
-    assert gate.main([str(kept), "--baseline", str(baseline)]) == 0
+    gate.main([kept], write=True, baseline=baseline)
+    with pytest.raises(typer.Exit) as ended:
+        gate.main([kept], baseline=baseline)
+    assert ended.value.exit_code == 0
     (run, records), loaded = results.read(kept)[0], gate.load_baseline(baseline)
     slower = [r | {"p50_ms": 10 * r["p50_ms"]} for r in records]
     assert gate.compare(run["machine"], suite.with_speedups(slower), loaded) == []
@@ -208,8 +232,8 @@ def test_gate_sees_ratios_not_times(tmp_path: Path, capsys) -> None:
     assert line.startswith("step B2 T1 H32 float32 auto: ")
     uneven = [auto | {"p90_ms": 99 * auto["p50_ms"]}, *slower[1:]]
     assert gate.ratios(slower).keys() - gate.ratios(uneven).keys() == {f"{auto['group']} auto"}
-    both = gate.lowest([(run, worse), (run, records)])
-    assert both[gate.kind_of(run["machine"])][f"{auto['group']} auto"] == worse[0]["speedup"]
+    several = gate.medians([(run, worse), (run, records), (run, records)])
+    assert several[gate.kind_of(run["machine"])] == gate.medians([(run, records)]).popitem()[1]
     with pytest.raises(FusionLMError, match="no baseline for another"):
         gate.compare(run["machine"] | {"name": "another"}, records, loaded)
 
@@ -291,12 +315,80 @@ def test_bench_mistakes_are_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_text_cases_refuse_what_they_are_not_written_for(context: Context) -> None:
-    from conftest import small_model
-
+def test_text_cases_refuse_what_they_are_not_written_for() -> None:
     lm = type("LM", (), {"model": small_model(fusion="init_both"), "planner": None})()
     with pytest.raises(Unavailable, match="late fusion"):
-        on_text.Plain(lm, restart=False)
+        on_text.Plain(lm, EAGER)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_the_plain_encoder_agrees_and_runs_no_layer_for_nothing(encoder_folders, name) -> None:
+    encoder = HFEncoder.load(str(encoder_folders[name]), "static+mean@1+last@1+cls@1")
+    inputs = encoder.inputs_from_texts(["", "The cat sat on the mat.", "A dog", *SENTENCES[:4]])
+    calls = []
+    layer = encoding.layers_of(encoder)[1]
+    with torch.inference_mode(), patch.object(layer, "forward", calls.append):
+        found = [encoding.PlainEncoder(encoder, size)(inputs) for size in (1, 3)]
+    assert not calls
+    assert len(encoding.layers_of(encoder)) == 2
+    alone = torch.cat([encoder.pooled(torch.tensor([list(_ids(i))])) for i in inputs])
+    for vectors in found:
+        torch.testing.assert_close(vectors, alone)
+
+
+def _ids(given: EncoderInput) -> list[int]:
+    return np.frombuffer(given.ids, dtype="<i4").tolist()
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory, bpe, bert_folder) -> list[dict[str, Any]]:
+    """Every way and policy, of small models."""
+    folder = tmp_path_factory.mktemp("figures")
+    options = {"num_layers": 1, "prefix_size": 48, "pooling": "static+last@1+mean@1"}
+    options |= {"policy": "incremental", "fusion": "concat"}
+    saved_model(folder / "m", bpe, bert_folder, **options)
+    saved_model(folder / "m-unfused", bpe, bert_folder, **(options | {"fusion": "none"}))
+    context = Context("cpu", str(folder / "m"), SENTENCES[:3], folder, new_tokens=4)
+    chosen = cases("figures", ["scoring", "generation"])
+    with context.closing:
+        return list(suite.run(chosen, context, CEILINGS, 0.0))
+
+
+def test_every_way_and_policy_agrees_with_the_plain_equations(figures) -> None:
+    """Those that do not are `wrong`; all make as many tokens as were asked for."""
+    assert [r.get("reason") for r in figures if r["kind"] != "case"] == []
+    assert {r["items"] for r in figures if r["operation"] == "generation"} == {4}
+    assert len({r["items"] for r in figures if r["operation"] == "scoring"}) == 1
+    table = summary.ways(figures)
+    assert table.count("\n") == 13
+    assert "| fusion-lm, ONNX int8 | incremental |" in table
+    assert "| plain PyTorch, in batches | every |  |" in table
+
+
+def test_level_is_said_in_words() -> None:
+    assert summary.ratio(1.02, 1) == summary.ratio(0.96, 1) == "level"
+    assert summary.ratio(3.0, 1.5) == "**2×**"
+
+
+def test_memory_that_does_not_suffice_is_no_wrong_result(context: Context, monkeypatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")
+
+    monkeypatch.setattr(recurrence, "lstm_sequence", full)
+    records = list(suite.run([Case("step", "reference")], context, CEILINGS, 0.0))
+    assert [(r["kind"], r["reason"]) for r in records] == [("skip", "out of memory")]
+
+
+def test_own_shape_is_the_only_one() -> None:
+    shape = {"hidden_size": 512, "batch": 8}
+    chosen = bench.chosen_cases("full", ["step"], shape, None, None)
+    assert {(c.hidden_size, c.batch, c.length) for c in chosen} == {(512, 8, 1)}
+
+
+def test_results_go_where_git_ignores_them() -> None:
+    home = results.home()
+    assert home is not None
+    assert subprocess.run(["git", "check-ignore", "-q", home], cwd=home.parents[1]).returncode == 0
 
 
 def test_machine_is_described() -> None:

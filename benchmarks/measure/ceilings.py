@@ -35,23 +35,33 @@ class Ceilings:
 
     def floor(self, counts: Counts, dtype: str) -> tuple[float, str]:
         """Fewest seconds that this work can take, and what sets them."""
-        memory = counts.bytes / of_size(self.bandwidth, counts.bytes)
+        # Of the largest buffer that is no larger: else a floor would be too high between sizes.
+        rates = [rate for size, rate in self.bandwidth if size <= counts.reach]
+        memory = counts.bytes / (rates or [self.bandwidth[0][1]])[-1]
         compute = counts.flops / self.flops[dtype]
         return (memory, "memory") if memory >= compute else (compute, "compute")
 
 
+# Products that models do, [N, K] times [K, M]: square ones, an encoder's layer, one step's gates.
+SHAPES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (2048, 384, 1536))
+ON_GPU = ((4096, 4096, 4096), (8192, 8192, 8192))
+
+
 def measure_ceilings(device: str, dtypes: Sequence[str], seconds: float = 0.3) -> Ceilings:
-    """Time the largest simple work: a product of matrices, and a vector times a matrix."""
+    """Time the simplest work of each dtype: products of matrices, and a vector times a matrix.
+
+    int8 is at least as fast as bfloat16: a library that has no fast product is no ceiling.
+    """
     clock = Clock(device)
-    edges = (4096, 8192) if clock.cuda else (512, 1024, 2048)
     flops = dict.fromkeys(dtypes, 0.0)
-    for dtype, edge in itertools.product(dtypes, edges):
-        a, b = (torch.randn(edge, edge, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
-        best = _best(clock, partial(torch.mm, a, b, out=out), seconds)
-        flops[dtype] = max(flops[dtype], 2.0 * edge**3 / best)
+    measured = {d if d != "int8" else "bfloat16" for d in dtypes} | set(dtypes)
+    for dtype, (n, k, m) in itertools.product(sorted(measured), ON_GPU if clock.cuda else SHAPES):
+        best = _best(clock, _product(dtype, n, k, m, device), seconds)
+        flops[dtype] = max(flops.get(dtype, 0.0), 2.0 * n * k * m / best)
+    if "int8" in flops:
+        flops["int8"] = max(flops["int8"], flops["bfloat16"])
     bandwidth = []
-    sizes = (28,) if clock.cuda else (18, 20, 22, 24, 26, 28)  # on a GPU the cache is flushed
+    sizes = (28,) if clock.cuda else range(18, 29)  # on a GPU the cache is flushed
     for exponent in sizes:
         rows = 2**exponent // 4 // 1024
         matrix = torch.randn(rows, 1024, device=device)
@@ -62,6 +72,14 @@ def measure_ceilings(device: str, dtypes: Sequence[str], seconds: float = 0.3) -
     for i in reversed(range(len(bandwidth) - 1)):
         bandwidth[i] = (bandwidth[i][0], max(bandwidth[i][1], bandwidth[i + 1][1]))
     return Ceilings(flops, bandwidth)
+
+
+def _product(dtype: str, n: int, k: int, m: int, device: str) -> Callable[[], Any]:
+    if dtype == "int8":
+        a, b = (torch.randint(-9, 9, s, device=device, dtype=torch.int8) for s in ((n, k), (k, m)))
+        return partial(torch._int_mm, a, b)
+    a, b = (torch.randn(s, device=device).to(getattr(torch, dtype)) for s in ((n, k), (k, m)))
+    return partial(torch.mm, a, b, out=torch.empty(n, m, device=device, dtype=a.dtype))
 
 
 def _best(clock: Clock, run: Callable[[], Any], seconds: float) -> float:

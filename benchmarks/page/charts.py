@@ -30,7 +30,10 @@ COLOURS = {
     "sentence-transformers": "#8a5a3c",
     "flashrnn": "#b59f00",
     "cudnn": "#444c8c",
+    "batched": "#9aa3ab",
+    "sentence-transformers-onnx": "#c08a5a",
 }
+STYLES = ("-", "--", ":", "-.")  # of one backend's variants
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fusion-lm",  # the same results give the same file
@@ -59,6 +62,11 @@ def milliseconds(x: float) -> str:
     if x < 1:
         return f"{1e3 * x:.3g} µs"
     return f"{x:.3g} ms" if x < 1000 else f"{x / 1e3:.3g} s"
+
+
+def colour(name: str) -> str:
+    """Of a backend, whatever follows its slash."""
+    return COLOURS[name.partition("/")[0]]
 
 
 class Chart:
@@ -135,10 +143,10 @@ def bars(rows: Sequence[Bar], x_title: str) -> str:
     most = max(max(r.value, r.whisker or 0) for r in rows) or 1.0
     shown = min(most, 2.2 * max(r.value for r in rows))  # one wild p90 must not flatten the rest
     for i, row in enumerate(rows):
-        (bar,) = chart.axes.barh(i, row.value, height=0.68, color=COLOURS[row.name])
+        (bar,) = chart.axes.barh(i, row.value, height=0.68, color=colour(row.name))
         chart.tip(bar, row.tip)
         reach = min(max(row.value, row.whisker or 0), shown)
-        chart.axes.plot([row.value, reach], [i, i], color=COLOURS[row.name], marker="|")
+        chart.axes.plot([row.value, reach], [i, i], color=colour(row.name), marker="|")
         _label(chart.axes, row.label, reach, i, 7)
     chart.rows([r.name for r in rows])
     chart.axes.set_xlim(0, 1.22 * shown)
@@ -150,11 +158,13 @@ def bars(rows: Sequence[Bar], x_title: str) -> str:
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str) -> str:
     """Lines over a logarithmic plane; the legend in the order in which they end."""
     chart = Chart(5.4, 2.7, x_title, y_title)
+    drawn: list[str] = []
     for name, line in sorted(series.items(), key=lambda item: -item[1][-1][1]):
-        x, y = zip(*line, strict=True)
-        chart.axes.plot(x, y, color=COLOURS[name], label=name)
+        style = STYLES[drawn.count(colour(name)) % len(STYLES)]
+        drawn.append(colour(name))
+        chart.axes.plot(*zip(*line, strict=True), style, color=colour(name), label=name)
         for a, b in line:
-            (dot,) = chart.axes.plot(a, b, "o", markersize=4, color=COLOURS[name])
+            (dot,) = chart.axes.plot(a, b, "o", markersize=4, color=colour(name))
             chart.tip(dot, f"{name}, {x_title} {number(a)}: {number(b)} {y_title}")
     _logarithmic(chart.axes, "x")
     _logarithmic(chart.axes, "y")
@@ -172,7 +182,7 @@ def distributions(rows: Mapping[str, Sequence[float]], x_title: str) -> str:
     for i, (name, times) in enumerate(rows.items()):
         shown = [t for t in times if t <= top]
         alpha = 0.3 if len(times) > 40 else 0.9
-        chart.axes.plot(shown, [i] * len(shown), "|", ms=12, alpha=alpha, color=COLOURS[name])
+        chart.axes.plot(shown, [i] * len(shown), "|", ms=12, alpha=alpha, color=colour(name))
         marks: Any = ((50, "-", 2.0), (90, "-", 1.2), (99, ":", 1.2))
         for q, style, width in marks:
             value = float(np.percentile(times, q, method="inverted_cdf"))
@@ -196,15 +206,19 @@ def ratios(rows: Mapping[str, Sequence[tuple[str, float]]], names: Sequence[str]
     for i, (title, row) in enumerate(rows.items()):
         for backend, ratio in sorted(row, key=lambda pair: -names.index(pair[0])):
             (dot,) = chart.axes.plot(
-                ratio, i, "o", ms=10, mec="white", color=COLOURS[backend], clip_on=False
+                ratio, i, "o", ms=10, mec="white", color=colour(backend), clip_on=False
             )
             chart.tip(dot, f"{title}, {backend}: {ratio:.2f} × plain PyTorch")
         low, high = min(r for _, r in row), max(r for _, r in row)
         for value, side in ((high, 1), (low, -1)):
             if side == 1 or low < 0.8 * high:
                 _label(chart.axes, f"{value:.2g}", value, i, 9 * side)
+        for value in (r for name, r in row if name == names[0] and 1.2 * low < r < high / 1.2):
+            chart.axes.annotate(
+                f"{value:.2g}", (value, i), (0, 8), textcoords="offset points", ha="center"
+            )
     for name in names:
-        chart.axes.plot([], [], "o", color=COLOURS[name], label=name)
+        chart.axes.plot([], [], "o", color=colour(name), label=name)
     _logarithmic(chart.axes, "x", lambda x: f"{x:g} ×")
     chart.figure.legend(loc="outside upper left", ncols=len(names), fontsize=9)
     return chart.svg()
@@ -216,11 +230,11 @@ def roofline(ceilings: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
     chart = Chart(WIDTH, 4.6, "operations per byte", "operations per second")
     for r in records:
         place = r["flops"] / r["bytes"], r["flops"] / r["p50_ms"] * 1e3
-        (dot,) = chart.axes.plot(*place, "o", mec="white", color=COLOURS[r["backend"]])
+        (dot,) = chart.axes.plot(*place, "o", mec="white", color=colour(r["backend"]))
         share = f"{r['of_floor']:.1%} of the {r['bound']} floor"
         chart.tip(dot, f"{r['group']} {r['backend']}: {share}")
     for name in dict.fromkeys(r["backend"] for r in records):
-        chart.axes.plot([], [], "o", color=COLOURS[name], label=name)
+        chart.axes.plot([], [], "o", color=colour(name), label=name)
     flops, bandwidth = ceilings["flops"], ceilings["bandwidth"]
     xs = [r["flops"] / r["bytes"] for r in records]
     left, right = min(xs) / 2, 2 * max(max(flops.values()) / bandwidth[-1][1], *xs)

@@ -9,7 +9,7 @@ from fusion_model.benchmarks.measure.machine import where
 from fusion_model.benchmarks.measure.records import measured
 from fusion_model.benchmarks.page import charts
 from fusion_model.benchmarks.page.charts import milliseconds, number
-from fusion_model.benchmarks.suite.bench import glossary, ranked, remarks
+from fusion_model.benchmarks.suite.bench import glossary, ranked, remarks, warnings
 from fusion_model.benchmarks.suite.cases import EAGER, OPERATIONS
 
 Record = dict[str, Any]
@@ -29,6 +29,7 @@ OVERVIEW = {
     "generation": "generating text",
     "embedding": "prefix embeddings",
     "training": "training step",
+    "evaluation": "surprisal, embeddings at hand",
     "prefixes": "all prefixes, early fusion",
     "head": "log-probabilities",
     "sequence": "LSTM, sequences",
@@ -61,8 +62,7 @@ def page(run: Record, records: Sequence[Record]) -> str:
 def _header(run: Record, timed: Sequence[Record]) -> str:
     tiles = []
     for operation in TILES:
-        own = [r for r in timed if r["operation"] == operation and r["backend"] != EAGER]
-        own = [r for r in own if r["backend"] in ("auto", "fusion-lm") and "speedup" in r][:1]
+        own = [r for r in timed if r["operation"] == operation and _stands(r) == "fusion-lm"][:1]
         for r in own:
             each = milliseconds(r["p50_ms"] / r["items"])
             tiles.append(
@@ -74,7 +74,9 @@ def _header(run: Record, timed: Sequence[Record]) -> str:
     return (
         "<header><h1>How fast fusion-lm is here</h1>"
         f'<p class="soft">{escape(where(run["machine"]))}, commit '
-        f"{escape(run['machine']['commit'] or 'unknown')}</p>"
+        f"{escape(run['machine']['commit'] or 'unknown')}; {run['text']['words']} words of "
+        f"{escape(run['text']['source'])}</p>"
+        f"{''.join(f'<p><b>{escape(line)}</b></p>' for line in warnings(timed))}"
         f'<ul class="tiles">{"".join(tiles)}</ul>'
         f"{_figure(chart, 'Speed relative to plain PyTorch') if chart else ''}"
         '<p class="soft key">Below, bars show the median time of a call, and the thin line goes '
@@ -83,15 +85,22 @@ def _header(run: Record, timed: Sequence[Record]) -> str:
     )
 
 
+def _stands(r: Record) -> str:
+    """The way that a record stands for in the overview; nothing for further variants of one."""
+    way, _, variant = r["backend"].partition("/")
+    exact = "every" if r["operation"] == "embedding" else "incremental"
+    return COMPARED.get(way, "") if variant in ("", "32", exact) and "speedup" in r else ""
+
+
 def overview(timed: Sequence[Record]) -> str:
     """Speed relative to plain PyTorch of the backends that matter most, of each first shape."""
     rows: dict[str, list[tuple[str, float]]] = {}
     for name, title in OVERVIEW.items():
         groups = ranked([r for r in timed if r["operation"] == name])
         members = groups[0][1] if groups else []
-        shown = [r for r in members if r["backend"] in COMPARED and "speedup" in r]
+        shown = [(way, r["speedup"]) for r in members if (way := _stands(r))]
         if shown:
-            rows[title] = [(COMPARED[r["backend"]], r["speedup"]) for r in shown]
+            rows[title] = shown
     if not rows:
         return ""
     used = [n for n in dict.fromkeys(COMPARED.values()) if any(n in dict(r) for r in rows.values())]
@@ -208,7 +217,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("per second", lambda r: number(r["per_second"])),
     ("× plain", lambda r: f"{r['speedup']:.2f}" if "speedup" in r else ""),
     ("floor", lambda r: f"{milliseconds(r['floor_ms'])}, {r['bound']}"),
-    ("reached", lambda r: f"{r['of_floor']:.1%}"),
+    ("reached", lambda r: f"{r['of_floor']:.1%}{' (!)' * (r['of_floor'] > 1)}"),
     ("first call", lambda r: milliseconds(r["first_ms"])),
     ("samples", lambda r: str(r["samples"])),
 )

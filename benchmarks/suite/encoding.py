@@ -8,10 +8,12 @@ gains by dropping what another one computes again.
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -59,30 +61,39 @@ class PlainEncoder:
         out = [torch.empty(0)] * len(inputs)
         rows = [np.frombuffer(i.ids, dtype="<i4") for i in inputs]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        layers = layers_of(self.encoder)
-        kept, layers._modules = layers._modules, dict(
-            list(layers._modules.items())[: self.encoder.deepest]
-        )
-        for start in range(0, len(rows), self.size):
-            places = order[start : start + self.size]
-            ids = np.zeros((len(places), len(rows[places[-1]])), dtype=np.int64)
-            for row, place in zip(ids, places, strict=True):
-                row[: len(rows[place])] = rows[place]
-            ends = torch.tensor([[len(rows[place])] for place in places])
-            real = (torch.arange(ids.shape[1]) < ends).long()
-            hidden = network(
-                torch.from_numpy(ids).to(network.device),
-                attention_mask=real.to(network.device) if len(places) > 1 else None,
-                output_hidden_states=True,
-            ).hidden_states
-            for i, place in enumerate(places):
-                n = len(rows[place])
-                out[place] = self._pooled(rows[place], [layer[i, :n] for layer in hidden])
-        layers._modules = kept
+        with self._only_what_is_read() as hidden:
+            for start in range(0, len(rows), self.size):
+                places = order[start : start + self.size]
+                ids = np.zeros((len(places), len(rows[places[-1]])), dtype=np.int64)
+                for row, place in zip(ids, places, strict=True):
+                    row[: len(rows[place])] = rows[place]
+                ends = torch.tensor([[len(rows[place])] for place in places])
+                real = (torch.arange(ids.shape[1]) < ends).long().to(network.device)
+                mask = real if len(places) > 1 else None
+                network(input_ids=torch.from_numpy(ids).to(network.device), attention_mask=mask)
+                for i, place in enumerate(places):
+                    own = {n: h[i, : len(rows[place])] for n, h in hidden.items()}
+                    out[place] = self._pooled(rows[place], own)
         return torch.stack(out).float()
 
-    def _pooled(self, ids: np.ndarray, hidden: Sequence[Tensor]) -> Tensor:
-        """Of one text, ids [n], and what each layer gave, [n, E] each."""
+    @contextmanager
+    def _only_what_is_read(self) -> Iterator[dict[int, Tensor]]:
+        """The layers above are out meanwhile; by its number, what each layer that is read gave."""
+        layers, hidden = layers_of(self.encoder), dict[int, Tensor]()
+
+        def keep(number: int, layer: Any, given: Any, gave: Any) -> None:
+            hidden[number] = gave[0] if isinstance(gave, tuple) else gave
+
+        with ExitStack() as ending:
+            for number in {p.layer for p in self.encoder.read}:
+                handle = layers[number - 1].register_forward_hook(partial(keep, number))
+                ending.callback(handle.remove)
+            lower = dict(list(layers._modules.items())[: self.encoder.deepest])
+            ending.enter_context(patch.object(layers, "_modules", lower))
+            yield hidden
+
+    def _pooled(self, ids: np.ndarray, hidden: dict[int, Tensor]) -> Tensor:
+        """Of one text, ids [n], and what layers gave, [n, E] each."""
         last, parts, read = len(ids) - self.encoder.after - 1, [], iter(self.encoder.read)
         for p in self.encoder.poolings:
             if p.name == "static":
@@ -118,7 +129,9 @@ def _onnx_elsewhere(case: Case, context: Context) -> Encode:
     """sentence-transformers' ONNX backend, in the Python that `ELSEWHERE` names."""
     python = os.environ.get(ELSEWHERE)
     if python is None or case.dtype != "float32" or context.device != "cpu":
-        raise Unavailable(f"float32 on a CPU, by the Python that {ELSEWHERE} names: docs/benchmarks")
+        raise Unavailable(
+            f"float32 on a CPU, by the Python that {ELSEWHERE} names: docs/benchmarks"
+        )
     script, threads = Path(__file__).with_name("worker.py"), str(torch.get_num_threads())
     worker = subprocess.Popen(
         [python, script, minilm_path(), case.variant],
@@ -129,7 +142,8 @@ def _onnx_elsewhere(case: Case, context: Context) -> Encode:
     context.closing.callback(worker.terminate)
 
     def encode(texts: Sequence[str]) -> Tensor:
-        assert worker.stdin is not None and worker.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
         worker.stdin.write(json.dumps(list(texts)).encode() + b"\n")
         worker.stdin.flush()
         found = bytearray(worker.stdout.read(4 * WIDTH * len(texts)))

@@ -85,21 +85,25 @@ def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: s
     p50 = timing.percentile(50)
     floor, bound = ceilings.floor(work.counts, "int8" if case.way == "onnx-int8" else case.dtype)
     step = max(1, len(timing.seconds) // KEPT)
-    found = case.facts() | work.facts | {
-        "kind": "case",
-        **{f"p{q}_ms": round(1e3 * timing.percentile(q), 5) for q in (50, 90, 99)},
-        "samples": len(timing.seconds),
-        "first_ms": round(1e3 * (work.compiled + timing.first), 3),
-        "items": work.items,
-        "per_second": round(work.items / p50, 1),
-        "flops": work.counts.flops,
-        "bytes": work.counts.bytes,
-        "floor_ms": float(f"{1e3 * floor:.4g}"),
-        "bound": bound,
-        "of_floor": round(floor / p50, 4),
-        "peak_bytes": None if "onnx" in case.way else peak_memory(work.run, device),
-        "times_ms": [float(f"{1e3 * s:.4g}") for s in timing.seconds[::step]],
-    }
+    found = (
+        case.facts()
+        | work.facts
+        | {
+            "kind": "case",
+            **{f"p{q}_ms": round(1e3 * timing.percentile(q), 5) for q in (50, 90, 99)},
+            "samples": len(timing.seconds),
+            "first_ms": round(1e3 * (work.compiled + timing.first), 3),
+            "items": work.items,
+            "per_second": round(work.items / p50, 1),
+            "flops": work.counts.flops,
+            "bytes": work.counts.bytes,
+            "floor_ms": float(f"{1e3 * floor:.4g}"),
+            "bound": bound,
+            "of_floor": round(floor / p50, 4),
+            "peak_bytes": None if "onnx" in case.way else peak_memory(work.run, device),
+            "times_ms": [float(f"{1e3 * s:.4g}") for s in timing.seconds[::step]],
+        }
+    )
     if timing.host:
         found["host_ms"] = round(1e3 * sorted(timing.host)[len(timing.host) // 2], 5)
     return found
