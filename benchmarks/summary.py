@@ -100,7 +100,8 @@ def encodings(records: Sequence[Record]) -> str:
     """Prefix embeddings: each way in each precision, to the best of sentence-transformers."""
     own = [r for r in records if r["operation"] == "embedding" and "exact" in r]
     dtypes = list(dict.fromkeys(r["dtype"] for r in own))
-    head, rows = ["way", "vectors", "pooling", "encoder tokens a prefix"], {}
+    head = ["way", "vectors", "pooling", "encoder tokens a prefix"]
+    rows: dict[str, dict[str, Any]] = {}
     for dtype in dtypes:
         found = rates(own, "embedding", dtype)
         theirs = [x for name, x in found.items() if name.startswith("sentence-")]

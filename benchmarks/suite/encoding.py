@@ -136,7 +136,8 @@ def _onnx_elsewhere(case: Case, context: Context) -> Encode:
     worker = subprocess.Popen(
         [python, script, minilm_path(), case.variant],
         env=os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
-        **dict.fromkeys(("stdin", "stdout"), subprocess.PIPE),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
     context.closing.callback(worker.terminate)

@@ -90,23 +90,23 @@ def at_hand(case: Case, context: Context) -> Work:
     tokens = torch.randint(3, case.vocab_size, (case.batch, case.length + 1)).to(device)
     e = torch.randn(case.batch, case.length, case.prefix_size).to(device)
     dtype, kind = getattr(torch, case.dtype), torch.device(device).type
-    network: nn.Module = model
+    network: Any = model
+
+    def nats() -> Tensor:
+        if isinstance(network, _Plain):
+            return network.nats(tokens, e)
+        if network is model:
+            return -model.token_log_probs(tokens, e)
+        rows = zip(tokens, e, strict=True)
+        return torch.cat([F.cross_entropy(network(r, v), r[1:], reduction="none") for r, v in rows])
+
     if case.backend == EAGER:
         network = _Plain(model)
-        nats = partial(network.nats, tokens, e)
     elif case.backend == "published":
         network = _published(model, case)
-
-        def nats() -> Tensor:
-            rows = zip(tokens, e, strict=True)
-            found = [F.cross_entropy(network(r, v), r[1:], reduction="none") for r, v in rows]
-            return torch.cat(found)
     else:
         check_backend(case.backend, device)
         model.set_backend(case.backend)
-
-        def nats() -> Tensor:
-            return -model.token_log_probs(tokens, e)
 
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
 
@@ -133,11 +133,11 @@ def at_hand(case: Case, context: Context) -> Work:
         copy = FusionLMForCausalLM(config)
         copy.load_state_dict(model.state_dict())
         plain = _Plain(copy).double()
-        nats = plain.nats(tokens.cpu(), e.double().cpu())
+        exact = plain.nats(tokens.cpu(), e.double().cpu())
         if not trains:
-            return nats.detach()
-        nats.mean().backward()
-        return with_gradient(nats.mean(), copy.lstm)
+            return exact.detach()
+        exact.mean().backward()
+        return with_gradient(exact.mean(), copy.lstm)
 
     evaluate = no_gradients(surprisals)
     return Work(
