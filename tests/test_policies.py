@@ -11,6 +11,11 @@ from test_cli import SMALL, fails, run
 
 import fusion_model
 from fusion_model.data.corpus import Corpus
+from fusion_model.encoders import load_encoder
+from fusion_model.encoders.layers import ARCHITECTURES
+from fusion_model.training.data import embed_text
+from fusion_model.training.options import TrainingOptions
+from fusion_model.training.run import train
 
 POLICIES = ("word", "stride:3", "sentence", "incremental", "incremental+refresh:4")
 
@@ -116,3 +121,49 @@ def test_an_unknown_policy_is_one_line(text_file: Path, tmp_path: Path) -> None:
         *("--policy", "incremental", "--encoder", "zeros"),
     )
     assert "'zeros' cannot be incremental" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "pooling", "policy"),
+    [
+        ({}, "static+last@1+mean@1", "incremental"),
+        ({"policy": "every"}, "static+last@1+mean@1", "every"),
+        ({"view": "sentence"}, "static+last@1+mean@1", "every"),
+        ({"pooling": "cls"}, "cls", "incremental"),
+        ({"encoder": "counts"}, "counts", "every"),
+    ],
+    ids=str,
+)
+def test_what_is_taken_where_nothing_is_said(
+    changes: dict[str, str],
+    pooling: str,
+    policy: str,
+    bert_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    """Of two layers the first is the middle one."""
+    files = (str(text_file),)
+    sizes = {"vocab_size": 300, "embedding_size": 8, "hidden_size": 8, "epochs": 1}
+    options = TrainingOptions(
+        train_file=files, dev_file=files, **{"encoder": str(bert_folder)} | sizes | changes
+    )
+    train(options, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (saved["pooling"], saved["policy"]) == (pooling, policy)
+    assert f"policy `{policy}`" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_an_unknown_architecture_is_encoded_at_every_token(bert_folder: Path, monkeypatch) -> None:
+    monkeypatch.delitem(ARCHITECTURES, "bert")
+    encoder = load_encoder(str(bert_folder), "auto", policy="auto")
+    assert (encoder.pooling, encoder.policy) == ("static+last@1+mean@1", "every")
+
+
+def test_vectors_for_a_model_are_of_its_kind(trained: tuple[str, Path], tmp_path: Path) -> None:
+    policy, folder = trained
+    text, model = folder / "text.txt", folder / "model"
+    encoder = json.loads((model / "config.json").read_text())["encoder"]
+    embed_text([str(text)], encoder, tmp_path / "store", model=str(model))
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert manifest["policy"] == policy

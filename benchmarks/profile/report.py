@@ -25,11 +25,15 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
     times.add_column("")
     for name in ("p50", "p90", "p99", "mean", "jitter"):
         times.add_column(name, justify="right", min_width=8)
-    for label, spread in (
-        ("first token, prompt included", generation["first_token_ms"]),
-        ("each later token", generation["token_ms"]),
-        ("scoring, a call", scoring["call_ms"]),
-    ):
+    rows = {
+        "first token, prompt included": generation["first_token_ms"],
+        "each later token": generation["token_ms"],
+        "the same under policy every": generation.get("every_token_ms"),
+        "scoring, a call": scoring["call_ms"],
+    }
+    for label, spread in rows.items():
+        if spread is None:
+            continue
         times.add_row(label, *(f"{spread[q]:.2f}" for q in ("p50", "p90", "p99", "mean", "jitter")))
     yield times
     columns = {

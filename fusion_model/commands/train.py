@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fusion_model.commands.app import Device, EncoderDtype, Split, TextFiles, command, installed
+from fusion_model.encoders.policies import AUTO
 
 AsInTrain = typer.Option(help="as in train")
 STORE_HELP = "folder for the prefix embeddings, may be shared by runs (default: OUT/prefixes)"
@@ -21,9 +22,9 @@ class Embedding:
         str | None,
         typer.Option(help="embed for this trained model (default: for training on the text)"),
     ] = None
-    pooling: Annotated[str, AsInTrain] = "static+mean"
+    pooling: Annotated[str, AsInTrain] = AUTO
     view: Annotated[str, AsInTrain] = "prefix"
-    policy: Annotated[str, AsInTrain] = "every"
+    policy: Annotated[str, AsInTrain] = AUTO
     split: Split = "sentences"
     detokenize: Annotated[bool, AsInTrain] = False
     max_tokens: Annotated[int, AsInTrain] = 128

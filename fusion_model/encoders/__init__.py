@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fusion_model.encoders.controls import BAGS, BagEncoder, ZeroEncoder
 from fusion_model.encoders.inputs import EncoderInput, OnProgress
-from fusion_model.encoders.policies import parse_policy
+from fusion_model.encoders.policies import AUTO, parse_policy
 from fusion_model.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -62,11 +62,13 @@ def load_encoder(
 
     Args:
         name: `minilm`, a Hugging Face name or local path, `zeros`, or one of `BAGS`.
-        pooling: one or more of `POOLINGS` joined by `+` (Hugging Face encoders only).
+        pooling: one or more of `POOLINGS` joined by `+` (Hugging Face encoders only), or `auto`:
+            `static+last@K+mean@K`, K the middle one of the encoder's layers.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where it is fast.
         directory: where a bag of words was saved; it has no other home.
         dim: width of `zeros`.
-        policy: one of `fusion_model.encoders.policies.POLICIES`, see there.
+        policy: one of `fusion_model.encoders.policies.POLICIES`, see there, or `auto`:
+            `incremental` where the encoder's architecture is known here, else `every`.
         tokens_per_batch: most encoder tokens at once (default: by device, as many as help).
 
     Raises:
@@ -74,6 +76,12 @@ def load_encoder(
     """
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise EncoderError(f"an encoder takes at least 1 token at once, not {tokens_per_batch}")
+    if name in (*BAGS, "zeros"):
+        policy = "every" if policy == AUTO else policy
+    elif AUTO in (pooling, policy):
+        from fusion_model.encoders.pretrained import resolve_auto
+
+        pooling, policy = resolve_auto(name, pooling, policy)
     incremental = parse_policy(policy).name == "incremental"
     if incremental and name in (*BAGS, "zeros"):
         raise EncoderError(f"the encoder {name!r} cannot be incremental: use another policy")

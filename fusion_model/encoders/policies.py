@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fusion_model.errors import FusionLMError
 
 POLICIES = ("every", "word", "stride:K", "sentence", "incremental", "incremental+refresh:K")
+AUTO = "auto"
 HOLDING = ("word", "stride", "sentence")  # a vector is used at several positions
 
 

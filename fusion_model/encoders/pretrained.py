@@ -19,14 +19,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from fusion_model.devices import resolve_dtype
 from fusion_model.encoders import batching
 from fusion_model.encoders.incremental.passes import TreePass
 from fusion_model.encoders.incremental.trees import Tree, grow_trees, similar_sizes
 from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
-from fusion_model.encoders.layers import EncoderLayers
+from fusion_model.encoders.layers import EncoderLayers, check_architecture
+from fusion_model.encoders.policies import AUTO
 from fusion_model.encoders.pooling import Pooling, parse_pooling, read_of
 from fusion_model.errors import EncoderError
 from fusion_model.progress import note
@@ -91,16 +92,12 @@ class HFEncoder(TokenInputs):
         """
         parse_pooling(pooling)
         torch_dtype = resolve_dtype(dtype, device)
-        source = minilm_path() if name == "minilm" else name
+        source = _source(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModel.from_pretrained(source, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
-            reason = next(line for line in str(error).splitlines() if line.strip())
-            raise EncoderError(
-                f"cannot load the encoder {name!r}: {reason.strip()} (a folder with config.json, "
-                "model.safetensors and a tokenizer, a hub name, or minilm)"
-            ) from error
+            raise _not_loaded(name, error) from error
         # The hash is taken before the cast: it names the weights, not the precision.
         encoder = cls(name, model, tokenizer, pooling, policy)
         encoder.model = encoder.model.to(device=device, dtype=torch_dtype)
@@ -283,6 +280,40 @@ class HFEncoder(TokenInputs):
                 node = {"cls": 0, "last": end - 1, "mask": end, "sep": end}[p.name]
                 found.append(hidden[:, node])
         return torch.cat(found, dim=1)
+
+
+def resolve_auto(name: str, pooling: str, policy: str) -> tuple[str, str]:
+    """What `auto` stands for, of either, with this encoder; see `load_encoder`.
+
+    Raises:
+        EncoderError: not found, or not an encoder.
+    """
+    try:
+        config = AutoConfig.from_pretrained(_source(name))
+        middle = -(-config.num_hidden_layers // 2)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _not_loaded(name, error) from error
+    if pooling == AUTO:
+        pooling = f"static+last@{middle}+mean@{middle}"
+    if policy == AUTO:
+        try:
+            check_architecture(config)
+            policy = "incremental"
+        except ValueError:
+            policy = "every"
+    return pooling, policy
+
+
+def _source(name: str) -> str | Path:
+    return minilm_path() if name == "minilm" else name
+
+
+def _not_loaded(name: str, error: Exception) -> EncoderError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    return EncoderError(
+        f"cannot load the encoder {name!r}: {reason.strip()} (a folder with config.json, "
+        "model.safetensors and a tokenizer, a hub name, or minilm)"
+    )
 
 
 @contextmanager

@@ -180,7 +180,8 @@ class Study:
 
     def options(self, arm: Arm, settings: Mapping[str, float], seed: int) -> TrainingOptions:
         """The training of an arm; `settings` by field of `TrainingOptions`."""
-        fields: dict[str, Any] = {"encoder": self.encoder, "split": "lines", "seed": seed}
+        fields: dict[str, Any] = {"encoder": self.encoder, "policy": "every"}
+        fields |= {"split": "lines", "seed": seed}
         return TrainingOptions(
             (str(self.texts.train),),
             (str(self.texts.dev),),

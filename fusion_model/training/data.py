@@ -18,6 +18,7 @@ from fusion_model.data.text import read_documents
 from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
 from fusion_model.encoders import Encoder, load_encoder
 from fusion_model.encoders.controls import BAGS, BagEncoder
+from fusion_model.encoders.policies import AUTO
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import EncoderError
 from fusion_model.loading import load_model
@@ -69,7 +70,8 @@ def _encoder(
     options: TrainingOptions, out: Path, sentences: list[str], accelerator: Accelerator
 ) -> Encoder:
     if options.encoder in BAGS:
-        bag = BagEncoder.fit(options.encoder, sentences, policy=options.policy)
+        policy = "every" if options.policy == AUTO else options.policy
+        bag = BagEncoder.fit(options.encoder, sentences, policy=policy)
         if accelerator.is_main_process:
             bag.save(out)
         return bag
@@ -78,8 +80,13 @@ def _encoder(
         options.pooling,
         dtype=options.encoder_dtype,
         device=accelerator.device,
-        policy=options.policy,
+        policy=_policy(options.policy, options.view),
     )
+
+
+def _policy(policy: str, view: str) -> str:
+    """Other views than `prefix` go with one policy only."""
+    return "every" if policy == AUTO and view != "prefix" else policy
 
 
 def _tokenizer(
@@ -123,7 +130,7 @@ def _embed(
 
     def embed(encode: Encode | None) -> tuple[EmbeddingStore, list[np.ndarray]]:
         rows, began = [], time.monotonic()
-        with EmbeddingStore(path, *kind, policy=options.policy, writable=rank == 0) as store:
+        with EmbeddingStore(path, *kind, policy=encoder.policy, writable=rank == 0) as store:
             before = len(store)
             try:
                 for name, corpus in zip(("train", "dev"), corpora, strict=True):
@@ -153,9 +160,9 @@ def embed_text(
     out: Path,
     *,
     model: str | None = None,
-    pooling: str = "static+mean",
+    pooling: str = AUTO,
     view: str = "prefix",
-    policy: str = "every",
+    policy: str = AUTO,
     split: str = "sentences",
     detokenize: bool = False,
     max_tokens: int = 128,
@@ -172,37 +179,42 @@ def embed_text(
     processes encode, and only the main one returns a result.
 
     Args:
-        model: a trained model, whose tokens then end the prefixes; by default the tokens are
-            those that `train` would find in `text` with the same options.
+        model: a trained model, whose tokens then end the prefixes, and whose pooling and policy
+            `auto` are; by default the tokens are those that `train` would find in `text` with the
+            same options.
         encoder_batch: most encoder tokens at once (default: by device, as many as help).
         store_dtype: `float16` (default) or `float32`; an existing store keeps its own.
     """
     state = PartialState(cpu=torch.device(device).type == "cpu")
     rank, world = state.process_index, state.num_processes
     documents = read_documents(text, split, detokenize)
+    trained = None if model is None else load_model(model)
+    if trained is not None:
+        config = trained[0].config
+        pooling = config.pooling if pooling == AUTO else pooling
+        policy = config.policy if policy == AUTO else policy
     encoder = load_encoder(
         encoder_name,
         pooling,
         dtype=encoder_dtype,
         device=device if world == 1 else state.device,
-        policy=policy,
+        policy=_policy(policy, view),
         tokens_per_batch=encoder_batch,
     )
     limit: int | None = max_tokens
-    if model is None:
+    if trained is None:
         sentences = [s for d in documents for s in d.sentences]
         tokenizer = make_tokenizer(vocabulary, vocab_size, sentences, encoder)
         shares = vocabulary == "encoder"
     else:
-        trained, tokenizer = load_model(model)
-        shares, limit = trained.config.shares_vocabulary, None
+        tokenizer, shares, limit = trained[1], config.shares_vocabulary, None
     corpus = Corpus.from_documents(documents, tokenizer, limit)
     planner = PrefixPlanner(encoder, tokenizer, view, shares)
     with shared_encoding(encoder, rank, world) as encode:
         if rank:
             return None
         with EmbeddingStore(
-            out, encoder.fingerprint, view, encoder.dim, policy=policy, dtype=store_dtype
+            out, encoder.fingerprint, view, encoder.dim, policy=encoder.policy, dtype=store_dtype
         ) as store:
             with progress.track("prefix embeddings", sum(corpus.positions)) as update:
                 embed_corpus(corpus, planner, store, update, encode)

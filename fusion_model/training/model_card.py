@@ -43,7 +43,10 @@ def write_model_card(
     """`README.md` beside the weights: what the model is, its data, and its figures."""
     train, dev = data.train, data.dev
     fused = options.fusion != "none"
-    encoder = f"{options.encoder}, pooling `{options.pooling}`, view `{options.view}`"
+    encoder = ""
+    if data.encoder is not None:
+        seen = f"pooling `{data.encoder.pooling}`, policy `{data.encoder.policy}`"
+        encoder = f"{options.encoder}, {seen}, view `{options.view}`"
     rows = {
         "fusion": f"`{options.fusion}`",
         "prefix embeddings": encoder if fused else "none",

@@ -8,7 +8,7 @@ from fusion_model.config import FUSIONS
 from fusion_model.data.text import SPLITS
 from fusion_model.devices import DTYPES
 from fusion_model.encoders.controls import BAGS
-from fusion_model.encoders.policies import POLICIES, parse_policy
+from fusion_model.encoders.policies import AUTO, POLICIES, parse_policy
 from fusion_model.errors import FusionLMError
 from fusion_model.kernels import BACKENDS
 from fusion_model.prefixes.views import SHUFFLES, VIEWS, parse_view
@@ -35,9 +35,17 @@ class TrainingOptions:
     dev_file: tuple[str, ...] = _option("the same, for early stopping; repeatable")
     fusion: str = _option(f"where the prefix embedding enters: {', '.join(FUSIONS)}", "concat")
     encoder: str = _option("minilm, a Hugging Face name or path, tfidf, counts or zeros", "minilm")
-    pooling: str = _option("cls, mean, pooler, last, sep, mask, static; joined by +", "static+mean")
+    pooling: str = _option(
+        "cls, mean, pooler, last, sep, mask, static, with @N of layer N; joined by + (auto: "
+        "static+last@K+mean@K of the middle layer)",
+        AUTO,
+    )
     view: str = _option(f"what the encoder sees: {', '.join(VIEWS)}", "prefix")
-    policy: str = _option(f"how often the encoder runs: {', '.join(POLICIES)}", "every")
+    policy: str = _option(
+        f"how often the encoder runs: {', '.join(POLICIES)} (auto: incremental where the encoder "
+        "allows, else every)",
+        AUTO,
+    )
     shuffle: str = _option(f"control, embeddings shuffled: {', '.join(SHUFFLES)}", "none")
     split: str = _option(f"how text becomes sentences: {', '.join(SPLITS)}", "sentences")
     detokenize: bool = _option("undo WikiText's spacing first", False)
@@ -98,7 +106,8 @@ class TrainingOptions:
         if self.learning_rate <= 0:
             raise FusionLMError("learning rate must be above 0")
         parse_view(self.view)
-        parse_policy(self.policy)
+        if self.policy != AUTO:
+            parse_policy(self.policy)
         if self.vocabulary == "encoder" and self.encoder in (*BAGS, "zeros"):
             raise FusionLMError(f"the encoder {self.encoder!r} has no vocabulary: use bpe")
 

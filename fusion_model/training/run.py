@@ -296,12 +296,13 @@ def model_config(options: TrainingOptions, data: TrainingData) -> FusionLMConfig
     names += ["dropout", "prefix_dropout"]
     fields: dict[str, Any] = {}
     if encoder is not None:
-        names += ["view", "policy", "shuffle"]
+        names += ["view", "shuffle"]
         fields = {
             "prefix_size": encoder.dim,
             "encoder": encoder.name,
             "encoder_sha256": encoder.content_sha256,
             "pooling": encoder.pooling,
+            "policy": encoder.policy,
         }
     return FusionLMConfig(
         vocab_size=len(tokenizer),
