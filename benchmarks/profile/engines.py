@@ -12,6 +12,7 @@ from fusion_model.benchmarks.profile.spans import Recorder, replaced
 
 from fusion_model.data import corpus
 from fusion_model.data.text import Document
+from fusion_model.encoders.incremental.stream import Stream
 from fusion_model.prefixes.stream import PrefixStream
 
 TOKENISER, ENCODER, LSTM = "tokeniser", "prefix encoding", "LSTM and fusion"
@@ -47,7 +48,7 @@ def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
     found: list[tuple[Any, str, str]] = [(corpus, "encode_sentences", TOKENISER)]
     if planner is not None:
         found += [(planner, "inputs", TOKENISER), (PrefixStream, "inputs_of", TOKENISER)]
-        found.append((planner.encoder, "encode", ENCODER))
+        found += [(planner.encoder, "encode", ENCODER), (Stream, "encode", ENCODER)]
     return found
 
 
@@ -104,7 +105,7 @@ class TorchEngine(Engine):
 
         never = replaced(model.generation_config, "eos_token_id", None)
         by_host = replaced(decoding, "choose", choosing)
-        with replaced(model, "prefix_encoder", encode), never, by_host:
+        with replaced(model, "_prefix_encoder", encode), never, by_host:
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
