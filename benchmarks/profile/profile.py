@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fusion_model.benchmarks.measure.machine import describe, optional, where
@@ -111,8 +112,8 @@ def profile_model(
         described["settings"]["policy"] = lm.planner.encoder.policy
     described |= summary(found, batch)
     if not exported and (exact := exactly(lm)) is not None:
-        few = settings | {"runs": min(runs, 2)}
-        anew = profile(TorchEngine(exact), sentences, **few, recorder=recorder)
+        few = partial(profile, runs=min(runs, 2), tokens=settings["tokens"], batch=batch)
+        anew = few(TorchEngine(exact), sentences, prompt_words=settings["prompt_words"])
         described["generation"]["every_token_ms"] = summary(anew, batch)["generation"]["token_ms"]
     described["memory"] = _memory(device)
     energy = None if before is None or after is None else after - before
