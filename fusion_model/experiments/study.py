@@ -37,6 +37,9 @@ from fusion_model.scoring import score_sentences
 from fusion_model.training.options import TrainingOptions
 from fusion_model.training.run import autocast, claim_folder, train
 
+# Of `TrainingOptions`, when the first results were kept.
+ONCE_DEFAULT = {"policy": "every", "pooling": "static+mean"}
+
 
 class Unfinished(Exception):
     """A run that only a report was wanted of has not been made."""
@@ -195,7 +198,8 @@ class Study:
         own = {
             f.name: getattr(options, f.name)
             for f in dataclasses.fields(options)
-            if f.name not in ("train_file", "dev_file") and getattr(options, f.name) != f.default
+            if f.name not in ("train_file", "dev_file")
+            and getattr(options, f.name) not in (f.default, ONCE_DEFAULT.get(f.name))
         }
         texts = [p.name for p in (self.texts.train, self.texts.dev, self.texts.vocabulary)]
         if arm.model in NGRAMS:
