@@ -8,10 +8,11 @@ import torch
 from conftest import ARCHITECTURES, SENTENCES
 from transformers import AutoModel, AutoTokenizer
 
-from fusion_model.encoders import load_encoder
+from fusion_model.encoders import load_encoder, sources
 from fusion_model.encoders import pretrained as hf_encoder
 from fusion_model.encoders.pooling import POOLINGS
-from fusion_model.encoders.pretrained import counted_tokens, minilm_path
+from fusion_model.encoders.pretrained import counted_tokens
+from fusion_model.encoders.sources import minilm_path
 from fusion_model.errors import EncoderError
 
 TEXTS = ["", "The", *SENTENCES[:6], "The cat", "", "the CAT sat"]
@@ -169,6 +170,6 @@ def test_minilm_is_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
     got = encoder.encode(encoder.inputs_from_texts(TEXTS))
     expected = torch.stack([pooled(model.eval(), tokenizer, t, "mean") for t in TEXTS])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    monkeypatch.setattr(hf_encoder, "MINILM_SHA256", "0" * 64)
+    monkeypatch.setattr(sources, "MINILM_SHA256", "0" * 64)
     with pytest.raises(EncoderError, match="is not all-MiniLM-L6-v2: its sha256 is 53aa51172d"):
         minilm_path()

@@ -381,7 +381,7 @@ def test_minilm_streams(policy: str, small_bpe) -> None:
 
 
 def encoders_path() -> Path:
-    from fusion_model.encoders.pretrained import minilm_path
+    from fusion_model.encoders.sources import minilm_path
 
     return minilm_path()
 

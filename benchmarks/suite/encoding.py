@@ -26,7 +26,8 @@ from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders.inputs import EncoderInput
-from fusion_model.encoders.pretrained import HFEncoder, counted_tokens, minilm_path
+from fusion_model.encoders.pretrained import HFEncoder, counted_tokens
+from fusion_model.encoders.sources import minilm_path
 from fusion_model.errors import EncoderError
 from fusion_model.loading import load_model
 from fusion_model.prefixes.planner import PrefixPlanner

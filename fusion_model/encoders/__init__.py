@@ -79,7 +79,7 @@ def load_encoder(
     if name in (*BAGS, "zeros"):
         policy = "every" if policy == AUTO else policy
     elif AUTO in (pooling, policy):
-        from fusion_model.encoders.pretrained import resolve_auto
+        from fusion_model.encoders.sources import resolve_auto
 
         pooling, policy = resolve_auto(name, pooling, policy)
     incremental = parse_policy(policy).name == "incremental"

