@@ -188,7 +188,7 @@ def test_users_reading_times_as_tsv(tmp_path: Path, bert_folder: Path) -> None:
     assert saved["setting"].startswith(f"mine: {len(rows) - 1} words in 3 stories")
     models = {(m["arm"], m["size"]) for m in saved["data"]["models"]}
     assert {("unfused", "8"), ("fused", "16"), ("exact mean", "16")} < models
-    assert saved["data"]["verdicts"].keys() == {"as stored", "as stored, log"}
+    assert saved["data"]["verdicts"].keys() == {"stored", "stored, log"}
     table.write_text("story\tword\nA\tb\n")
     code, _, stderr = run("reading-times", "--reading-times", table, "--out", tmp_path / "o")
     assert (code, len(stderr.splitlines())) == (1, 1)

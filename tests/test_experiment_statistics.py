@@ -1,7 +1,6 @@
 """Statistics against scipy, statsmodels and known data; reading times against their README."""
 
 import math
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -298,44 +297,7 @@ def test_frequencies_ignore_case_and_punctuation() -> None:
     assert counted.log("unseen") == pytest.approx(math.log(1 / 8))
 
 
-def test_tables_in_markdown_and_latex() -> None:
+def test_tables_in_markdown() -> None:
     table = Table("t", "A caption, 5 %.", ["arm", "Δ"], [["a_b|c", signed(-0.5, 1)]])
     assert table.markdown() == "| arm | Δ |\n| --- | --: |\n| a_b\\|c | −0.5 |\n\nA caption, 5 %."
-    assert "a\\_b|c & $-$0.5 \\\\" in table.latex()
-    assert "5 \\%" in table.latex()
     assert [p_value(p) for p in (None, 0.0002, 0.0421)] == ["", "<0.001", "0.042"]
-
-
-def latex_faults(source: str) -> list[str]:
-    """What would stop LaTeX, or print another thing, in one of our tables."""
-    lines = [line for line in source.splitlines() if not line.startswith("%")]
-    plain = "\n".join(lines).replace(r"{!}{%", "{!}{")
-    plain = re.sub(r"\\\\$", "", plain, flags=re.MULTILINE)  # ends of rows
-    faults = [] if plain.isascii() else ["not ASCII"]
-    escaped = re.sub(r"\\[a-zA-Z]+|\\[&%$#_{}]", "", plain)  # commands and escapes are fine
-    if escaped.count("$") % 2:
-        faults.append("a formula without end")
-    text = re.sub(r"\$[^$]*\$", "", escaped)
-    faults += [f"bare {c}" for c in "%#_^~\\" if c in text]
-    depth = 0
-    for c in text:
-        depth += (c == "{") - (c == "}")
-        if depth < 0:
-            faults.append("a brace too many")
-    faults += ["a brace without end"] if depth else []
-    begun = re.findall(r"\\begin\{(\w+)\}", source)
-    ended = re.findall(r"\\end\{(\w+)\}", source)
-    faults += [] if begun == ended[::-1] else ["environments do not match"]
-    rows = [line for line in lines if line.endswith(r"\\")]
-    cells = {len(re.findall(r"(?<!\\)&", row)) for row in rows}
-    return faults + ([] if len(cells) == 1 else ["rows of several lengths"])
-
-
-def test_latex_survives_what_names_and_words_hold() -> None:
-    nasty = [r"a_b^c~d%e#f$g&h{i}\j", "−1 ± 2 × 10⁻³", "“Δ” → … – — ‘a’ ≤ <b>"]
-    table = Table("t", " ".join(nasty), nasty, [nasty, ["", *nasty[:2]]], wrapped=(1,))
-    assert latex_faults(table.latex("fusion")) == []
-    assert r"\label{tab:fusion-t}" in table.latex("fusion")
-    faults = latex_faults(table.latex().replace(r"\%", "%").replace(r"\_", "_"))
-    assert faults == ["bare %", "bare _"]  # the check sees them
-    assert latex_faults(table.latex().replace(r"\end{tabular}", "")) != []

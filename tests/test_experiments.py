@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
-from test_experiment_statistics import latex_faults
 from typer.testing import CliRunner
 
 from fusion_model import FusionLMConfig
@@ -90,9 +89,6 @@ def test_experiment_end_to_end(settings: Experiments, name: str) -> None:
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
         assert "nan" not in str(table["rows"])
         assert settings.encoder in table["caption"] + saved["setting"]
-        latex = (report.parent / f"{table['name']}.tex").read_text()
-        assert latex.count(r"\\") == 1 + len(table["rows"])
-        assert name == "examples" or not latex_faults(latex)  # words of examples are the corpus'
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (report.parent / figure).read_bytes().startswith(b"\x89PNG")
         assert (report.parent / figure).with_suffix(".pdf").stat().st_size > 1000
@@ -367,7 +363,7 @@ def test_embedding_only_sees_no_token() -> None:
         (["fusion", "--data", "nowhere"], "there is no nowhere"),
         (["nonsense"], "unknown experiment 'nonsense'"),
         (["fusion", "--size", "huge"], "unknown size 'huge'"),
-        (["fusion", "--data", "DATA"], "sentences, 2,700 are needed"),
+        (["fusion", "--data", "DATA"], "left for training, 1,500 are needed"),
         (["fusion", "--data", "DATA", "--corpus", "x"], "no corpus 'x' in --data"),
         (["fusion", "--data", "DATA", "--seeds", "0"], "seeds must be at least 1"),
         (["reading-times", "--data", "DATA/brown"], "no reading times"),

@@ -120,7 +120,7 @@ def _gains(losses: Losses) -> "Figure":
         found = differences(losses, reference)
         names = [n for n in losses if n not in [arm.name for arm in COUNTED]]
         panels[f"against {reference}"] = {n: [found.get(n, missing)] for n in names}
-    return intervals(panels, "difference on test (nats a token; negative: better)", zero=True)
+    return intervals(panels, "difference on test (nats a token; negative: better)")
 
 
 def _add_trend(findings: Findings, losses: Mapping[int, Losses]) -> None:

@@ -103,30 +103,27 @@ def write_texts(
         FusionLMError: too little text.
     """
     most = max(size.sentences, *size.data_sizes)
-    needed = most + (0 if size.mixed else size.dev + size.test)
-    train, dev, tests = _mixed(corpora) if size.mixed else (list(corpora[name]), [], {})
-    available = sum(len(d.sentences) for d in train)
-    if available < needed:
-        raise FusionLMError(
-            f"the corpus {name} has {available:,} sentences, {needed:,} are needed (training, "
-            "dev and test): give more text, or choose --corpus"
-        )
     if size.mixed:
-        chosen, _ = _split(dev, size.dev)
-        files = {}
+        train, dev, tests = _mixed(corpora)
     else:
-        chosen, train = _split(train, size.dev)
-        own, train = _split(train, size.test)
-        files = {"test": own}
-        tests = {other: list(docs) for other, docs in corpora.items() if other != name}
-    files |= {test: _split(docs, size.test)[0] for test, docs in tests.items()}
+        dev, rest = _split(corpora[name], size.dev)
+        test, train = _split(rest, size.test)
+        tests = {"test": test} | {n: list(docs) for n, docs in corpora.items() if n != name}
+    if (left := sum(len(d.sentences) for d in train)) < most:
+        raise FusionLMError(
+            f"of the corpus {name} {left:,} sentences are left for training, {most:,} are needed "
+            f"(beside {size.dev:,} for dev, {size.test:,} for test): give more, or choose --corpus"
+        )
     plain = plain_name(name)
     return Texts(
         name,
         _write(f"{plain}-train-{sentences}", _split(train, sentences)[0], out),
         _write(f"{plain}-train-{most}", _split(train, most)[0], out),
-        _write(f"{plain}-dev-{size.dev}", chosen, out),
-        {t: _write(f"{plain_name(t)}-test", _clusters(own), out) for t, own in files.items()},
+        _write(f"{plain}-dev-{size.dev}", _split(dev, size.dev)[0], out),
+        {
+            test: _write(f"{plain_name(test)}-test", _clusters(_split(docs, size.test)[0]), out)
+            for test, docs in tests.items()
+        },
     )
 
 
@@ -159,30 +156,26 @@ def _mixed(
     return part(0, 0.8) + books[""], part(0.82, 0.9) + books["bryant"], tests
 
 
-def _clusters(files: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+def _clusters(documents: list[Document]) -> list[Document]:
     """Documents as they are if there are several, else runs of their sentences: what statistics
     take as independent."""
-    if len(files) >= FEW:
-        return dict(files)
-    return {
-        f"{stem}-{start:05d}": lines[start : start + RUN]
-        for stem, lines in files.items()
-        for start in range(0, len(lines), RUN)
-    }
+    if len(documents) >= FEW:
+        return documents
+    return [
+        Document(d.name, d.sentences[start : start + RUN])
+        for d in documents
+        for start in range(0, len(d.sentences), RUN)
+    ]
 
 
-def _split(documents: Sequence[Document], size: int) -> tuple[dict[str, list[str]], list[Document]]:
-    """The first sentences of each document by file name, `size` of them or all, in proportion to
-    the documents' lengths; and the documents without them."""
+def _split(documents: Sequence[Document], size: int) -> tuple[list[Document], list[Document]]:
+    """The first sentences of each document, `size` of them or all, in proportion to the
+    documents' lengths; and what is left of the documents."""
     passed = np.cumsum([0, *(len(d.sentences) for d in documents)])
     shares = np.diff(min(size, passed[-1]) * passed // max(passed[-1], 1)).tolist()
-    taken = {
-        f"{i:03d}-{Path(d.name).stem}": d.sentences[:share]
-        for i, (d, share) in enumerate(zip(documents, shares, strict=True))
-        if share
-    }
-    rest = [Document(d.name, d.sentences[n:]) for d, n in zip(documents, shares, strict=True)]
-    return taken, rest
+    pairs = list(zip(documents, shares, strict=True))
+    taken = [Document(d.name, d.sentences[:share]) for d, share in pairs if share]
+    return taken, [Document(d.name, d.sentences[share:]) for d, share in pairs]
 
 
 def plain_name(name: str) -> str:
@@ -190,8 +183,11 @@ def plain_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
 
 
-def _write(name: str, files: Mapping[str, Sequence[str]], out: Path) -> Path:
-    contents = {stem: "\n".join(lines) + "\n" for stem, lines in files.items()}
+def _write(name: str, documents: Sequence[Document], out: Path) -> Path:
+    contents = {
+        f"{i:03d}-{Path(d.name).stem}": "\n".join(d.sentences) + "\n"
+        for i, d in enumerate(documents)
+    }
     digest = hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()[:8]
     folder = out / f"{name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)

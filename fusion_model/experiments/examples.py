@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusion_model.experiments.figures import intervals
-from fusion_model.experiments.report import Findings, Table, interval, plain_number
+from fusion_model.experiments.report import Findings, interval, plain_number
 from fusion_model.experiments.statistics import Estimate
 from fusion_model.language_model import FusionLM
 
@@ -76,9 +76,9 @@ def run(models: Mapping[str, Sequence[FusionLM]], note: str) -> Findings:
         if beginning:
             panel[textwrap.shorten(beginning, 32, placeholder=" …")] = shifts
     columns = ["before", "model", "next", "shift"]
-    findings.tables.append(Table("next-words", findings.setting, columns, rows, 3, wrapped=(0, 2)))
+    findings.table("next-words", findings.setting, columns, rows, left=3)
     findings.figures["shift"] = intervals(
-        {f"“… {ENDING}”": panel}, "shift of the next word (bits)", list(models), zero=True
+        {f"“… {ENDING}”": panel}, "shift of the next word (bits)", list(models)
     )
     means = [sum(row[i].value for row in panel.values()) / len(panel) for i in range(len(models))]
     shown_means = (f"{n} {plain_number(m)} bits" for n, m in zip(models, means, strict=True))

@@ -87,14 +87,12 @@ def intervals(
     panels: Mapping[str, Mapping[str, Sequence[Estimate]]],
     xlabel: str,
     series: Sequence[str] = ("",),
-    zero: bool = False,
 ) -> "Figure":
-    """A row a label with a dot and its interval; panels side by side share the labels.
+    """A row a label with a dot and its interval, 0 marked; panels side by side share the labels.
 
     Args:
         panels: title -> label -> one estimate a series.
         series: names of the series, shown in a legend when there are several.
-        zero: mark 0.
     """
     labels = list(next(iter(panels.values())))
     height = 0.9 + 0.2 * len(labels) * max(1.0, 0.7 * len(series))
@@ -116,8 +114,7 @@ def intervals(
                 linewidth=1.1,
                 label=name,
             )
-        if zero:
-            a.axvline(0, color="grey", linewidth=0.8)
+        a.axvline(0, color="grey", linewidth=0.8)
         a.set_yticks(range(len(labels)), labels, fontsize=8)
         a.set_title(title, fontsize=8.5)
         a.grid(axis="x", alpha=0.25, linewidth=0.6)

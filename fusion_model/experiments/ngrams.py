@@ -27,11 +27,7 @@ class KneserNey:
             # Below the highest order: in how many ways a gram is continued to the left.
             grams, counts = np.unique(grams % vocabulary ** (n - 1), return_counts=True)
         self._levels.reverse()
-
-    @property
-    def grams(self) -> int:
-        """How many are kept, of all orders."""
-        return sum(len(level[0]) for level in self._levels)
+        self.grams = sum(len(level[0]) for level in self._levels)  # that are kept, of all orders
 
     def nats(self, sentences: Sequence[Sequence[int]]) -> np.ndarray:
         """-log p of every token but the first of each sentence, [N]."""

@@ -1,4 +1,4 @@
-"""What an experiment found, written for people (Markdown, LaTeX, figures) and programs (JSON)."""
+"""What an experiment found, written for people (Markdown, figures) and programs (JSON)."""
 
 import json
 import math
@@ -20,7 +20,6 @@ class Table:
 
     Attributes:
         left: how many columns, from the first, are aligned left.
-        wrapped: columns of running text, which LaTeX breaks into lines.
     """
 
     name: str
@@ -28,53 +27,12 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int = 1
-    wrapped: Sequence[int] = ()
 
     def markdown(self) -> str:
         rule = ["---" if i < self.left else "--:" for i in range(len(self.columns))]
         lines = [list(self.columns), rule, *([str(c) for c in row] for row in self.rows)]
         body = "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in lines)
         return f"{body}\n\n{self.caption}"
-
-    def latex(self, experiment: str = "") -> str:
-        """A `table` with booktabs rules, no wider than the text.
-
-        Args:
-            experiment: for the label, since several have a table of this name.
-        """
-        kinds = ["l" if i < self.left else "r" for i in range(len(self.columns))]
-        for i in self.wrapped:
-            kinds[i] = rf"p{{{0.8 / len(self.wrapped):.2g}\textwidth}}"
-        rows = [" & ".join(map(_latex, row)) + r" \\" for row in [self.columns, *self.rows]]
-        label = "-".join(filter(None, (experiment, self.name)))
-        lines = [
-            "% needs the packages booktabs and graphicx",
-            r"\begin{table}",
-            r"\centering",
-            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{''.join(kinds)}}}",
-            r"\toprule",
-            rows[0],
-            r"\midrule",
-            *rows[1:],
-            r"\bottomrule",
-            r"\end{tabular}}",
-            rf"\caption{{{_latex(self.caption)}}}",
-            rf"\label{{tab:{label}}}",
-            r"\end{table}",
-        ]
-        return "\n".join(lines) + "\n"
-
-
-ESCAPES = r"""\textbackslash{} \textasciitilde{} \textasciicircum{} $-$ $\Delta$ $\times$ $\pm$
-\ldots{} $<$ $>$ $\rightarrow$ $^{-}$ $^{3}$ $\cdot$ $\le$ `` '' -- --- ` '"""
-LATEX = {ord(c): "\\" + c for c in "&%$#_{}"} | dict(
-    zip(map(ord, "\\~^−Δ×±…<>→⁻³·≤“”–—‘’"), ESCAPES.split(), strict=True)
-)
-
-
-def _latex(text: str) -> str:
-    return text.replace("**", "").replace("`", "").translate(LATEX)
 
 
 @dataclass
@@ -110,17 +68,15 @@ class Findings:
         left: int = 1,
     ) -> None:
         """Add a `Table`."""
-        self.tables.append(Table(name, f"{caption} {self.note}", columns, rows, left))
+        self.tables.append(Table(name, f"{caption} {self.note}".strip(), columns, rows, left))
 
     def write(self, out: Path) -> Path:
-        """`report.md`, `results.json`, a `.tex` a table, a `.png` and `.pdf` a figure."""
+        """`report.md`, `notes.md`, `results.json`, a `.png` and `.pdf` a figure."""
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in self.figures.items():
             figure.savefig(out / f"{name}.png", dpi=200)
             # Without a date the same results give the same file.
             figure.savefig(out / f"{name}.pdf", metadata={"CreationDate": None})
-        for table in self.tables:
-            write_text(out / f"{table.name}.tex", table.latex(self.name))
         parts = [f"# {self.title}", self.setting, *self.answer]
         parts += [f"![{name}]({name}.png)" for name in self.figures]
         parts += [table.markdown() for table in self.tables]

@@ -43,8 +43,7 @@ class Experiments:
 
     Args:
         models: for `reading-times` and `examples`: trained models, the first is what the
-            others are compared with. None given: arms trained on the largest of
-            `Size.data_sizes`, one model a seed.
+            others are compared with. None given: arms trained here, one model a seed.
         reading_times: a corpus as TSV, instead of Natural Stories in `data`.
         results: folder of finished runs (default: `out/results`).
         finished: report what is finished, train nothing.
@@ -69,8 +68,10 @@ class Experiments:
 
     @cached_property
     def corpora(self) -> dict[str, list[Document]]:
-        """The texts of `data`, read once."""
-        return find_corpora([d for d in self.data if not _only_reading_times(d)])
+        """The texts of `data`, read once; a folder of nothing but reading times has none."""
+        stories = find_reading_times(self.data)
+        only = stories if stories and not any(stories.rglob("*.txt")) else None
+        return find_corpora([d for d in self.data if Path(d) != only])
 
     @staticmethod
     def _note(encoders: set[str]) -> str:
@@ -213,21 +214,4 @@ class Experiments:
                 f"{name} compares models: name two with --model, the reference first"
             )
         note = self._note({str(lm.model.config.encoder) for (lm,) in loaded.values() if lm.planner})
-        described = "; ".join(_describe(n, loaded[Path(n).name][0]) for n in names)
-        return loaded, f"Models trained beforehand: {described}. {note}"
-
-
-def _describe(name: str, lm: FusionLM) -> str:
-    """What a trained model is, from its own files."""
-    config = lm.model.config
-    how = "unfused" if lm.planner is None else f"{config.fusion} of {config.pooling}"
-    metrics = Path(name) / "metrics.jsonl"
-    if metrics.exists():
-        best = min(json.loads(line)["dev_perplexity"] for line in metrics.read_text().splitlines())
-        how += f", dev perplexity {best:.1f}"
-    return f"{Path(name).name} ({how}, H = {config.hidden_size})"
-
-
-def _only_reading_times(source: str) -> bool:
-    folder = Path(source)
-    return find_reading_times([source]) == folder and not any(folder.rglob("*.txt"))
+        return loaded, f"Models trained beforehand: {', '.join(loaded)}. {note}"

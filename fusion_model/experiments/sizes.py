@@ -83,7 +83,7 @@ SIZES = {
         },
         learning_rates=(0.002, 0.005),
         dropouts=(0.3, 0.5),
-        data_sizes={5000: 16, 20_000: 10, 78_000: 6},
+        data_sizes={5000: 16, 20_000: 10, 80_000: 6},
         tuned_at=5000,
         mixed=True,
     ),

@@ -228,11 +228,10 @@ class Study:
         if self.finished:
             raise Unfinished
         folder, options = self.folder(run), run.options
-        on_e = f", on e {options.prefix_dropout:g}" if options.fusion != "none" else ""
-        done = len(list(self.kept.glob("*.json")))
+        done, shown = len(list(self.kept.glob("*.json"))), self.settings(run).items()
         progress.note(
-            f"run {done + 1}: {run.arm.name}, {self.size.sentences:,} sentences, learning rate "
-            f"{options.learning_rate:g}, dropout {options.dropout:g}{on_e}, seed {options.seed}"
+            f"run {done + 1}: {run.arm.name}, {self.size.sentences:,} sentences, seed "
+            f"{options.seed}, {', '.join(f'{name} {value:g}' for name, value in shown)}"
         )
         claim_folder(options, folder, True)
         self.tokenizer.save_pretrained(folder)
@@ -301,12 +300,11 @@ class Study:
 
     def store(self, options: TrainingOptions) -> Path:
         """Where embeddings are kept, shared by all runs that need the same ones."""
-        parts = [options.encoder, options.view, options.policy]
-        if options.encoder in BAGS:  # fitted to the training text
-            parts.append(Path(options.train_file[0]).name)
-        else:
-            parts += [options.pooling, options.encoder_dtype]
-        plain = "_".join(parts).replace("/", "-").replace(":", "-")
+        fitted = options.encoder in BAGS  # to the training text
+        text = Path(options.train_file[0]).name
+        own = [text] if fitted else [options.pooling, options.encoder_dtype]
+        plain = "_".join([options.encoder, options.view, options.policy, *own])
+        plain = plain.replace("/", "-").replace(":", "-")
         return self.out / "stores" / plain
 
     def open(self, run: Run) -> FusionLM:

@@ -12,11 +12,6 @@ from fusion_model.experiments.report import Findings, interval, p_value
 from fusion_model.experiments.statistics import Estimate, estimate, holm, resampled_means
 from fusion_model.experiments.study import Run, Study
 
-GRIDS = {
-    "learning_rate": "learning rate",
-    "dropout": "dropout",
-    "prefix_dropout": "dropout on e",
-}
 Results = Mapping[str, Sequence[Run]]
 Losses = Mapping[str, np.ndarray]
 """Nats a token by arm, [1 + RESAMPLES]: as measured, then with other documents and seeds."""
@@ -31,7 +26,8 @@ def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
     size, fields = study.size, study.size.training
     trained = ", ".join(f"{n:,}" for n in sentences or (size.sentences,))
     grids = "; ".join(
-        f"{GRIDS[name]} ({', '.join(f'{v:g}' for v in grid)})" for name, grid in size.grids.items()
+        f"{name.replace('_', ' ')} ({', '.join(f'{v:g}' for v in grid)})"
+        for name, grid in size.grids.items()
     )
     at = f" at {size.tuned_at:,} sentences" if size.tuned_at else ""
     return (
@@ -162,7 +158,7 @@ def grid_edges(study: Study, results: Results) -> list[str]:
         arms = [r[0] for r in results.values() if field in study.tuned_fields(r[0].arm)]
         if arms:
             at_edge = sum(getattr(run.options, field) in (grid[0], grid[-1]) for run in arms)
-            parts.append(f"{at_edge} of {len(arms)} for {GRIDS[field]}")
+            parts.append(f"{at_edge} of {len(arms)} for {field.replace('_', ' ')}")
     epochs = study.size.training["epochs"]
     unfinished = [name for name, runs in results.items() if best_epoch(runs) == epochs]
     edges = [f"At the edge of a grid: {', '.join(parts)}."] if parts else []

@@ -26,7 +26,6 @@ from fusion_model.experiments.statistics import estimate, verdict
 
 MILLI = 1000
 MARGIN = 0.2
-ALIGNMENT_NAMES = {"stored": "as stored", "corrected": "corrected"}
 WORDS = {
     "better": "better than {}",
     "worse": "worse than {}",
@@ -66,7 +65,7 @@ def run(
     ]:
         data = predictors(corpus, alignment, frequencies, log)
         found = measure(data, surprisals)
-        rows += _compared(findings, found, f"{ALIGNMENT_NAMES[alignment]}{', log' * log}", primary)
+        rows += _compared(findings, found, f"{alignment}{', log' * log}", primary)
         if primary:
             words = len(data.times)
             _describe_models(findings, found)
