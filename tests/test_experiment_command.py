@@ -145,7 +145,7 @@ def test_dataset_folder_as_data(tmp_path: Path, bert_folder: Path) -> None:
         "schedule", "--data", f"hf:{folder}", "--out", out, "--seeds", 1, "--encoder", bert_folder
     )
     assert code == 0, stderr
-    assert f"sentences of hf:{folder}" in Path(stdout.strip()).read_text()
+    assert f"test sentences, hf:{folder};" in Path(stdout.strip()).read_text()
     [train] = (out / "texts").glob("*-train-*")
     written = [s for file in train.glob("*.txt") for s in file.read_text().splitlines()]
     assert len(written) == 16
