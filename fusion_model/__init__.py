@@ -2,14 +2,17 @@
 
 import importlib
 import importlib.util
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusion_model.config import FUSIONS, FusionLMConfig
+    from fusion_model.config import FusionLMConfig
     from fusion_model.encoders import load_encoder
     from fusion_model.language_model import FusionLM
     from fusion_model.loading import load
     from fusion_model.model import FusionLMForCausalLM, FusionLMOutput
+    from fusion_model.names import FUSIONS
     from fusion_model.prefixes.planner import PrefixPlanner
     from fusion_model.prefixes.stream import PrefixStream
 
@@ -26,7 +29,7 @@ __all__ = [
     "load_encoder",
 ]
 _HOMES = {
-    "FUSIONS": "config",
+    "FUSIONS": "names",
     "FusionLMConfig": "config",
     "FusionLM": "language_model",
     "load": "loading",
@@ -45,17 +48,13 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-def _register() -> None:
-    """Make transformers' Auto classes know the model, where transformers can run it."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
-        return
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from fusion_model.config import FusionLMConfig
-    from fusion_model.model import FusionLMForCausalLM
-
-    AutoConfig.register("fusion_lm", FusionLMConfig)
-    AutoModelForCausalLM.register(FusionLMConfig, FusionLMForCausalLM)
+def _is_the_command() -> bool:
+    """Whether `fusion-lm` or `python -m fusion_model` imports this: it answers before PyTorch is
+    there, and each command imports what it needs."""
+    program = next(iter(getattr(sys, "argv", ())), "")
+    return program == "-m" or Path(program).stem == "fusion-lm"
 
 
-_register()
+# transformers' Auto classes know the model once it is imported.
+if not _is_the_command() and all(map(importlib.util.find_spec, ("torch", "transformers"))):
+    importlib.import_module("fusion_model.model")

@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
-LATE = ("concat", "add", "multiply", "gate")
-EARLY = ("init_hidden", "init_cell", "init_both")
-FUSIONS = ("none", *LATE[:3], *EARLY, "input", "gate")
+from fusion_model.names import EARLY as EARLY
+from fusion_model.names import FUSIONS
+from fusion_model.names import LATE as LATE
 
 
 class FusionLMConfig(PreTrainedConfig):

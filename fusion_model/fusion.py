@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusion_model.config import EARLY, LATE, FusionLMConfig
+from fusion_model.config import FusionLMConfig
+from fusion_model.names import EARLY, LATE
 
 T = TypeVar("T")
 

@@ -9,7 +9,8 @@ from transformers import GenerationMixin
 
 from fusion_model import decoding
 from fusion_model.attached import PrefixEncoder
-from fusion_model.config import LATE, FusionLMConfig
+from fusion_model.config import FusionLMConfig
+from fusion_model.names import LATE
 
 PASSED_ON = ("logits_to_keep", "output_hidden_states")
 

@@ -1,15 +1,19 @@
 """A saved model, whole: weights, tokenizer and encoder, with `score`, `perplexity`, `generate`."""
 
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from fusion_model.attached import PrefixCache
 from fusion_model.errors import FusionLMError
+from fusion_model.files import why_not_written
 from fusion_model.kernels import target_log_probs
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.prefixes.planner import PrefixPlanner, check_causal
@@ -56,6 +60,26 @@ class FusionLM(TextModel):
         of_boundary = scores[:, torch.from_numpy(boundary)].logsumexp(dim=-1)
         found = scores.gather(1, wanted[:, None])[:, 0]
         return found.cpu().numpy(), of_boundary.cpu().numpy(), state
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what `load` needs, with the model's card, and no training state: for a hub.
+
+        Raises:
+            FusionLMError: it cannot be written.
+        """
+        folder = Path(folder)
+        card = Path(self.model.name_or_path or "") / "README.md"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            if self.planner is not None:
+                encoder: Any = self.planner.encoder
+                encoder.save(folder)
+            if card.is_file():
+                shutil.copyfile(card, folder / card.name)
+        except (OSError, SafetensorError) as error:
+            raise FusionLMError(f"cannot write {folder}: {why_not_written(error)}") from error
 
     def prompt_ids(self, prompt: str) -> Tensor:
         """BOS and the prompt's tokens, [1, T]."""

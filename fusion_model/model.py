@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from fusion_model.attached import PrefixEncoder, own_encoder
-from fusion_model.config import EARLY, FusionLMConfig
+from fusion_model.config import FusionLMConfig
 from fusion_model.fusion import first_state, fuse, start
 from fusion_model.generation import StatefulGenerationMixin
 from fusion_model.kernels import (
@@ -27,6 +27,7 @@ from fusion_model.kernels import (
     resolve_backend,
     target_log_probs,
 )
+from fusion_model.names import EARLY
 
 
 @dataclass
@@ -337,3 +338,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         return target_log_probs(
             features, self.lm_head.weight, self.lm_head.bias, targets, backend=self.backend
         )
+
+
+AutoConfig.register("fusion_lm", FusionLMConfig)
+AutoModelForCausalLM.register(FusionLMConfig, FusionLMForCausalLM)

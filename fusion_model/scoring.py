@@ -77,14 +77,15 @@ class TextModel(ABC):
             rows = embed_corpus(corpus, self.planner, store, update)
         return Batches(corpus, shuffle_rows(rows, corpus.positions, self.shuffle), store, pad)
 
-    def open_store(self, path: Path | str | None) -> AbstractContextManager[Vectors | None]:
+    def open_store(
+        self, path: Path | str | None, writable: bool = True
+    ) -> AbstractContextManager[Vectors | None]:
         """The store of this model's embeddings at `path`; nothing for an unfused model."""
         if path is None or self.planner is None:
             return nullcontext()
         encoder = self.planner.encoder
-        return EmbeddingStore(
-            path, encoder.fingerprint, self.planner.view, encoder.dim, policy=encoder.policy
-        )
+        kind = encoder.fingerprint, self.planner.view, encoder.dim
+        return EmbeddingStore(path, *kind, policy=encoder.policy, writable=writable)
 
     def perplexity(self, documents: Sequence[Document], store: Vectors | None = None) -> Perplexity:
         """How well the model predicts these documents, sentence by sentence."""
@@ -119,15 +120,16 @@ class TextModel(ABC):
         """
         if context not in CONTEXTS:
             raise FusionLMError(f"unknown context {context!r}: choose one of {', '.join(CONTEXTS)}")
-        documents = [Document("text", split_sentences(text))] if isinstance(text, str) else text
+        if isinstance(text, str):
+            text = [Document("text", split_sentences(text), text)]
         boundary = np.array(boundary_ids(self.tokenizer)) if whitespace_correction else None
-        corpus = Corpus.from_documents(documents, self.tokenizer)
+        corpus = Corpus.from_documents(text, self.tokenizer)
         batches = self.encode_corpus(corpus, store)
         if context == "sentence":
             scores = score_sentences(self, batches, boundary)
         else:
             scores = list(score_articles(self, batches, boundary))
-        return word_scores(self.tokenizer, documents, scores)
+        return word_scores(self.tokenizer, text, scores)
 
     def prompt_row(self, prompt: str) -> list[int]:
         """BOS and the prompt's tokens."""

@@ -7,7 +7,7 @@ word's is the sum over its tokens; words are what whitespace separates. Nothing 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,12 @@ class Perplexity:
         return math.pow(2.0, self.nats_per_token)
 
 
+def sum_perplexity(parts: Sequence[Perplexity]) -> Perplexity:
+    """Of a text, from that of its parts."""
+    sizes = zip(*((p.tokens, p.words, p.characters) for p in parts), strict=True)
+    return Perplexity(math.fsum(p.nats for p in parts), *map(sum, sizes))
+
+
 @dataclass(frozen=True)
 class WordScore:
     """Surprisal of one word.
@@ -69,6 +75,9 @@ class WordScore:
         text: the word; `</s>` for the end of a sentence.
         nats: surprisal.
         tokens: tokens it consists of.
+        start, end: characters of the document's text that it takes, counted from 0, `end` not
+            included; both the end of the last word for the end of a sentence.
+        unknown: the vocabulary lacks a part of it, so that its surprisal is of another word.
     """
 
     document: str
@@ -77,6 +86,9 @@ class WordScore:
     text: str
     nats: float
     tokens: int
+    start: int
+    end: int
+    unknown: bool
 
     @property
     def bits(self) -> float:
@@ -154,12 +166,18 @@ def word_scores(
 ) -> list[WordScore]:
     """Every word and sentence end of the documents, from the scores of their sentences."""
     results, remaining = [], iter(scores)
+    lacking = getattr(tokenizer, "unk_token_id", None)
     for document in documents:
+        end = 0
         for number, sentence in enumerate(document.sentences, start=1):
             encoding = tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)
             words = sum_words(sentence.split(), encoding["offset_mapping"], next(remaining))
-            results += [
-                WordScore(document.name, number, place, word, nats, tokens)
-                for place, (word, nats, tokens) in enumerate(words, start=1)
-            ]
+            ids = iter(encoding["input_ids"])
+            for place, (word, nats, tokens) in enumerate(words, start=1):
+                own = list(islice(ids, tokens))  # none of a sentence end
+                start = document.text.index(word, end) if own else end
+                end = start + len(word) if own else end
+                unknown = lacking is not None and lacking in own
+                at = document.name, number, place
+                results.append(WordScore(*at, word, nats, tokens, start, end, unknown))
     return results

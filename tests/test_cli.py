@@ -1,5 +1,6 @@
 """The command line as a user meets it: results on good input, one clear line on bad."""
 
+import json
 import os
 import re
 import shutil
@@ -75,7 +76,7 @@ def test_train_then_everything_else(text_file: Path, bert_folder: Path, tmp_path
     code, _, _ = run("score", out, "--text", text_file, "--split", "lines", "--out", tsv)
     assert code == 0
     rows = [line.split("\t") for line in tsv.read_text().splitlines()]
-    assert rows[0] == ["document", "sentence", "word", "text", "bits", "nats", "tokens"]
+    assert rows[0][:7] == ["document", "sentence", "word", "text", "bits", "nats", "tokens"]
     assert [r[3] for r in rows[1:] if r[1] == "1"] == [*SENTENCES[0].split(), "</s>"]
     nats, tokens = sum(float(r[5]) for r in rows[1:]), sum(int(r[6]) for r in rows[1:])
     code, stdout, _ = run(
@@ -87,6 +88,12 @@ def test_train_then_everything_else(text_file: Path, bert_folder: Path, tmp_path
     assert float(measured["2**nats (what the paper calls perplexity)"]) == pytest.approx(
         2 ** (nats / tokens), rel=1e-3
     )
+    code, stdout, _ = run("evaluate", out, "--text", text_file, "--split", "lines", "--json")
+    found = json.loads(stdout)
+    assert found["nats_per_token"] == pytest.approx(nats / tokens, abs=1e-5)
+    assert found["tokens"] == tokens
+    shown = float(measured["perplexity per token"])
+    assert found["perplexity"] == pytest.approx(shown, rel=1e-4)
     for options in (["--seed", "1"], ["--temperature", "0"], ["--beam", "3"]):
         code, stdout, _ = run(
             "generate", out, "--prompt", "The cat", "--max-new-tokens", 5, *options
@@ -202,6 +209,28 @@ def test_unknown_choices_are_named(text_file: Path, trained: Path, tmp_path: Pat
     code, _, stderr = run("train", "--train-file", text_file)
     assert code == 2
     assert "Missing option '--" in stderr
+
+
+def test_default_readers_take_the_whole_table(trained: Path, tmp_path: Path) -> None:
+    """Words with quotes, of separators' names and of missing values; offsets lead to the text."""
+    import csv
+
+    import pandas
+
+    text = '"Where is\tit?" he said.\r\n\r\nNA   null #5 don\'t " 5" ""x"" nan  ‘quoted’ é end"\n'
+    source, out = tmp_path / "odd\tname.txt", tmp_path / "s.tsv"
+    source.write_bytes(text.encode())
+    assert run("score", trained / "none", "--text", source, "--out", out)[0] == 0
+    table = pandas.read_csv(out, sep="\t", keep_default_na=False)
+    words = table[table.text != "</s>"]
+    assert list(words.text) == text.split()
+    assert set(table.document) == {str(source)}
+    assert [text[a:b] for a, b in zip(words.start, words.end, strict=True)] == text.split()
+    assert not table.unknown.any()
+    assert len(pandas.read_csv(out, sep="\t")) == len(table)  # NA and null are missing, no more
+    with open(out, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file, delimiter="\t"))
+    assert [row[3] for row in rows[1:]] == list(table.text)
 
 
 def test_output_appears_whole_or_not_at_all(trained: Path, tmp_path: Path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import fusion_model
 from fusion_model.data.text import Document
 from fusion_model.encoders import load_encoder
-from fusion_model.errors import EncoderError
+from fusion_model.errors import EncoderError, FusionLMError
 from fusion_model.language_model import FusionLM
 from fusion_model.model import FusionLMForCausalLM
 
@@ -102,6 +102,24 @@ def test_a_model_whose_encoder_is_gone_says_so(fused_folder: Path, bert_folder: 
     (fused_folder / "tokenizer_config.json").unlink()
     with pytest.raises(EncoderError, match="lacks its tokenizer"):
         model(torch.tensor([[1, 5]]))
+
+
+def test_a_folder_for_a_hub_is_whole_and_has_no_training_state(
+    fused_folder: Path, tmp_path: Path
+) -> None:
+    (fused_folder / "README.md").write_text("# A model\n")
+    (fused_folder / "training.json").write_text("{}")
+    (fused_folder / "checkpoint-00000001").mkdir()
+    lm, hub = fusion_model.load(str(fused_folder)), tmp_path / "hub"
+    lm.save_pretrained(hub)
+    assert {p.name for p in hub.iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert fusion_model.load(str(hub)).score("A cat.") == lm.score("A cat.")
+    (tmp_path / "file").touch()
+    with pytest.raises(FusionLMError, match="cannot write"):
+        lm.save_pretrained(tmp_path / "file")
 
 
 def test_forward_as_transformers_knows_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = (
     ("kernels",),
-    ("errors", "files", "progress", "devices"),
+    ("errors", "files", "names", "progress", "devices"),
     ("data",),
     ("encoders",),
     ("prefixes", "planning", "streaming"),
@@ -138,6 +138,21 @@ def test_some_files_need_no_torch() -> None:
             waiting.append(other)
 
 
+@pytest.mark.parametrize("option", ["--help", "--version", "train --help"])
+def test_help_imports_no_torch(option: str) -> None:
+    """As `fusion-lm` starts: which would take seconds."""
+    code = (
+        f"import sys; sys.argv = {['fusion-lm', *option.split()]}\n"
+        "from fusion_model.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'pandas', 'matplotlib', 'sklearn'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fusion-lm" in done.stdout
+
+
 def test_files_are_small() -> None:
     long = [p.name for p in SOURCES if len(p.read_text().splitlines()) > LIMIT]
     assert not long
@@ -157,5 +172,9 @@ def test_import_needs_no_triton() -> None:
 
 
 def test_transformers_can_be_imported_first_in_the_repository() -> None:
-    code = "from transformers import BertModel; import fusion_model; fusion_model.FusionLM"
+    code = (
+        "from transformers import AutoConfig, BertModel; import fusion_model; "
+        "fusion_model.FusionLM; "
+        "AutoConfig.for_model('fusion_lm', vocab_size=5)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -14,12 +14,12 @@ from fusion_model.export.graphs.quantize import quantize
 from onnx_cases import one_thread as one_thread
 
 from fusion_model import FUSIONS, FusionLM
-from fusion_model.config import EARLY
 from fusion_model.data.batches import Batches
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document, read_text, split_sentences
 from fusion_model.data.tokenizer import train_bpe
 from fusion_model.language_model import to_tensors
+from fusion_model.names import EARLY
 
 SHIPPED = Path(__file__).parents[1] / "fusion_model" / "samples" / "thursday.txt"
 

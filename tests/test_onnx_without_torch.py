@@ -55,7 +55,7 @@ def said(command: list[str], *arguments: object) -> str:
 def scores(command: list[str], export: Path, text: Path, out: Path) -> list[tuple[str, float]]:
     said(command, "score", "--onnx", export, "--text", text, "--out", out, "--threads", 1)
     rows = [line.split("\t") for line in out.read_text().splitlines()]
-    assert rows[0] == ["document", "sentence", "word", "text", "bits", "nats", "tokens"]
+    assert rows[0][3:5] == ["text", "bits"]
     return [(row[3], float(row[4])) for row in rows[1:]]
 
 

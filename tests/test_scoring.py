@@ -206,3 +206,26 @@ def test_cache_of_prefixes_is_bounded_and_exact(bpe, bert_folder: Path) -> None:
         torch.testing.assert_close(cache(ids, torch.ones_like(ids), 0), expected)
         assert len(cache._vectors) == 5
     torch.testing.assert_close(cache(ids, torch.ones_like(ids), 4), expected[:, 4:])
+
+
+def test_words_that_the_vocabulary_lacks_are_marked(bert_folder: Path) -> None:
+    encoder = load_encoder(str(bert_folder), "mean")
+    cut = cut_vocabulary(encoder.tokenizer, SENTENCES, 200)
+    lm = FusionLM(small_model(fusion="none", vocab_size=len(cut)), cut, None)
+    words = lm.score("The cat sat on the 喵 mat. 喵喵!")
+    assert [w.text for w in words if w.unknown] == ["喵", "喵喵!"]
+    assert [w.start for w in words][:3] == [0, 4, 8]
+
+
+def test_long_work_says_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys) -> None:
+    from fusion_model import progress
+
+    clock = iter([0.0, 20.0, 70.0, 80.0, 7400.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.track("work", 4000, start=1000) as update:
+        for done in (1500, 2000, 2100, 3000):
+            update(done, "busy")
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 2,000 of 4,000, busy; 1 min, 2 min left",
+        "work: 3,000 of 4,000, busy; 2 h 3 min, 1 h 2 min left",
+    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SENTENCES
+from onnx_cases import saved_model
 from test_cli import run
 
 from fusion_model.encoders import load_encoder
@@ -53,6 +54,35 @@ def test_two_processes_fill_the_store_of_one(
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-5)
     chunks = [json.loads((s / "manifest.json").read_text())["chunks"] for s in (one, two)]
     assert [c[0] for c in chunks[0]] == [c[0] for c in chunks[1]]
+
+
+def test_two_processes_score_as_one(bpe, bert_folder: Path, tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model", bpe, bert_folder, fusion="concat")
+    for i, sentences in enumerate((SENTENCES[:3], SENTENCES[3:4], SENTENCES[4:8])):
+        path = tmp_path / "texts" / f"{i}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(sentences))
+    arguments = ["score", folder, "--text", tmp_path / "texts", "--split", "lines"]
+    code, one, _ = run(*arguments, "--store", tmp_path / "one")
+    assert code == 0
+    store = tmp_path / "two"
+    done = launch("-m", "fusion_model.cli", *arguments, "--store", store)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, expected = ([r.split("\t") for r in t.splitlines()] for t in (done.stdout, one))
+    assert [r[:4] + r[6:] for r in rows] == [r[:4] + r[6:] for r in expected]
+    found = [float(r[5]) for r in rows[1:]]
+    assert found == pytest.approx([float(r[5]) for r in expected[1:]], abs=1e-4)
+    assert (store / "vectors.bin").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(bpe, bert_folder: Path, text_file: Path, tmp_path) -> None:
+    """Of one document, which one of them has."""
+    folder = saved_model(tmp_path / "model", bpe, bert_folder, fusion="concat")
+    arguments = ["evaluate", folder, "--text", text_file, "--split", "lines", "--json"]
+    done = launch("-m", "fusion_model.cli", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == pytest.approx(json.loads(run(*arguments)[1]), rel=1e-6)
 
 
 FAILING = """

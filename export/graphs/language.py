@@ -14,9 +14,9 @@ import onnx
 from fusion_model.export.graphs.builder import Graph
 from onnx import TensorProto
 
-from fusion_model.config import EARLY, LATE
 from fusion_model.fusion import initial_state
 from fusion_model.model import FusionLMForCausalLM
+from fusion_model.names import EARLY, LATE
 
 INT, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 

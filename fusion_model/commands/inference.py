@@ -1,7 +1,14 @@
 """`evaluate`, `score`, `generate`: what a trained model says of text, and text of its own."""
 
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,14 +20,72 @@ from fusion_model.commands.app import (
     command,
     output,
 )
+from fusion_model.errors import FusionLMError
+
+if TYPE_CHECKING:
+    from fusion_model.data.text import Document
+
+COLUMNS = (
+    *("document", "sentence", "word", "text", "bits", "nats", "tokens"),
+    *("start", "end", "unknown"),
+)
+MEASURES = (
+    *("perplexity", "word_perplexity", "nats_per_token", "bits_per_token"),
+    *("bits_per_character", "paper_perplexity"),
+)
 
 
-def _opened(lm: Any, chosen: AnyModel, store: Path | None) -> Any:
-    from fusion_model.errors import FusionLMError
+@contextmanager
+def _share(
+    chosen: AnyModel, documents: "Sequence[Document]", path: Path | None
+) -> "Iterator[tuple[Any, Sequence[Document], Any, Callable[[Any], list[Any]]]]":
+    """The model, this process's documents, the store, and what collects a part from each process
+    (the main one gets all of them, in order, the others nothing): under torchrun there are several.
+    """
+    rank, world = 0, int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        from accelerate import PartialState
 
-    if chosen.onnx is not None and store is not None:
+        from fusion_model.devices import resolve_device
+
+        rank = PartialState(cpu=resolve_device(chosen.device) == "cpu").process_index
+    lm = chosen.open()
+    if chosen.onnx is not None and path is not None:
         raise FusionLMError("--store does not go with --onnx: its embeddings are kept in memory")
-    return lm.open_store(store)
+    if world == 1:
+        with lm.open_store(path) as vectors:
+            yield lm, documents, vectors, lambda part: [part]
+        return
+    from torch import distributed
+
+    from fusion_model.prefixes.distributed import cut, gathered
+
+    if lm.shuffle != "none":
+        raise FusionLMError("a control with shuffled embeddings is scored by one process")
+    if path is not None and lm.planner is not None:
+        _fill(lm, documents, path, rank, world)
+    first, last = cut([len(d.text) for d in documents], rank, world)
+    with lm.open_store(path, writable=False) as vectors:
+        yield lm, documents[first:last], vectors, lambda part: gathered(part, rank, world)
+    distributed.barrier()  # whoever ends first would take the connection down
+
+
+def _fill(lm: Any, documents: "Sequence[Document]", path: Path, rank: int, world: int) -> None:
+    """All processes encode for the store, which the main one writes."""
+    from fusion_model import progress
+    from fusion_model.data.corpus import Corpus
+    from fusion_model.prefixes.distributed import shared_encoding
+    from fusion_model.prefixes.embed import embed_corpus
+
+    corpus = Corpus.from_documents(documents, lm.tokenizer)
+    with shared_encoding(lm.planner.encoder, rank, world) as encode:
+        if rank == 0:
+            size = sum(corpus.positions)
+            with (
+                lm.open_store(path) as store,
+                progress.track("prefix embeddings", size) as update,
+            ):
+                embed_corpus(corpus, lm.planner, store, update, encode)
 
 
 @command
@@ -29,6 +94,7 @@ def evaluate(
     text: TextFiles,
     split: Split = "sentences",
     store: Store = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
     chosen: AnyModel,
 ) -> None:
     """Perplexity of a text, in every unit that is in use."""
@@ -36,12 +102,19 @@ def evaluate(
     from rich.table import Table
 
     from fusion_model.data.text import read_documents
+    from fusion_model.surprisal import sum_perplexity
 
     documents = read_documents(text, split)
-    lm = chosen.open()
-    with _opened(lm, chosen, store) as vectors:
-        result = lm.perplexity(documents, vectors)
+    with _share(chosen, documents, store) as (lm, own, vectors, collect):
+        parts = collect(lm.perplexity(own, vectors) if own else None)
+    if not parts:
+        return
+    result = sum_perplexity([part for part in parts if part is not None])
     name = chosen.model or chosen.onnx
+    if as_json:
+        measures = {m: getattr(result, m) for m in MEASURES}
+        print(json.dumps({"model": str(name), "text": text} | measures | asdict(result), indent=1))
+        return
     table = Table("measure", "value", title=f"{name} on {', '.join(text)}")
     table.columns[1].justify = "right"
     for name, value in (
@@ -78,17 +151,17 @@ def score(
     from fusion_model.data.text import read_documents
 
     documents = read_documents(text, split)
-    lm = chosen.open()
     options: dict[str, Any] = {"context": context, "whitespace_correction": whitespace_correction}
-    with _opened(lm, chosen, store) as vectors:
-        words = lm.score(documents, store=vectors, **options)
+    with _share(chosen, documents, store) as (lm, own, vectors, collect):
+        parts = collect(lm.score(own, store=vectors, **options) if own else [])
+    if not parts:
+        return
     with output(out) as file:
-        print("document\tsentence\tword\ttext\tbits\tnats\ttokens", file=file)
-        for w in words:
-            print(
-                f"{w.document}\t{w.sentence}\t{w.word}\t{w.text}\t{w.bits:.6f}\t{w.nats:.6f}\t{w.tokens}",
-                file=file,
-            )
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(COLUMNS)
+        for w in chain.from_iterable(parts):
+            row = (w.document, w.sentence, w.word, w.text, f"{w.bits:.6f}", f"{w.nats:.6f}")
+            table.writerow((*row, w.tokens, w.start, w.end, int(w.unknown)))
 
 
 @command

@@ -14,10 +14,18 @@ SPLITS = ("sentences", "lines")
 
 @dataclass(frozen=True)
 class Document:
-    """One file: its name and its sentences, each with single spaces between words."""
+    """One file: its name and its sentences, each with single spaces between words.
+
+    `text` is what they were found in (default: the sentences, joined by spaces).
+    """
 
     name: str
     sentences: list[str]
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            object.__setattr__(self, "text", " ".join(self.sentences))
 
 
 def read_text(path: Path) -> str:
@@ -75,8 +83,8 @@ def read_documents(
     documents = []
     for source in sources:
         for name, text in _read_source(source):
-            sentences = split_sentences(detokenize(text) if clean_wikitext else text, split)
-            documents.append(Document(name, sentences))
+            read = detokenize(text) if clean_wikitext else text
+            documents.append(Document(name, split_sentences(read, split), read))
     return documents
 
 

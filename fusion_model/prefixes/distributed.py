@@ -1,7 +1,8 @@
-"""Several processes encode for one: each a share of every batch of inputs, on its own device.
+"""Several processes share work.
 
-The main process plans and writes the store; the others only encode. Run with
-`accelerate launch -m fusion_model.cli train …` or `… embed …`.
+They encode for one, each a share of every batch of inputs on its own device: the main process
+plans and writes the store, the others only encode. Or each has documents of its own to score. Run
+with `accelerate launch -m fusion_model.cli train …`, or `embed`, `score`, `evaluate`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,14 +35,14 @@ def shared_encoding(encoder: Encoder, rank: int, world: int) -> Iterator[Encode 
         return
     if rank:
         while (inputs := _broadcast(None)) is not None:
-            _gather(_encoded(encoder, inputs, rank, world), rank, world)
+            gathered(_encoded(encoder, inputs, rank, world), rank, world)
         dist.barrier()
         yield None
         return
 
     def encode(inputs: Sequence[EncoderInput], progress: OnProgress | None = None) -> np.ndarray:
         _broadcast(list(inputs))
-        parts = _gather(_encoded(encoder, inputs, rank, world, progress), rank, world)
+        parts = gathered(_encoded(encoder, inputs, rank, world, progress), rank, world)
         for part in parts:
             if isinstance(part, str):
                 raise EncoderError(part)
@@ -74,7 +75,12 @@ def _encoded(
 def share_of(inputs: Sequence[EncoderInput], rank: int, world: int) -> tuple[int, int]:
     """First and last + 1 of a process's inputs: neighbours, which may share work, and about as
     many bytes for each process."""
-    ends = np.cumsum([0, *(len(given.to_bytes()) for given in inputs)])
+    return cut([len(given.to_bytes()) for given in inputs], rank, world)
+
+
+def cut(sizes: Sequence[int], rank: int, world: int) -> tuple[int, int]:
+    """First and last + 1 of a process's share: neighbours, about as much for each process."""
+    ends = np.cumsum([0, *sizes])
     cuts = np.searchsorted(ends, ends[-1] * np.arange(world + 1) / world)
     return int(cuts[rank]), int(cuts[rank + 1])
 
@@ -86,7 +92,8 @@ def _broadcast(inputs: list[EncoderInput] | None) -> list[EncoderInput] | None:
     return found
 
 
-def _gather(part: Any, rank: int, world: int) -> list[Any]:
+def gathered(part: Any, rank: int, world: int) -> list[Any]:
+    """Every process's part, in their order; in all but the main one nothing."""
     parts: list[Any] = [None] * world
     dist.gather_object(part, parts if rank == 0 else None, dst=0)
-    return parts
+    return parts if rank == 0 else []

@@ -47,6 +47,7 @@ def write_model_card(
     if data.encoder is not None:
         seen = f"pooling `{data.encoder.pooling}`, policy `{data.encoder.policy}`"
         encoder = f"{options.encoder}, {seen}, view `{options.view}`"
+    extra = "[minilm]" if fused and options.encoder == "minilm" else ""
     rows = {
         "fusion": f"`{options.fusion}`",
         "prefix embeddings": encoder if fused else "none",
@@ -67,18 +68,26 @@ pipeline_tag: text-generation
 ---
 # A fusion language model
 
-An LSTM language model (arXiv 2208.02402), trained with `fusion-lm train`.
+An LSTM language model (arXiv 2208.02402), trained with `fusion-lm train`. It needs the package
+fusion-lm; transformers alone does not know the architecture `fusion_lm`. In a clone of fusion-lm:
+
+```sh
+pip install ".{extra}" -c constraints.txt
+```
+
+```python
+import fusion_model  # before transformers' Auto classes, too
+
+lm = fusion_model.load("PATH")
+lm.score("The cat sat on the mat.")
+```
 
 | | |
 |---|---|
 {table}
 
-```python
-import fusion_model
-
-lm = fusion_model.load("PATH")
-lm.score("The cat sat on the mat.")
-```
+Licence: fusion-lm is Apache-2.0. That of these weights is for whoever trained them to say, as
+`license:` at the top: it depends on the training text.
 
 Settings:
 

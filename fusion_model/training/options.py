@@ -4,13 +4,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion_model.config import FUSIONS
 from fusion_model.data.text import SPLITS
 from fusion_model.devices import DTYPES
 from fusion_model.encoders.controls import BAGS
 from fusion_model.encoders.policies import AUTO, POLICIES, parse_policy
 from fusion_model.errors import FusionLMError
-from fusion_model.kernels import BACKENDS
+from fusion_model.names import FUSIONS
 from fusion_model.prefixes.views import SHUFFLES, VIEWS, parse_view
 
 SCHEDULES = ("constant", "rising", "falling")
@@ -73,10 +72,12 @@ class TrainingOptions:
     encoder_dtype: str = _option(
         f"of the encoder: {', '.join(DTYPES)} (auto: bfloat16 where it is fast)", "float32"
     )
-    backend: str = _option(f"of the recurrence: {', '.join(BACKENDS)}", "auto")
+    backend: str = _option("of the recurrence: auto, torch, cudnn, triton, reference", "auto")
     seed: int = _option("of weights, order and dropout", 0)
 
     def __post_init__(self) -> None:
+        from fusion_model.kernels import BACKENDS  # which imports PyTorch
+
         if not self.train_file or not self.dev_file:
             raise FusionLMError("name at least one --train-file and one --dev-file")
         choices = {
