@@ -23,7 +23,6 @@ from transformers import (
 from fusion_model.fusion import Fusing, first_state, without_hidden
 from fusion_model.kernels import resolve_backend
 
-LARGEST = 65_536  # tokens of a vocabulary that one program chooses among
 LOOK = 32  # tokens between two looks at whether all sequences have ended
 
 
@@ -125,8 +124,6 @@ def needs_host(
         return "fusion='input' feeds an embedding to every step"
     if fusion != "none" and (prefix_embeds is None or prefix_embeds.dim() != 2):
         return f"it takes one embedding a sequence, prefix_embeds [B, {model.config.prefix_size}]"
-    if model.config.vocab_size > LARGEST:
-        return f"the vocabulary has more than {LARGEST:,} tokens"
     if not use_cache:
         return "it keeps the state"
     if attention_mask is not None and not bool(attention_mask.all()):

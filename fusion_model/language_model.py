@@ -110,5 +110,11 @@ class FusionLM(TextModel):
 
 
 def to_tensors(arrays: Iterable[np.ndarray | None], device: torch.device) -> list[Any]:
-    """Arrays, such as those of a `Batch`, on a device; None of None."""
-    return [None if a is None else torch.from_numpy(a).to(device) for a in arrays]
+    """Arrays, such as those of a `Batch`, on a device; None of None.
+
+    A GPU is not waited for.
+    """
+    found = [None if a is None else torch.from_numpy(a) for a in arrays]
+    if device.type == "cuda":
+        found = [None if t is None else t.pin_memory() for t in found]
+    return [None if t is None else t.to(device, non_blocking=True) for t in found]

@@ -152,12 +152,12 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         """The LSTM's top layer, [B, T, H], the embeddings to fuse, and the state."""
         e = self._check_prefix_embeds(input_ids, attention_mask, prefix_embeds, state)
         per_prefix = self.config.fusion in EARLY and e is not None and e.dim() == 3
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        mask = attention_mask[:, -input_ids.shape[1] :]
-        # What follows a token never reaches it: padding on the right only spoils the state.
-        holds = not use_cache and bool((mask[:, 1:] <= mask[:, :-1]).all())
-        step_mask = None if holds or bool(mask.all()) else mask
+        mask, step_mask = torch.ones_like(input_ids), None
+        if attention_mask is not None:  # to look at one, a GPU is waited for
+            mask = attention_mask[:, -input_ids.shape[1] :]
+            # What follows a token never reaches it: padding on the right only spoils the state.
+            holds = not use_cache and bool((mask[:, 1:] <= mask[:, :-1]).all())
+            step_mask = None if holds or bool(mask.all()) else mask
         if e is not None:
             e = dropout(e.to(self._compute_dtype()), self.config.prefix_dropout, self.training)
         if per_prefix:
@@ -322,19 +322,18 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         Args:
             input_ids: [B, T], padded on the right.
             prefix_embeds: [B, T - 1, E] or [B, E]: the last token predicts nothing.
-            lengths: number of real tokens of each row, [B] (default: T).
+            lengths: number of real tokens of each row, [B] (default: T); best on the CPU, as
+                a GPU would be waited for.
 
         Returns:
             [sum of (lengths - 1)], float32.
         """
         features, _ = self.features(input_ids[:, :-1], None, prefix_embeds, use_cache=False)
-        targets = input_ids[:, 1:]
+        features, targets = features.flatten(0, 1), input_ids[:, 1:].flatten()
         if lengths is not None:
-            steps = torch.arange(targets.shape[1], device=targets.device)
-            real = steps < (lengths - 1)[:, None]
-            features, targets = features[real], targets[real]
-        else:
-            features, targets = features.flatten(0, 1), targets.flatten()
+            real = torch.arange(input_ids.shape[1] - 1) < (lengths.cpu() - 1)[:, None]
+            places = real.flatten().nonzero()[:, 0].to(targets.device, non_blocking=True)
+            features, targets = features[places], targets[places]
         return target_log_probs(
             features, self.lm_head.weight, self.lm_head.bias, targets, backend=self.backend
         )

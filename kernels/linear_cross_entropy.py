@@ -35,7 +35,8 @@ class _TargetLogProbs(torch.autograd.Function):
         x, weight, bias, targets, *gradients = ctx.saved_tensors
         upstream = grads[0]
         scale = upstream[:1]
-        if bool((upstream != scale).any()):
+        # A sum's gradient is one number, expanded; of others a GPU is asked whether all are alike.
+        if upstream.stride() != (0,) and bool((upstream != scale).any()):
             scale = torch.ones_like(scale)
             gradients = _pass(x, weight, bias, targets, upstream)[1]
         of_x, of_weight, of_bias = (g * scale.to(g.dtype) for g in gradients)

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import SENTENCES, small_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusion_model
 from fusion_model.data.text import read_documents
@@ -370,3 +371,33 @@ def test_learning_rate_rises_then_falls() -> None:
     assert scales[10:] == sorted(scales[10:], reverse=True)
     assert math.isclose(scales[-1], 0.1, abs_tol=0.01)
     assert len(SENTENCES) == 24  # the runs above rest on several batches an epoch
+
+
+class _Waits(TorchDispatchMode):
+    """Counts operations for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        by_mask = name == "aten::index.Tensor" and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        if by_mask or name in ("aten::_local_scalar_dense", "aten::masked_select"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_training_step_waits_for_nothing() -> None:
+    """But for lengths, which are on the CPU, no shape or branch depends on what is computed."""
+    model = small_model(fusion="none").train()
+    ids, lengths = torch.randint(3, 30, (3, 7)), torch.tensor([7, 2, 5])
+    with _Waits() as waits:
+        loss = -model.token_log_probs(ids, None, lengths).sum()
+        loss.backward()
+    assert not waits.seen
+    with _Waits() as waits:
+        bool(loss > 0)
+    assert waits.seen

@@ -15,6 +15,7 @@ from fusion_model import FUSIONS, FusionLMForCausalLM
 pytest.importorskip("triton")
 
 from fusion_model.kernels.check.decode_cases import copied
+from fusion_model.kernels.triton import decode as triton_decode
 from fusion_model.kernels.triton import decoder as triton_token
 from fusion_model.kernels.triton import guards
 from fusion_model.kernels.triton.decode import choose, kernel_token
@@ -164,6 +165,13 @@ def test_top_k_keeps_the_k_greatest(k: int) -> None:
     tokens = chosen(logits, 0, 50.0, k)
     assert allowed[torch.arange(15), tokens].all()
     assert torch.equal(tokens, logits.argmax(-1)) == (k == 1)
+
+
+def test_large_vocabularies_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program would keep what does not fit into its registers on the stack."""
+    monkeypatch.setattr(triton_decode, "decode_choose", None)
+    logits = torch.randn(2, 131_072)
+    assert chosen(logits, 0, 1e-6, 5).tolist() == logits.argmax(-1).tolist()
 
 
 def test_samples_depend_on_the_seed_alone() -> None:

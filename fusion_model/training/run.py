@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fusion_model import progress
 from fusion_model.config import FusionLMConfig
-from fusion_model.data.batches import Batches
+from fusion_model.data.batches import Batch, Batches
 from fusion_model.errors import CheckpointError
 from fusion_model.files import read_lines, replace_files, write_text
 from fusion_model.language_model import to_tensors
@@ -33,6 +33,7 @@ from fusion_model.training.model_card import plot_metrics, write_model_card
 from fusion_model.training.options import TrainingOptions
 
 SECONDS_PER_CHECKPOINT = 120
+SECONDS_PER_LOOK = 1  # at the loss: a GPU is waited for
 
 
 class _SummedLoss(nn.Module):
@@ -202,24 +203,33 @@ class TrainingRun:
         self.model.train()
         plan = self.plan(state.epoch)
         saved_at = started = time.monotonic()
+        loss_sum = torch.tensor(state.loss_sum, dtype=torch.float64, device=self.accelerator.device)
+        shown, shown_at = "", -math.inf
         for indices in plan[state.batch :]:
             loss, tokens = self.step(indices, total)
-            state.loss_sum += loss
+            loss_sum += loss
             state.tokens += tokens
             state.batch += 1
             state.step += 1
             now = time.monotonic()
-            update(min(state.step, total), f"epoch {state.epoch + 1}, loss {loss / tokens:.3f}")
+            if now - shown_at > SECONDS_PER_LOOK:
+                shown_at, shown = now, f"epoch {state.epoch + 1}, loss {float(loss) / tokens:.3f}"
+            update(min(state.step, total), shown)
             due = self.stop.requested or now - saved_at > SECONDS_PER_CHECKPOINT
             if due and state.batch < len(plan):
                 state.seconds, started = state.seconds + now - started, now
+                state.loss_sum = float(loss_sum)
                 self._save()
                 saved_at = now
                 self.stop.check()
+        state.loss_sum = float(loss_sum)
         state.seconds += time.monotonic() - started
 
-    def step(self, indices: Any, total: int) -> tuple[float, int]:
-        """One optimiser step on these sentences; their summed loss in nats, and their tokens."""
+    def step(self, indices: Any, total: int) -> tuple[Tensor, int]:
+        """One optimiser step on these sentences; their summed loss in nats, and their tokens.
+
+        Nothing here waits for a GPU.
+        """
         accelerator, options = self.accelerator, self.options
         world, rank = accelerator.num_processes, accelerator.process_index
         torch.manual_seed((options.seed << 40) + self.state.step * world + rank)
@@ -230,13 +240,13 @@ class TrainingRun:
         idle = len(share) == 0  # fewer sentences than processes: take part with weight 0
         batch = self.data.batch(indices[:1] if idle else share)
         with autocast(options.precision, accelerator.device):
-            loss = self.loss(*to_tensors(batch, accelerator.device))
+            loss = self.loss(*_inputs(batch, accelerator.device))
         # DDP averages gradients over processes: times world, over the whole batch's tokens.
         accelerator.backward(loss * (0.0 if idle else world / tokens))
         accelerator.clip_grad_norm_(self.loss.parameters(), options.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(accelerator.reduce(loss.detach() * (not idle), "sum")), tokens
+        return accelerator.reduce(loss.detach() * (not idle), "sum"), tokens
 
     def _end_epoch(self) -> None:
         state, options = self.state, self.options
@@ -315,6 +325,11 @@ def model_config(options: TrainingOptions, data: TrainingData) -> FusionLMConfig
     )
 
 
+def _inputs(batch: Batch, device: torch.device) -> list[Any]:
+    """Ids and vectors on the device; lengths stay, as they decide on shapes."""
+    return [*to_tensors(batch[:2], device), torch.from_numpy(batch.lengths)]
+
+
 @torch.inference_mode()
 def evaluate_loss(
     model: FusionLMForCausalLM, data: Batches, accelerator: Accelerator, precision: str
@@ -325,7 +340,7 @@ def evaluate_loss(
     for i, indices in enumerate(data.plan(8192)):
         if i % accelerator.num_processes != accelerator.process_index:
             continue
-        batch = to_tensors(data.batch(indices), accelerator.device)
+        batch = _inputs(data.batch(indices), accelerator.device)
         with autocast(precision, accelerator.device):
             log_probs = model.token_log_probs(*batch)
         total += torch.tensor([-log_probs.double().sum(), len(log_probs)])

@@ -136,7 +136,7 @@ def _rows() -> Iterator[Variant]:
 
 
 def _decode() -> Iterator[Variant]:
-    from fusion_model.kernels.triton.decode import linear_constants
+    from fusion_model.kernels.triton.decode import LARGEST, linear_constants
 
     for dtype in TYPES:
         for rows in (1, 64):
@@ -146,7 +146,7 @@ def _decode() -> Iterator[Variant]:
                 name = f"{('vocabulary', 'projection', 'gate')[fusion]} N{rows}"
                 yield make(name, "triton.decode:decode_linear", dtype, settings)
     for mode, greedy in (("greedy", True), ("sample top k", False)):
-        settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": 8192, "num_warps": 8}
+        settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": LARGEST, "num_warps": 8}
         yield make(mode, "triton.decode:decode_choose", torch.float32, settings, products=False)
 
 

@@ -15,12 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from fusion_model.kernels.triton.configs import TileConfig
-from fusion_model.kernels.triton.decode_naive import Token
+from fusion_model.kernels.triton.decode_naive import Token, plain_choice
 from fusion_model.kernels.triton.lstm_step import OWN, TABLE, forward_constants, rows_forward
 from fusion_model.kernels.triton.primitives import sigmoid
 from torch import Tensor
 
 PLAIN, MULTIPLY, GATE = 0, 1, 2
+LARGEST = 8192  # tokens that the kernel chooses among: at 32 768 it keeps 2.3 KB on the stack
 
 
 @triton.jit(do_not_specialize=["n", "outputs"])
@@ -91,7 +92,7 @@ def decode_choose(
 ):
     """Greatest logit; or a sample, by Gumbel noise, among all tokens or the k greatest.
 
-    One program holds a sequence's logits: vocabularies much beyond 65 000 would spill.
+    One program holds a sequence's logits.
     """
     i_b = tl.program_id(0)
     o_v = tl.arange(0, BLOCK_V)
@@ -158,13 +159,15 @@ def linear(
 
 
 def choose(logits: Tensor, args: Token) -> None:
-    """The choice among logits [B, V] float32, and what follows from it."""
+    """As `plain_choice`, by the kernel where it was seen to keep all logits in registers."""
     batch, size = logits.shape
+    if size > LARGEST:
+        return plain_choice(logits, args)
     decode_choose[(batch,)](
         logits, args.ids, args.tokens, args.done, args.made, args.seed, args.temperature,
         size, batch, len(args.tokens), args.top_k, args.eos, args.pad,
         GREEDY=args.greedy, TOP_K=0 < args.top_k < size,
-        BLOCK_V=triton.next_power_of_2(size), num_warps=8 if size <= 16_384 else 16,
+        BLOCK_V=triton.next_power_of_2(size), num_warps=8,
         enable_fp_fusion=True,
     )  # fmt: skip
 
