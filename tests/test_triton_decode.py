@@ -22,7 +22,7 @@ from fusion_model.kernels.triton.decode import choose, kernel_token
 from fusion_model.kernels.triton.decode_naive import Token, philox, plain_token, scores
 from fusion_model.kernels.triton.decoder import Decoder, DecodeWeights, TokenGraph
 
-from fusion_model.decoding import obstacle
+from fusion_model.decoding import needs_host, obstacle
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +221,8 @@ def test_what_cannot_be_decoded_says_why() -> None:
     ids = torch.ones(1, 2, dtype=torch.int64)
 
     def reason(model: FusionLMForCausalLM, e: Tensor | None = None, **others: Any) -> str:
-        return str(obstacle(model, prefix_embeds=e, **others))
+        inputs = {"prefix_embeds": e, **others}
+        return str(obstacle(model, **inputs) or needs_host(model, **inputs))
 
     assert "fusion='input'" in reason(small_model(fusion="input"), torch.randn(1, 5))
     several = reason(small_model(fusion="add"), torch.randn(1, 2, 5))
