@@ -11,6 +11,7 @@ from fusion_model.kernels.backend import choose, obstacle
 from fusion_model.kernels.triton import guards
 from fusion_model.kernels.triton.configs import (
     KNOWN_CHIPS,
+    chip_of,
     padded,
     rows_plan,
     sequence_backward_config,
@@ -125,6 +126,11 @@ def test_a_grid_that_does_not_fit_is_refused() -> None:
         check_grid(H200, 133, "k")
     with pytest.raises(LaunchRefused, match="refuses cooperative"):
         check_grid(replace(H200, cooperative=False), 1, "k")
+
+
+def test_an_interpreter_is_no_gpu() -> None:
+    """Its programs run one after another, wherever the tensors are: none may wait for another."""
+    assert not chip_of(torch.device("cuda")).cooperative
 
 
 def test_rows() -> None:
