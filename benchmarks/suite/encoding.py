@@ -131,7 +131,7 @@ def _onnx_elsewhere(case: Case, context: Context) -> Encode:
     python = os.environ.get(ELSEWHERE)
     if python is None or case.dtype != "float32" or context.device != "cpu":
         raise Unavailable(
-            f"float32 on a CPU, by the Python that {ELSEWHERE} names: docs/benchmarks"
+            f"float32 on a CPU, by the Python that {ELSEWHERE} names: docs/encodings.md"
         )
     script, threads = Path(__file__).with_name("worker.py"), str(torch.get_num_threads())
     worker = subprocess.Popen(
