@@ -157,8 +157,7 @@ def _mixed(
 
 
 def _clusters(documents: list[Document]) -> list[Document]:
-    """Documents as they are if there are several, else runs of their sentences: what statistics
-    take as independent."""
+    """What statistics take as independent: documents, or of few runs of their sentences."""
     if len(documents) >= FEW:
         return documents
     return [

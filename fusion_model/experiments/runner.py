@@ -83,8 +83,7 @@ class Experiments:
     def study_of(self, sentences: int, domains: bool = False) -> Study:
         """Training arms on so many sentences of the corpus.
 
-        With fewer, epochs and patience grow as the text shrinks, so that arms differ in what they
-        learn from little text and not in how fast they learn.
+        With fewer, epochs and patience grow: arms differ in what they learn, not in how fast.
 
         Args:
             domains: other corpora are tests, too.

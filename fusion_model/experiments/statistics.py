@@ -79,8 +79,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(difference: np.ndarray, margin: float) -> str:
     """`better`, `worse`, `equivalent` or `undecided`, of a difference [1 + RESAMPLES].
 
-    Equivalent: two one-sided tests at 5 % leave it within ± `margin`, that is, its 90 % interval
-    lies within.
+    Equivalent: its 90 % interval lies within ± `margin` (two one-sided tests at 5 %).
     """
     e, narrow = estimate(difference), estimate(difference, 0.9)
     if e.low > 0 or e.high < 0:

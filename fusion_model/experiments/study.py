@@ -308,8 +308,7 @@ class Study:
         return self.out / "stores" / plain
 
     def open(self, run: Run) -> FusionLM:
-        """The trained model, with its encoder; one of which only the file is here is trained
-        again."""
+        """The trained model, with its encoder; where only its file is here, trained again."""
         folder = self.folder(run)
         if not (folder / "model.safetensors").exists() or list(folder.glob("checkpoint-*")):
             self._train(run)
