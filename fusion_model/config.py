@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from fusion_model.names import EARLY as EARLY
 from fusion_model.names import FUSIONS
 from fusion_model.names import LATE as LATE
+from fusion_model.schema import Count, Layers, Share, Size, check
 
 
 class FusionLMConfig(PreTrainedConfig):
@@ -32,7 +33,7 @@ class FusionLMConfig(PreTrainedConfig):
             to the encoder as tokens and not as text.
 
     Raises:
-        ValueError: an unknown fusion, or a size below 1.
+        ValueError: an unknown fusion, or a value of another type or out of range.
     """
 
     model_type = "fusion_lm"
@@ -41,15 +42,15 @@ class FusionLMConfig(PreTrainedConfig):
         "num_hidden_layers": "num_layers",
     }
 
-    vocab_size: int = 8192
-    embedding_size: int = 512
-    hidden_size: int = 768
-    num_layers: int = 1
+    vocab_size: Size = 8192
+    embedding_size: Size = 512
+    hidden_size: Size = 768
+    num_layers: Layers = 1
     fusion: str = "concat"
-    prefix_size: int = 768
+    prefix_size: Size = 768
     tie_weights: bool = False
-    dropout: float = 0.0
-    prefix_dropout: float = 0.0
+    dropout: Share = 0.0
+    prefix_dropout: Share = 0.0
     initializer_range: float = 0.05
     encoder: str | None = None
     encoder_sha256: str | None = None
@@ -59,14 +60,14 @@ class FusionLMConfig(PreTrainedConfig):
     shuffle: str = "none"
     shares_vocabulary: bool = False
     use_cache: bool = True
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    pad_token_id: Count | None = 0
+    bos_token_id: Count | None = 1
+    eos_token_id: Count | None = 2
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"unknown fusion {self.fusion!r}: choose one of {', '.join(FUSIONS)}")
-        for name in ("vocab_size", "embedding_size", "hidden_size", "num_layers", "prefix_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, kind in FusionLMConfig.__annotations__.items():
+            if name != "attribute_map":
+                check(getattr(self, name), kind, name)
         super().__post_init__(**kwargs)

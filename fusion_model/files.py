@@ -2,13 +2,16 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fusion_model.errors import FusionLMError
 
 
 @contextmanager
@@ -27,6 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir():
             _remove(path)
+        _make_readable(temporary)
         temporary.replace(path)
     finally:
         _remove(temporary)
@@ -40,6 +44,7 @@ def replace_files(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        _make_readable(temporary)
         for file in sorted(temporary.iterdir()):
             os.replace(file, folder / file.name)
     finally:
@@ -53,15 +58,51 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Nobody else is in such a block of the same file, which goes with the block.
+
+    Raises:
+        FusionLMError: somebody is.
+        OSError: the folder of the file cannot be written to.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FusionLMError(
+            f"{what} is in use by another process: wait, or choose another"
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError unless a file can be written there."""
+    path = path.resolve()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.is_file() or not path.exists():
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+def _make_readable(path: Path) -> None:
+    """By whom the user's umask allows: safetensors keeps its files from all others."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that has one in JSON a line; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def sha256(path: Path) -> str:

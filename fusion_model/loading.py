@@ -4,17 +4,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fusion_model.attached import load_planner
 from fusion_model.config import FusionLMConfig
 from fusion_model.devices import resolve_dtype
+from fusion_model.encoders.controls import BAGS
 from fusion_model.errors import CheckpointError, FusionLMError, first_line
+from fusion_model.files import sha256
 from fusion_model.language_model import FusionLM
 from fusion_model.model import FusionLMForCausalLM
+from fusion_model.schema import read_json, write_json
 
 SHIPPED = Path(__file__).parent / "checkpoints"
+HASHES = "sha256.json"
+MODEL_FILES = (
+    *("config.json", "model.safetensors", "tokenizer.json"),
+    *("tokenizer_config.json", "generation_config.json", *(f"{bag}.json" for bag in BAGS)),
+)
 
 
 def load(
@@ -79,6 +86,8 @@ def load_model(
             f"{source} holds no model.safetensors{begun if list(path.glob('*.json')) else ''}: "
             "name a folder that fusion-lm train wrote"
         )
+    if path.is_dir():
+        _check_files(path)
     try:
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, FusionLMConfig):
@@ -86,15 +95,68 @@ def load_model(
         loaded: Any = model_class.from_pretrained(
             source, config=config, use_safetensors=True, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
     except CheckpointError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # of a damaged file the libraries raise a dozen kinds
         where = "a damaged file" if path.is_dir() else "no such folder, and no hub model reached"
         why = f"{where} ({first_line(error)})"
         raise CheckpointError(f"cannot load the model {source}: {why}") from error
     model: FusionLMForCausalLM = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if missing:
-        raise CheckpointError(f"{source} lacks weights ({', '.join(missing)}): it is damaged")
+    for what, names in (("lacks", "missing_keys"), ("has unknown", "unexpected_keys")):
+        if loaded[1][names]:
+            found = ", ".join(sorted(loaded[1][names]))
+            raise CheckpointError(f"{source} {what} weights ({found}): it is damaged")
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{source} holds NaN or infinity in its weights ({name})")
+    tokenizer = load_tokenizer(source)
+    for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        own = len(tokenizer) if name == "vocab_size" else getattr(tokenizer, name)
+        if own != getattr(config, name):
+            raise CheckpointError(
+                f"the tokenizer in {source} is of another model: its {name} is {own}, the model's "
+                f"{getattr(config, name)}"
+            )
     return model, tokenizer
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """A saved tokenizer.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        len(tokenizer), tokenizer("a", return_offsets_mapping=True)
+    except Exception as error:  # the libraries raise plain ones, too
+        why = first_line(error)
+        raise CheckpointError(f"cannot load the tokenizer in {source}: {why}") from error
+    return tokenizer
+
+
+def write_hashes(folder: Path) -> None:
+    """Keep hashes of a model's files, which loading holds them to."""
+    found = {name: sha256(folder / name) for name in MODEL_FILES if (folder / name).exists()}
+    write_json(folder / HASHES, found)
+
+
+def _check_files(folder: Path) -> None:
+    """Of a model's folder: readable, and unchanged since training."""
+    try:
+        for name in MODEL_FILES[:3]:
+            (folder / name).open("rb").close()
+        if not (folder / HASHES).exists():
+            return  # saved by other means
+        for name, expected in read_json(folder / HASHES, dict[str, str]).items():
+            if Path(name).name == name and sha256(folder / name) != expected:
+                raise CheckpointError(
+                    f"{folder / name} is damaged: its sha256 differs from that in {HASHES} (if you "
+                    f"changed it yourself, delete {HASHES})"
+                )
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder / HASHES} is damaged ({error}): delete it") from error

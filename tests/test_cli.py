@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def fails(*arguments: object) -> str:
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """A file of JSON as if it had no checksum, such as one written by an earlier version."""
+    contents = json.loads(path.read_text())
+    del contents["checksum"]
+    return contents
 
 
 @pytest.fixture(scope="module")

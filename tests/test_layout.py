@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = (
     ("kernels",),
-    ("errors", "files", "names", "progress", "devices"),
+    ("errors", "files", "names", "schema", "progress", "devices"),
     ("data",),
     ("encoders",),
     ("prefixes", "planning", "streaming"),

@@ -20,7 +20,7 @@ from fusion_model.export.runtime.session import check_placement, check_version, 
 from fusion_model.export.runtime.steps import Steps
 from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model
-from test_cli import fails, run
+from test_cli import fails, run, unsealed
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -242,7 +242,7 @@ def test_files_that_are_not_the_manifests_are_refused(name: str, export: Path) -
 
 
 def test_folders_that_are_no_export_are_refused(export: Path, tmp_path: Path) -> None:
-    manifest = json.loads((export / "manifest.json").read_text())
+    manifest = unsealed(export / "manifest.json")
     for change, message in (
         ({"opset": 19}, "opset 19"),
         ({"format": 99}, "format 99"),
@@ -328,7 +328,7 @@ def test_edges(export: Path) -> None:
 
 
 def test_a_manifest_that_names_other_folders_is_refused(export: Path, tmp_path: Path) -> None:
-    manifest = json.loads((export / "manifest.json").read_text())
+    manifest = unsealed(export / "manifest.json")
     for name in ("../secret", "/etc/hostname"):
         manifest["files"] = {name: {"sha256": "0", "bytes": 1}}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -352,7 +352,7 @@ def test_an_old_or_missing_runtime_is_refused(export: Path, monkeypatch) -> None
     for old in ("1.21.9", "1.9.0", "0.5"):
         with pytest.raises(ExportError, match=f"ONNX Runtime {old} is too old"):
             check_version(old)
-    manifest = json.loads((export / "manifest.json").read_text())
+    manifest = unsealed(export / "manifest.json")
     changed = json.dumps(manifest | {"oldest_onnxruntime": "99.0"})
     (export / "manifest.json").write_text(changed)
     with pytest.raises(ExportError, match=r"is too old: 99\.0"):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # encoding text works without transformers, see fusion_model.
 logger = logging.getLogger(__name__)
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+LARGEST = 2**24  # tokens of a vocabulary: the trainer takes memory for them all
 CHUNK = 1000  # sentences tokenised at once
 SPECIALS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
 
@@ -34,6 +35,8 @@ def train_bpe(sentences: Iterable[str], vocab_size: int = 8192) -> "PreTrainedTo
     from transformers import PreTrainedTokenizerFast
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size > LARGEST:
+        raise TextError(f"a vocabulary has at most {LARGEST:,} tokens here, not {vocab_size:,}")
     if vocab_size < len(alphabet) + len(SPECIALS):
         raise TextError(
             f"a byte-level vocabulary has at least {len(alphabet) + len(SPECIALS)} tokens: "

@@ -5,14 +5,22 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from fusion_model.encoders.inputs import EncoderInput, OnProgress
 from fusion_model.errors import EncoderError
+from fusion_model.schema import Count, read_json, write_json
 
 BAGS = ("tfidf", "counts")
+
+
+class Bag(TypedDict):
+    """What `tfidf.json` or `counts.json` says."""
+
+    vocabulary: dict[str, Count]
+    idf: NotRequired[list[float]]
 
 
 class ZeroEncoder:
@@ -83,7 +91,7 @@ class BagEncoder:
         """What `save` wrote."""
         path = directory / f"{name}.json"
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = read_json(path, Bag)
             return cls(name, saved["vocabulary"], saved["idf"] if name == "tfidf" else None, policy)
         except (OSError, KeyError, ValueError) as error:
             raise EncoderError(
@@ -111,4 +119,4 @@ class BagEncoder:
         return out.astype(np.float32)
 
     def save(self, directory: Path) -> None:
-        (directory / f"{self.name}.json").write_text(json.dumps(self._saved))
+        write_json(directory / f"{self.name}.json", self._saved)

@@ -142,7 +142,7 @@ class Experiments:
         if not path.exists():
             self.out.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(wanted, indent=1) + "\n")
-        elif (found := path.read_text()) != json.dumps(wanted, indent=1) + "\n":
+        elif (found := path.read_text(errors="replace")) != json.dumps(wanted, indent=1) + "\n":
             raise FusionLMError(
                 f"{self.out} holds experiments with other settings ({' '.join(found.split())}): "
                 "choose another --out, or repeat the settings"

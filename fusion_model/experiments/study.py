@@ -33,9 +33,11 @@ from fusion_model.experiments.sizes import Size
 from fusion_model.files import write_text
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load
+from fusion_model.schema import read_json, read_lines
 from fusion_model.scoring import score_sentences
+from fusion_model.training.claim import claim_folder
 from fusion_model.training.options import TrainingOptions
-from fusion_model.training.run import autocast, claim_folder, train
+from fusion_model.training.run import Epoch, autocast, train
 
 # Of `TrainingOptions`, when the first results were kept.
 ONCE_DEFAULT = {"policy": "every", "pooling": "static+mean"}
@@ -212,7 +214,7 @@ class Study:
         run = Run(arm, options, path, {"definition": definition, "epochs": [], "losses": {}})
         if path.exists():
             try:
-                run.result.update(json.loads(path.read_text()))
+                run.result.update(read_json(path, dict[str, Any]))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is damaged ({error}): delete it") from None
         elif arm.model not in NGRAMS:
@@ -237,7 +239,7 @@ class Study:
         self.tokenizer.save_pretrained(folder)
         train(options, folder, self.store(options), MODELS[run.arm.model])
         model = MODELS[run.arm.model].from_pretrained(folder)
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        metrics = read_lines(folder / "metrics.jsonl", Epoch)
         names = ("epoch", "train_loss", "dev_loss", "prefix_dropout")
         run.result["parameters"] = sum(p.numel() for p in model.parameters())
         run.result["epochs"] = [{name: m[name] for name in names} for m in metrics]

@@ -7,21 +7,33 @@ leaves every committed row behind and goes on from there.
 """
 
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from fusion_model.errors import StoreError
-from fusion_model.files import why_not_written, write_text
+from fusion_model.files import why_not_written
+from fusion_model.schema import Count, Size, read_json, write_json
 
 FORMAT = 1
 KEY_BYTES = 16
+
+
+class Manifest(TypedDict):
+    """What `manifest.json` says."""
+
+    format: int
+    fingerprint: str
+    view: str
+    dim: Size
+    policy: NotRequired[str]  # stores made before there were others
+    dtype: Literal["float16", "float32"]
+    chunks: list[tuple[Count, Count, Count]]  # rows, and the checksum of each file's part
 
 
 def digest(item: bytes) -> bytes:
@@ -122,18 +134,17 @@ class EmbeddingStore:
             self._commit([])
             return []
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-            chunks: list[list[int]] = manifest["chunks"]
-            manifest.setdefault("policy", "every")  # stores made before there were others
-            self._meta.setdefault("dtype", str(np.dtype(manifest["dtype"])))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            manifest = {"policy": "every"} | read_json(path, Manifest)
+        except (OSError, ValueError) as error:
             raise _damaged(path, error) from None
+        self._meta.setdefault("dtype", manifest["dtype"])
         for name, expected in self._meta.items():
             if manifest.get(name) != expected:
                 raise StoreError(
                     f"the store {self.path} has {name} {manifest.get(name)!r}, this run needs "
                     f"{expected!r}: name another store"
                 )
+        chunks: list[list[int]] = manifest["chunks"]
         return chunks
 
     def _read_keys(self) -> dict[bytes, int]:
@@ -142,6 +153,8 @@ class EmbeddingStore:
             path = self.path / name
             if self._chunks:
                 try:
+                    if path.stat().st_size < len(self) * width:
+                        raise _damaged(path, "rows are missing")
                     with open(path, "rb") as file:
                         for chunk in self._chunks:
                             if zlib.crc32(file.read(chunk[0] * width)) != chunk[column]:
@@ -193,7 +206,7 @@ class EmbeddingStore:
         self._vectors = None
 
     def _commit(self, chunks: list[list[int]]) -> None:
-        write_text(self.path / "manifest.json", json.dumps({**self._meta, "chunks": chunks}))
+        write_json(self.path / "manifest.json", {**self._meta, "chunks": chunks})
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         if self._vectors is None:

@@ -4,10 +4,10 @@ A killed run leaves whole `checkpoint-<step>` folders behind; the older ones go 
 there.
 """
 
-import json
+import math
 import shutil
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,19 +16,35 @@ from torch import nn
 
 from fusion_model.errors import CheckpointError
 from fusion_model.files import replacing, sha256, why_not_written
+from fusion_model.schema import Count, check, read_json, write_json
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
+@dataclass
+class TrainState:
+    """Where a run is; saved with each checkpoint."""
+
+    step: Count = 0
+    epoch: Count = 0
+    batch: Count = 0
+    loss_sum: float = 0.0
+    tokens: Count = 0
+    seconds: float = 0.0
+    best_dev: float = math.inf
+    bad_epochs: Count = 0
+    finished: bool = False
+
+
 def save_checkpoint(
-    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
 ) -> None:
-    """Write `out/checkpoint-<state["step"]>` and remove the ones before it.
+    """Write `out/checkpoint-<state.step>` and remove the ones before it.
 
     Raises:
         CheckpointError: the disk is full or not writable; the earlier checkpoint stays.
     """
-    final = out / f"checkpoint-{state['step']:08d}"
+    final = out / f"checkpoint-{state.step:08d}"
     moments = {
         f"{name}/{key}": torch.as_tensor(value)
         for name, parameter in model.named_parameters()
@@ -40,7 +56,7 @@ def save_checkpoint(
             save_file(dict(model.named_parameters()), folder / FILES[0])
             save_file(moments, folder / FILES[1])
             hashes = {name: sha256(folder / name) for name in FILES}
-            (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}, indent=1))
+            write_json(folder / "state.json", {**asdict(state), "sha256": hashes})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {final}: {why_not_written(error)}; the checkpoint before it is kept: "
@@ -51,22 +67,22 @@ def save_checkpoint(
             shutil.rmtree(old)
 
 
-def load_checkpoint(
-    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Load the newest checkpoint into model and optimizer; its state, empty without one.
+def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Load the newest checkpoint into model and optimizer; its state, a new one without.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model.
     """
     found = sorted(out.glob("checkpoint-*"))
     if not found:
-        return {}
+        return TrainState()
     path = found[-1]
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        for name, expected in state.pop("sha256").items():
-            if sha256(path / name) != expected:
+        saved_state = read_json(path / "state.json", TrainState)
+        state = TrainState(**{f.name: saved_state[f.name] for f in fields(TrainState)})
+        check(hashes := saved_state.get("sha256"), dict[str, str], "sha256")
+        for name in FILES:
+            if sha256(path / name) != hashes[name]:
                 raise CheckpointError(f"{path / name} is damaged: its checksum differs")
         saved = load_file(path / FILES[0])
         parameters = dict(model.named_parameters())

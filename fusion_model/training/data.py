@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fusion_model import progress
 from fusion_model.data.batches import Batches
@@ -21,12 +21,15 @@ from fusion_model.encoders.controls import BAGS, BagEncoder
 from fusion_model.encoders.policies import AUTO
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import EncoderError
-from fusion_model.loading import load_model
+from fusion_model.files import replace_files
+from fusion_model.loading import load_model, load_tokenizer
 from fusion_model.prefixes.distributed import Encode, shared_encoding
 from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.store import EmbeddingStore
 from fusion_model.prefixes.views import shuffle_rows
+from fusion_model.schema import sha256_of
+from fusion_model.training.claim import TOKENIZER, claim_texts
 from fusion_model.training.options import TrainingOptions
 
 
@@ -48,6 +51,9 @@ def prepare(
         read_documents(files, options.split, options.detokenize)
         for files in (options.train_file, options.dev_file)
     ]
+    hashes = [sha256_of([d.sentences for d in some]) for some in documents]
+    texts = dict(zip(("train_text", "dev_text"), hashes, strict=True))
+    claim_texts(out, texts, accelerator.is_main_process)
     sentences = [s for d in documents[0] for s in d.sentences]
     encoder = None
     if options.fusion != "none" or options.vocabulary == "encoder":
@@ -92,11 +98,11 @@ def _policy(policy: str, view: str) -> str:
 def _tokenizer(
     options: TrainingOptions, out: Path, sentences: list[str], encoder: Encoder | None
 ) -> PreTrainedTokenizerBase:
-    if (out / "tokenizer.json").exists():
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(out)
-        return found
+    if (out / TOKENIZER).exists():
+        return load_tokenizer(out)
     made = make_tokenizer(options.vocabulary, options.vocab_size, sentences, encoder)
-    made.save_pretrained(out)
+    with replace_files(out) as folder:
+        made.save_pretrained(folder)
     return made
 
 

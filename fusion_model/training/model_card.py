@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fusion_model.files import write_text
 from fusion_model.training.data import TrainingData
 from fusion_model.training.options import TrainingOptions
 
@@ -61,7 +62,8 @@ def write_model_card(
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     settings = (out / "training.json").read_text().strip()
-    (out / "README.md").write_text(
+    write_text(
+        out / "README.md",
         f"""---
 library_name: fusion-lm
 pipeline_tag: text-generation
@@ -94,5 +96,5 @@ Settings:
 ```json
 {settings}
 ```
-"""
+""",
     )

@@ -1,8 +1,9 @@
 """Everything that defines a training run, in one place: what resumes must match."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from fusion_model.data.text import SPLITS
 from fusion_model.devices import DTYPES
@@ -11,9 +12,13 @@ from fusion_model.encoders.policies import AUTO, POLICIES, parse_policy
 from fusion_model.errors import FusionLMError
 from fusion_model.names import FUSIONS
 from fusion_model.prefixes.views import SHUFFLES, VIEWS, parse_view
+from fusion_model.schema import Count, Layers, Range, Share, Size, check
 
 SCHEDULES = ("constant", "rising", "falling")
 PRECISIONS = ("float32", "bfloat16")
+Dropout = Annotated[float, Range(0, 1, "[)")]
+Above0 = Annotated[float, Range(0, math.inf, "()")]
+RunSeed = Annotated[int, Range(0, 2**23 - 1)]  # with a step beside it, a seed of PyTorch
 
 
 def _option(help_text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -48,32 +53,32 @@ class TrainingOptions:
     shuffle: str = _option(f"control, embeddings shuffled: {', '.join(SHUFFLES)}", "none")
     split: str = _option(f"how text becomes sentences: {', '.join(SPLITS)}", "sentences")
     detokenize: bool = _option("undo WikiText's spacing first", False)
-    max_tokens: int = _option("cut longer sentences into pieces of this many tokens", 128)
+    max_tokens: Size = _option("cut longer sentences into pieces of this many tokens", 128)
     vocabulary: str = _option(
         "bpe, or encoder: the encoder's own, cut to its most frequent pieces", "bpe"
     )
-    vocab_size: int = _option("tokens in the vocabulary", 8192)
-    embedding_size: int = _option("width of token embeddings and of the projection", 512)
-    hidden_size: int = _option("width of the LSTM", 768)
-    num_layers: int = _option("LSTM layers", 1)
+    vocab_size: Size = _option("tokens in the vocabulary", 8192)
+    embedding_size: Size = _option("width of token embeddings and of the projection", 512)
+    hidden_size: Size = _option("width of the LSTM", 768)
+    num_layers: Layers = _option("LSTM layers", 1)
     tie_weights: bool = _option("share the embedding and the output matrix", False)
-    dropout: float = _option("on token embeddings, between layers and on the LSTM output", 0.2)
-    prefix_dropout: float = _option("on the prefix embeddings", 0.5)
+    dropout: Dropout = _option("on token embeddings, between layers and on the LSTM output", 0.2)
+    prefix_dropout: Share = _option("on the prefix embeddings", 0.5)
     prefix_dropout_schedule: str = _option(
         f"over the epochs: {', '.join(SCHEDULES)} (0 to 1, or 1 to 0)", "constant"
     )
-    epochs: int = _option("most epochs; the learning rate falls over all of them", 10)
-    patience: int = _option("stop after this many epochs without gain on dev; 0: never", 3)
-    tokens_per_batch: int = _option("most tokens in a batch, padding included", 2048)
-    learning_rate: float = _option("Adam's, after warm-up", 1e-3)
-    warmup: float = _option("share of the run in which the learning rate rises", 0.02)
-    max_grad_norm: float = _option("gradients are clipped to this norm", 1.0)
+    epochs: Size = _option("most epochs; the learning rate falls over all of them", 10)
+    patience: Count = _option("stop after this many epochs without gain on dev; 0: never", 3)
+    tokens_per_batch: Size = _option("most tokens in a batch, padding included", 2048)
+    learning_rate: Above0 = _option("Adam's, after warm-up", 1e-3)
+    warmup: Share = _option("share of the run in which the learning rate rises", 0.02)
+    max_grad_norm: Above0 = _option("gradients are clipped to this norm", 1.0)
     precision: str = _option(f"of the LSTM: {', '.join(PRECISIONS)}", "float32")
     encoder_dtype: str = _option(
         f"of the encoder: {', '.join(DTYPES)} (auto: bfloat16 where it is fast)", "float32"
     )
     backend: str = _option("of the recurrence: auto, torch, cudnn, triton, reference", "auto")
-    seed: int = _option("of weights, order and dropout", 0)
+    seed: RunSeed = _option("of weights, order and dropout", 0)
 
     def __post_init__(self) -> None:
         from fusion_model.kernels import BACKENDS  # which imports PyTorch
@@ -97,15 +102,10 @@ class TrainingOptions:
                     f"{', '.join(allowed)}"
                 )
         for option in dataclasses.fields(self):
-            name, value = option.name, getattr(self, option.name)
-            number = option.type in (int, "int") and name not in ("seed", "patience")
-            if number and value < 1:
-                raise FusionLMError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
-        for name in ("dropout", "prefix_dropout", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FusionLMError(f"{name.replace('_', ' ')} must be from 0 to 1")
-        if self.learning_rate <= 0:
-            raise FusionLMError("learning rate must be above 0")
+            try:
+                check(getattr(self, option.name), option.type, option.name.replace("_", " "))
+            except ValueError as error:
+                raise FusionLMError(str(error)) from None
         parse_view(self.view)
         if self.policy != AUTO:
             parse_policy(self.policy)

@@ -5,15 +5,15 @@ one. Every process of `accelerate launch` takes its share of each batch; since a
 whole batch, the loss is the single-process one.
 """
 
-import dataclasses
 import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -23,17 +23,28 @@ from torch import Tensor, nn
 from fusion_model import progress
 from fusion_model.config import FusionLMConfig
 from fusion_model.data.batches import Batch, Batches
-from fusion_model.errors import CheckpointError
-from fusion_model.files import read_lines, replace_files, write_text
+from fusion_model.errors import CheckpointError, FusionLMError
+from fusion_model.files import locked, replace_files, write_text
 from fusion_model.language_model import to_tensors
+from fusion_model.loading import HASHES, write_hashes
 from fusion_model.model import FusionLMForCausalLM
+from fusion_model.schema import Size, read_lines
 from fusion_model.training.checkpoint import load_checkpoint, save_checkpoint
+from fusion_model.training.claim import claim_folder
 from fusion_model.training.data import TrainingData, prepare
 from fusion_model.training.model_card import plot_metrics, write_model_card
 from fusion_model.training.options import TrainingOptions
 
 SECONDS_PER_CHECKPOINT = 120
 SECONDS_PER_LOOK = 1  # at the loss: a GPU is waited for
+
+
+class Epoch(TypedDict):
+    """What is read again of a line of `metrics.jsonl`."""
+
+    epoch: Size
+    dev_loss: float
+    dev_perplexity: float
 
 
 class _SummedLoss(nn.Module):
@@ -73,21 +84,6 @@ class _StopRequest:
             raise KeyboardInterrupt
 
 
-@dataclasses.dataclass
-class TrainState:
-    """Where a run is; saved with each checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_dev: float = math.inf
-    bad_epochs: int = 0
-    finished: bool = False
-
-
 def train(
     options: TrainingOptions,
     out: Path,
@@ -109,44 +105,22 @@ def train(
     """
     # Precision is set below, by autocast: accelerate would fix it for the whole process.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-    claim_folder(options, out, accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    data = prepare(options, out, store or out / "prefixes", accelerator)
-    run = TrainingRun(options, out, data, accelerator, build)
-    try:
-        return run.fit()
-    finally:
-        accelerator.end_training()
-
-
-def claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
-    """A folder belongs to one run: its options are kept in `training.json`."""
-    path = out / "training.json"
-    wanted = json.loads(json.dumps(dataclasses.asdict(options)))
-    defaults = {f.name: f.default for f in dataclasses.fields(options)}  # newer than the run
-    if path.exists():
+    main = accelerator.is_main_process
+    with ExitStack() as held:
+        if main:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(out / ".lock", str(out)))
+            except OSError as error:
+                raise CheckpointError(f"cannot write to {out}: {error.strerror}") from error
+        claim_folder(options, out, main)
+        accelerator.wait_for_everyone()
+        data = prepare(options, out, store or out / "prefixes", accelerator)
+        run = TrainingRun(options, out, data, accelerator, build)
         try:
-            found = defaults | json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged ({error}): choose another --out") from None
-        changed = sorted(k for k in wanted if found.get(k) != wanted[k])
-        if not changed:
-            return
-        if list(out.glob("checkpoint-*")):
-            raise CheckpointError(
-                f"{out} holds a run with other settings ({', '.join(changed)}): choose another "
-                "--out, or repeat the command that began it"
-            )
-        if main:  # begun and never trained, such as with a mistyped file name
-            (out / "tokenizer.json").unlink(missing_ok=True)
-    elif out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out} holds other files: choose an empty or new folder for --out")
-    if main:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(wanted, indent=1) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"cannot write to {out}: {error.strerror}") from error
+            return run.fit()
+        finally:
+            accelerator.end_training()
 
 
 class TrainingRun:
@@ -170,7 +144,7 @@ class TrainingRun:
             self.model.parameters(), lr=options.learning_rate, fused=True
         )
         self.stop = _StopRequest()
-        self.state = TrainState(**load_checkpoint(out, self.model, self.optimizer))
+        self.state = load_checkpoint(out, self.model, self.optimizer)
         self.loss: Any
         self.loss, self.optimizer = accelerator.prepare(_SummedLoss(self.model), self.optimizer)
         self.steps_per_epoch = len(self.plan(0))
@@ -183,12 +157,25 @@ class TrainingRun:
                 self._run_epoch(update, total)
                 self._end_epoch()
                 self.stop.check()
-        metrics = read_lines(self.out / "metrics.jsonl")
+        metrics = read_lines(self.out / "metrics.jsonl", Epoch)
+        if not metrics:
+            raise CheckpointError(f"{self.out} has lost its metrics.jsonl: delete it to train anew")
         best = min(metrics, key=lambda m: float(m["dev_loss"]))
         if self.accelerator.is_main_process:
             plot_metrics(metrics, self.out / "training.png")
             write_model_card(self.out, self.options, self.prepared, best)
         return best
+
+    def _check_finite(self, loss: float, what: str) -> None:
+        if math.isfinite(loss):
+            return
+        best = self.out / "model.safetensors"
+        kept = "the best model so far is kept" if best.exists() else "no model was made"
+        raise FusionLMError(
+            f"training went wrong: the {what} is {loss} in epoch {self.state.epoch + 1}, step "
+            f"{self.state.step + 1}; {kept}; try a lower --learning-rate than "
+            f"{self.options.learning_rate:g}, with another --out"
+        )
 
     def plan(self, epoch: int) -> list[Any]:
         """Sentence indices of each batch of an epoch."""
@@ -213,16 +200,19 @@ class TrainingRun:
             state.step += 1
             now = time.monotonic()
             if now - shown_at > SECONDS_PER_LOOK:
+                self._check_finite(float(loss_sum), "loss")
                 shown_at, shown = now, f"epoch {state.epoch + 1}, loss {float(loss) / tokens:.3f}"
             update(min(state.step, total), shown)
             due = self.stop.requested or now - saved_at > SECONDS_PER_CHECKPOINT
             if due and state.batch < len(plan):
                 state.seconds, started = state.seconds + now - started, now
                 state.loss_sum = float(loss_sum)
+                self._check_finite(state.loss_sum, "loss")
                 self._save()
                 saved_at = now
                 self.stop.check()
         state.loss_sum = float(loss_sum)
+        self._check_finite(state.loss_sum, "loss")
         state.seconds += time.monotonic() - started
 
     def step(self, indices: Any, total: int) -> tuple[Tensor, int]:
@@ -251,6 +241,7 @@ class TrainingRun:
     def _end_epoch(self) -> None:
         state, options = self.state, self.options
         dev = evaluate_loss(self.model, self.dev, self.accelerator, options.precision)
+        self._check_finite(dev, "dev loss")
         metrics = {
             "epoch": state.epoch + 1,
             "step": state.step,
@@ -284,8 +275,10 @@ class TrainingRun:
     def _save_model(self) -> None:
         self.model.config.prefix_dropout = self.options.prefix_dropout
         try:
+            (self.out / HASHES).unlink(missing_ok=True)  # those of the model before
             with replace_files(self.out) as folder:
                 self.model.save_pretrained(folder)
+            write_hashes(self.out)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"cannot write the model to {self.out}: {error}; run the same command to go on"
@@ -293,9 +286,7 @@ class TrainingRun:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.out, self.model, self.optimizer.optimizer, dataclasses.asdict(self.state)
-            )
+            save_checkpoint(self.out, self.model, self.optimizer.optimizer, self.state)
         self.accelerator.wait_for_everyone()
 
 
@@ -365,5 +356,5 @@ def _lr_scale(step: int, total: int, warmup: float) -> float:
 def _write_metrics(out: Path, metrics: dict[str, Any]) -> None:
     """Append an epoch, once: a run killed between here and its checkpoint repeats the epoch."""
     path = out / "metrics.jsonl"
-    kept = [m for m in read_lines(path) if m["epoch"] < metrics["epoch"]]
+    kept = [m for m in read_lines(path, Epoch) if m["epoch"] < metrics["epoch"]]
     write_text(path, "".join(json.dumps(m) + "\n" for m in [*kept, metrics]))
