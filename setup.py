@@ -108,6 +108,7 @@ setup(
         "test": [
             *MINILM,
             *TRITON,
+            "hypothesis>=6.100",
             "lm-eval>=0.4.13",
             "minicons>=0.3.39",
             "mypy>=1.15",

@@ -43,7 +43,7 @@ from fusion_model.encoders.controls import BAGS
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import EncoderError, ExportError
-from fusion_model.files import replacing
+from fusion_model.files import locked, replacing
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load, load_model
 
@@ -95,7 +95,16 @@ def export_model(
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
         raise ExportError(f"{out} holds something else than an export: name another folder")
     runtime()
-    lm = _load(model, encoder, encoder_path, precision)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock"), str(out)):
+        return _export(
+            _load(model, encoder, encoder_path, precision), out, encoder, precision, opset
+        )
+
+
+def _export(
+    lm: FusionLM, out: Path, with_encoder: bool, precision: str, opset: int
+) -> dict[str, Any]:
     network, source = lm.model, None if lm.planner is None else lm.planner.encoder
     with replacing(out) as work:
         work.mkdir(parents=True)
@@ -103,7 +112,7 @@ def export_model(
         network.generation_config.save_pretrained(work)
         lm.tokenizer.save_pretrained(work)
         facts = {name: getattr(network.config, name) for name in FACTS}
-        described = _write_encoder(source, work, precision, opset) if encoder else None
+        described = _write_encoder(source, work, precision, opset) if with_encoder else None
         whole = {"encoder": described, "model": facts}
         exported = open_encoder(work, whole, "cpu", 1) if described else None
         verified = _write_graphs(lm, exported, facts, work, precision, opset)

@@ -2,10 +2,13 @@
 
 import importlib
 
-from fusion_model.commands.app import app
+from fusion_model.commands.app import INTERRUPTED, app
 
-for _name in ("demo", "inference", "export", "train", "benchmark", "experiment", "kernels"):
-    importlib.import_module(f"fusion_model.commands.{_name}")  # in the order of `--help`
+try:
+    for _name in ("demo", "inference", "export", "train", "benchmark", "experiment", "kernels"):
+        importlib.import_module(f"fusion_model.commands.{_name}")  # in the order of `--help`
+except KeyboardInterrupt:
+    raise SystemExit(INTERRUPTED) from None
 
 
 def main() -> None:

@@ -33,8 +33,10 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        on = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise FusionLMError(f"the device {name!r} cannot be used here: {reason}") from None
+    if on.type == "meta":
+        raise FusionLMError("the device 'meta' holds no numbers: choose cpu or cuda")
     return name

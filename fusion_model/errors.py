@@ -13,6 +13,10 @@ class EncoderError(FusionLMError):
     """An encoder that cannot be loaded, or an input it cannot encode."""
 
 
+class TooLong(EncoderError):
+    """A text that outgrows the encoder's window."""
+
+
 class StoreError(FusionLMError):
     """A store of embeddings that is damaged or belongs to another encoder."""
 

@@ -75,6 +75,7 @@ class TextModel(ABC):
             store = MemoryStore(self.planner.encoder.dim)
         with progress.track("prefix embeddings", sum(corpus.positions)) as update:
             rows = embed_corpus(corpus, self.planner, store, update)
+        note_outgrown(self.planner)
         return Batches(corpus, shuffle_rows(rows, corpus.positions, self.shuffle), store, pad)
 
     def open_store(
@@ -90,6 +91,8 @@ class TextModel(ABC):
     def perplexity(self, documents: Sequence[Document], store: Vectors | None = None) -> Perplexity:
         """How well the model predicts these documents, sentence by sentence."""
         corpus = Corpus.from_documents(documents, self.tokenizer)
+        if not corpus.sentences:
+            raise FusionLMError("there is no sentence to score: give some text")
         scores = score_sentences(self, self.encode_corpus(corpus, store))
         return Perplexity(
             nats=math.fsum(nats for s in scores for nats in s.tokens.tolist()),
@@ -116,7 +119,7 @@ class TextModel(ABC):
 
         Raises:
             FusionLMError: unknown context; a correction that the vocabulary does not allow; a
-                sentence longer than the encoder's window; a model exported without its encoder.
+                model exported without its encoder.
         """
         if context not in CONTEXTS:
             raise FusionLMError(f"unknown context {context!r}: choose one of {', '.join(CONTEXTS)}")
@@ -133,8 +136,22 @@ class TextModel(ABC):
 
     def prompt_row(self, prompt: str) -> list[int]:
         """BOS and the prompt's tokens."""
-        ids = self.tokenizer(" ".join(prompt.split()), add_special_tokens=False)["input_ids"]
+        text = " ".join(prompt.split())
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        ids = self.tokenizer(text, **options)["input_ids"]
         return [self.tokenizer.bos_token_id or 0, *ids]
+
+
+def note_outgrown(planner: PrefixPlanner) -> None:
+    """Say which sentences the encoder read in windows, once."""
+    if planner.outgrown:
+        several, first = len(planner.outgrown), planner.tokenizer.decode(planner.outgrown[0][:12])
+        progress.note(
+            f"{several} sentence{'s' * (several > 1)} (the first begins {first!r}) outgrow the "
+            "encoder's window: it sees their last part only. Are line ends missing that end a "
+            "sentence? --split lines takes each line as one"
+        )
+        planner.outgrown.clear()
 
 
 def next_tokens(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -170,7 +170,8 @@ def word_scores(
     for document in documents:
         end = 0
         for number, sentence in enumerate(document.sentences, start=1):
-            encoding = tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            encoding = tokenizer(sentence, **options, return_offsets_mapping=True)
             words = sum_words(sentence.split(), encoding["offset_mapping"], next(remaining))
             ids = iter(encoding["input_ids"])
             for place, (word, nats, tokens) in enumerate(words, start=1):

@@ -6,8 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: kernels run on the CPU
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU is for `fusion-lm gpu-check`
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from transformers.utils import logging
 
 from fusion_model import FusionLMConfig, FusionLMForCausalLM
 from fusion_model.data.tokenizer import train_bpe
+from fusion_model.training.options import TrainingOptions
+from fusion_model.training.run import train
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -118,6 +121,43 @@ def encoder_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
 @pytest.fixture(scope="session")
 def bert_folder(encoder_folders: dict[str, Path]) -> Path:
     return encoder_folders["bert"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
+    """A folder with a text and models trained on it, `none` and `concat`; not to be changed."""
+    folder = tmp_path_factory.mktemp("cli")
+    text = folder / "text.txt"
+    text.write_text("\n".join(SENTENCES))
+    options = {"vocab_size": 300, "embedding_size": 8, "hidden_size": 12, "epochs": 1}
+    for fusion in ("none", "concat"):
+        files = {"train_file": (str(text),), "dev_file": (str(text),)}
+        encoder = {"encoder": str(bert_folder), "pooling": "mean", "fusion": fusion}
+        train(TrainingOptions(**files, **options, **encoder, split="lines"), folder / fusion)
+    return folder
+
+
+@pytest.fixture
+def options(text_file: Path, bert_folder: Path) -> Callable[..., TrainingOptions]:
+    """Options of a small run, with changes."""
+
+    def make(**changes: Any) -> TrainingOptions:
+        fields = {
+            "train_file": (str(text_file),),
+            "dev_file": (str(text_file),),
+            "split": "lines",
+            "encoder": str(bert_folder),
+            "pooling": "mean",
+            "vocab_size": 300,
+            "embedding_size": 8,
+            "hidden_size": 12,
+            "epochs": 3,
+            "tokens_per_batch": 64,
+            "learning_rate": 0.01,
+        } | changes
+        return TrainingOptions(**fields)
+
+    return make
 
 
 def small_model(**options: object) -> FusionLMForCausalLM:

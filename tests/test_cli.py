@@ -21,8 +21,6 @@ import fusion_model
 from fusion_model.cli import app
 from fusion_model.commands.app import output
 from fusion_model.files import write_text
-from fusion_model.training.options import TrainingOptions
-from fusion_model.training.run import train
 
 SMALL = ["--vocab-size", "300", "--embedding-size", "8", "--hidden-size", "12", "--split", "lines"]
 
@@ -49,19 +47,6 @@ def unsealed(path: Path) -> dict[str, Any]:
     contents = json.loads(path.read_text())
     del contents["checksum"]
     return contents
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    text = folder / "text.txt"
-    text.write_text("\n".join(SENTENCES))
-    options = {"vocab_size": 300, "embedding_size": 8, "hidden_size": 12, "epochs": 1}
-    for fusion in ("none", "concat"):
-        files = {"train_file": (str(text),), "dev_file": (str(text),)}
-        encoder = {"encoder": str(bert_folder), "pooling": "mean", "fusion": fusion}
-        train(TrainingOptions(**files, **options, **encoder, split="lines"), folder / fusion)
-    return folder
 
 
 def test_train_then_everything_else(text_file: Path, bert_folder: Path, tmp_path: Path) -> None:
@@ -164,6 +149,8 @@ def test_bad_models(trained: Path, tmp_path: Path, bert_folder: Path) -> None:
     shutil.copytree(trained / "none", damaged)
     data = (damaged / "model.safetensors").read_bytes()
     (damaged / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "model.safetensors is damaged: its sha256 differs" in attempt(damaged)
+    (damaged / "sha256.json").unlink()
     assert "a damaged file" in attempt(damaged)
     assert "is a bert model, not a fusion-lm one" in attempt(bert_folder)
     (damaged / "config.json").write_text("{")
@@ -180,6 +167,7 @@ def test_lacking_weights_are_not_made_up(trained: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.bias"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "sha256.json").unlink()
     line = fails("score", folder, "--text", trained / "text.txt")
     assert "lacks weights (lm_head.bias)" in line
 

@@ -21,29 +21,7 @@ import fusion_model
 from fusion_model.data.text import read_documents
 from fusion_model.errors import CheckpointError, FusionLMError
 from fusion_model.training import run as training
-from fusion_model.training.options import TrainingOptions
 from fusion_model.training.run import train
-
-
-@pytest.fixture
-def options(text_file: Path, bert_folder: Path):
-    def make(**changes: Any) -> TrainingOptions:
-        fields = {
-            "train_file": (str(text_file),),
-            "dev_file": (str(text_file),),
-            "split": "lines",
-            "encoder": str(bert_folder),
-            "pooling": "mean",
-            "vocab_size": 300,
-            "embedding_size": 8,
-            "hidden_size": 12,
-            "epochs": 3,
-            "tokens_per_batch": 64,
-            "learning_rate": 0.01,
-        } | changes
-        return TrainingOptions(**fields)
-
-    return make
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ one line a case, with the run's id: `case` (measured), `skip` (this machine cann
 """
 
 import json
+import os
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -52,6 +53,8 @@ def append(folder: Path, run: Record, records: Iterable[Record]) -> Iterator[Rec
     """Pass the records on, each written as it comes: an interrupted run keeps what it has."""
     path = file_of(folder, run)
     folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # without the half line that a killed run left
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with open(path, "a", encoding="utf-8", buffering=1) as file:
         file.write(json.dumps(run) + "\n")
         for record in records:

@@ -16,6 +16,7 @@ from fusion_model.benchmarks.profile.engines import HOST, PARTS, Engine
 from fusion_model.benchmarks.profile.spans import Recorder, Span
 
 from fusion_model.errors import FusionLMError
+from fusion_model.progress import note
 
 FEWEST_WORDS = 10
 Progress = Callable[[int, str], None]
@@ -85,6 +86,7 @@ def prompts_of(sentences: Sequence[str], count: int, words: int) -> list[str]:
         )
     openings = [" ".join(s.split()[:words]) for s in sentences if len(s.split()) >= words]
     if not openings:
+        note(f"no sentence has {words} words: the longest one is the prompt")
         openings = [max(sentences, key=lambda s: len(s.split()))]
     unique = list(dict.fromkeys(openings))
     return [unique[i % len(unique)] for i in range(count)]

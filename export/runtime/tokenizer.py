@@ -54,9 +54,14 @@ class TextTokenizer:
         return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
 
     def __call__(
-        self, text: str | Sequence[str], add_special_tokens: bool = True, **options: Any
+        self,
+        text: str | Sequence[str],
+        add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
+        **options: Any,
     ) -> dict[str, Any]:
         """`input_ids` and `offset_mapping` of a text, or lists of them."""
+        self.backend_tokenizer.encode_special_tokens = split_special_tokens
         if isinstance(text, str):
             one = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
             return {"input_ids": one.ids, "offset_mapping": one.offsets}

@@ -5,9 +5,12 @@ import errno
 import functools
 import importlib.util
 import inspect
+import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -42,11 +45,16 @@ def _options(
     pass
 
 
+INTERRUPTED = 130  # exit status
+KEEPING = ("train", "embed", "experiment", "bench")  # commands that go on from what is there
+CORES = os.cpu_count() or 1
 MODEL_HELP = "folder, hub name, or fusion-lm-small, which ships"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 TextFiles = Annotated[
     list[str],
-    typer.Option("--text", help="text file, folder of .txt files, or hf:NAME; repeatable"),
+    typer.Option(
+        "--text", help="text file (-: standard input), folder of .txt files, or hf:NAME; repeatable"
+    ),
 ]
 Split = Annotated[str, typer.Option(help="how text becomes sentences: sentences, lines")]
 EncoderPath = Annotated[str | None, typer.Option(help="where the encoder lies now, if it moved")]
@@ -90,9 +98,9 @@ class AnyModel(Running):
             help="instead of a model: folder that fusion-lm export wrote; needs no PyTorch"
         ),
     ] = None
-    threads: Annotated[int | None, typer.Option(min=1, help="with --onnx (default: all cores)")] = (
-        None
-    )
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=CORES, help="with --onnx (default: all cores)")
+    ] = None
 
     def open(self, policy: str | None = None) -> Any:
         """The model; of an exported one, what was settled at export cannot be chosen.
@@ -159,6 +167,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         from fusion_model.errors import FusionLMError
 
+        _write_utf8()
+        terminate = _interrupt_on_sigterm()
         try:
             _quiet_transformers()
             for name, kind in groups.items():
@@ -176,7 +186,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             package = f'-e ".{extras[error.name]}" -c constraints.txt, in the repository'
             _fail(f"this needs {error.name}, which is not installed: pip install {package}")
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept", 130)
+            _ignore_interrupts()  # what is left to do takes no time
+            kept = "; what was finished is kept, run the same command to go on"
+            _fail("interrupted" + (kept if function.__name__ in KEEPING else ""), INTERRUPTED)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -185,10 +197,54 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             full = error.errno == errno.ENOSPC
             where = f": {error.filename}" if error.filename else ""
             _fail(f"{'the disk is full: make room' if full else error.strerror}{where}")
+        finally:
+            if terminate is not None:
+                signal.signal(signal.SIGTERM, terminate)
 
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return app.command()(wrapped)
+
+
+def _write_utf8() -> None:
+    """To files and pipes, whatever the locale; a file's name that is no text as its bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            errors = "backslashreplace" if stream is sys.stderr else "surrogateescape"
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def _interrupt_on_sigterm() -> Any:
+    """SIGTERM is as Ctrl-C; what it was before, or None where that cannot be set."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _ignore_interrupts() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def check_outputs(*paths: Path | None, texts: Iterable[str] = ()) -> None:
+    """Whether files can be written, before the work.
+
+    Raises:
+        FusionLMError: one is also an input, or named twice.
+        OSError: no file can be there.
+    """
+    from fusion_model.errors import FusionLMError
+    from fusion_model.files import check_writable
+
+    given = [path for path in paths if path is not None]
+    for i, path in enumerate(given):
+        if path.resolve() in [other.resolve() for other in given[:i]]:
+            raise FusionLMError(f"{path} is named twice: give each output its own file")
+        for source in map(Path, texts):
+            inside = source.is_dir() and source.resolve() in path.resolve().parents
+            if path.is_file() and (inside or (source.exists() and path.samefile(source))):
+                raise FusionLMError(f"{path} is an input, too: name another file to write to")
+        check_writable(path)
 
 
 def installed(module: str) -> bool:
@@ -206,12 +262,15 @@ def _quiet_transformers() -> None:
 
 @contextmanager
 def output(path: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears only once it is whole."""
-    if path is None:
+    """Standard output, which `-` is, too, or a file that appears only once it is whole."""
+    if path is None or str(path) == "-":
         yield sys.stdout
         return
     from fusion_model.files import replacing
 
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         yield file
         file.close()  # before it takes the other's place

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from fusion_model.commands.app import MODEL_HELP, AnyModel, Device, TextFiles, command
+from fusion_model.commands.app import (
+    MODEL_HELP,
+    AnyModel,
+    Device,
+    TextFiles,
+    check_outputs,
+    command,
+)
 
 Size = Annotated[int | None, typer.Option(min=1)]
 
@@ -48,6 +55,7 @@ def bench(
     from fusion_model.errors import FusionLMError
     from fusion_model.files import write_text
 
+    check_outputs(report, texts=text or [])
     own = {"hidden_size": hidden_size, "batch": batch, "length": length, "dtype": dtype}
     shape = {name: value for name, value in own.items() if value is not None}
     suite = "quick" if quick else "full"
@@ -105,6 +113,7 @@ def profile(
     from fusion_model.benchmarks.profile.profile import profile_model
 
     latency_report.check_plot(plot)
+    check_outputs(json, trace, plot, texts=text)
     lm = chosen.open(policy)
     engine = "torch" if chosen.onnx is None else "onnx"
     settings = {"runs": runs, "tokens": tokens, "batch": batch, "prompt_words": prompt_words}

@@ -24,8 +24,11 @@ def export(
     opset: Annotated[int, typer.Option(help="20 or 21")] = 20,
 ) -> None:
     """Write a model as ONNX, verified against PyTorch, for use without it."""
+    from fusion_model.errors import FusionLMError
     from fusion_model.export.exporter import export_model, report
 
+    if encoder_path is not None and not with_encoder and precision != "int8":
+        raise FusionLMError("--encoder-path goes with --encoder: else no encoder is read")
     manifest = export_model(
         model,
         out,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from fusion_model.commands.app import (
     Split,
     Store,
     TextFiles,
+    check_outputs,
     command,
     output,
 )
@@ -150,6 +152,8 @@ def score(
     """Surprisal of every word as TSV, in bits and nats."""
     from fusion_model.data.text import read_documents
 
+    written = None if out is None or str(out) == "-" else out
+    check_outputs(written, texts=text)
     documents = read_documents(text, split)
     options: dict[str, Any] = {"context": context, "whitespace_correction": whitespace_correction}
     with _share(chosen, documents, store) as (lm, own, vectors, collect):
@@ -173,10 +177,13 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="sample from the k likeliest; 0: all")] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     beam: Annotated[int, typer.Option(min=1, help="beam search of this width")] = 1,
-    seed: Annotated[int | None, typer.Option(help="repeat a sample")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="repeat a sample")] = None,
     chosen: AnyModel,
 ) -> None:
     """Continue a prompt; the text appears as it is made (beam search: at the end)."""
+    for name, value in (("temperature", temperature), ("top-p", top_p)):
+        if not math.isfinite(value):
+            raise FusionLMError(f"--{name} must be a number, not {value}")
     lm = chosen.open()
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beam}
     if beam == 1 and temperature > 0:

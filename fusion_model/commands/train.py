@@ -11,6 +11,7 @@ from fusion_model.commands.app import Device, EncoderDtype, Split, TextFiles, co
 from fusion_model.encoders.policies import AUTO
 
 AsInTrain = typer.Option(help="as in train")
+AtLeast1 = typer.Option(min=1, help="as in train")
 STORE_HELP = "folder for the prefix embeddings, may be shared by runs (default: OUT/prefixes)"
 
 
@@ -27,14 +28,14 @@ class Embedding:
     policy: Annotated[str, AsInTrain] = AUTO
     split: Split = "sentences"
     detokenize: Annotated[bool, AsInTrain] = False
-    max_tokens: Annotated[int, AsInTrain] = 128
+    max_tokens: Annotated[int, AtLeast1] = 128
     vocabulary: Annotated[str, typer.Option(help="as in train: bpe, encoder")] = "bpe"
-    vocab_size: Annotated[int, AsInTrain] = 8192
+    vocab_size: Annotated[int, AtLeast1] = 8192
     encoder_dtype: EncoderDtype = "float32"
     store_dtype: Annotated[str | None, typer.Option(help="on disk: float16, float32")] = None
     device: Device = "auto"
     encoder_batch: Annotated[
-        int | None, typer.Option(help="most encoder tokens at once (default: by device)")
+        int | None, typer.Option(min=1, help="most encoder tokens at once (default: by device)")
     ] = None
 
 

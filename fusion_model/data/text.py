@@ -1,6 +1,7 @@
 """Stage 1: text files into documents of sentences, whitespace normalised."""
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +30,22 @@ class Document:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file; of standard input for `-`.
 
     Raises:
         TextError: missing, empty, binary or in another encoding.
     """
     try:
-        data = path.read_bytes()
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
-    if not data.strip():
-        raise TextError(f"{path} is empty: give a file with some text in it")
     if b"\0" in data:
         raise TextError(f"{path} is a binary file (it has a NUL byte): give plain UTF-8 text")
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
+        if not text.strip():
+            raise TextError(f"{path} is empty: give a file with some text in it")
+        return text
     except UnicodeDecodeError as error:
         raise TextError(
             f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}): convert it, "
@@ -75,7 +77,8 @@ def detokenize(text: str) -> str:
 def read_documents(
     sources: Sequence[str], split: str = "sentences", clean_wikitext: bool = False
 ) -> list[Document]:
-    """Documents from files, directories of `.txt` files, or `hf:NAME[/CONFIG][:SPLIT]`.
+    """Documents from files (`-`: standard input), directories of `.txt` files, or
+    `hf:NAME[/CONFIG][:SPLIT]`.
 
     Raises:
         TextError: as `read_text`; a directory without text; a dataset that cannot be loaded.
@@ -91,6 +94,8 @@ def read_documents(
 def _read_source(source: str) -> list[tuple[str, str]]:
     if source.startswith("hf:"):
         return [(source, _read_dataset(source[3:]))]
+    if not source:
+        raise TextError("the name of a text is empty: give a file, a folder or hf:NAME")
     path = Path(source)
     if not path.is_dir():
         return [(str(path), read_text(path))]

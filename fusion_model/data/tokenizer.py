@@ -119,7 +119,8 @@ def encode_sentences(
     encoded = []
     for start in range(0, len(sentences), CHUNK):
         chunk = list(sentences[start : start + CHUNK])
-        for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
+        options = {"add_special_tokens": False, "split_special_tokens": True}  # `</s>` is text
+        for ids in tokenizer(chunk, **options)["input_ids"]:
             step = max_tokens or max(len(ids), 1)
             for first in range(0, max(len(ids), 1), step):
                 piece = ids[first : first + step]

@@ -11,7 +11,7 @@ import numpy as np
 from fusion_model.encoders.incremental.trees import Query
 from fusion_model.encoders.policies import HOLDING, parse_policy
 from fusion_model.encoders.pooling import Pooling, parse_pooling
-from fusion_model.errors import EncoderError
+from fusion_model.errors import EncoderError, TooLong
 
 OnProgress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -130,7 +130,8 @@ class TokenInputs:
         return self._checked(specials[: 4 * self.before] + content + specials[4 * self.before :])
 
     def _tokenized(self, texts: Sequence[str]) -> list[bytes]:
-        found = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        options: dict[str, Any] = {"truncation": False, "verbose": False}
+        found = self.tokenizer(list(texts), **options, split_special_tokens=True)["input_ids"]
         return [_bytes(ids) for ids in found]
 
     def _joined(self, texts: Sequence[str]) -> list[bytes]:
@@ -211,9 +212,9 @@ class TokenInputs:
         room, size = self.window - any(p.name == "mask" for p in self.poolings), len(ids) // 4
         if size > room:
             shown = "" if text is None else f", starting {text[:40]!r}"
-            raise EncoderError(
+            raise TooLong(
                 f"a prefix of {size} encoder tokens does not fit the window of {room} of "
-                f"{self.name}{shown}: split the sentence, or cut it with --max-tokens"
+                f"{self.name}{shown}: split the sentence"
             )
         found = EncoderInput(ids)
         return found if self.reads else EncoderInput(static=self.last_id(found))

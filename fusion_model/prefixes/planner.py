@@ -4,6 +4,8 @@ A sentence `BOS x1 … xn EOS` has n + 2 tokens and n + 1 positions: the last to
 nothing. Nothing here needs PyTorch: vectors are whatever encoder and store agree on.
 """
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -14,8 +16,10 @@ from fusion_model.data.tokenizer import encoder_ids
 from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.inputs import EncoderInput, TokenInputs
 from fusion_model.encoders.policies import parse_policy
-from fusion_model.errors import FusionLMError
+from fusion_model.errors import FusionLMError, TooLong
 from fusion_model.prefixes.views import CAUSAL_VIEWS, prefix_texts, view_ids, view_texts
+
+LARGEST = 4  # tokens of the language model that a token of the encoder's window may stand for
 
 
 class PrefixPlanner:
@@ -29,6 +33,7 @@ class PrefixPlanner:
 
     Attributes:
         to_encoder: the encoder's id of each token, [V], where they share a vocabulary.
+        outgrown: tokens of the sentences that outgrew the encoder's window.
 
     Raises:
         FusionLMError: a policy that does not go with the view.
@@ -47,6 +52,7 @@ class PrefixPlanner:
             raise FusionLMError(
                 f"policy {encoder.policy!r} goes with view 'prefix' only, not with {view!r}"
             )
+        self.outgrown: list[list[int]] = []
         self.special_ids = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
         self.to_encoder: np.ndarray | None = None
         if shares_vocabulary and isinstance(encoder, TokenInputs):
@@ -64,6 +70,46 @@ class PrefixPlanner:
         """
         contents = [self._content(ids) for ids in sentences]
         before = [self._content(ids) for ids in previous or [()] * len(sentences)]
+        most = LARGEST * getattr(self.encoder, "window", math.inf)
+        if self.view != "prefix" or all(len(ids) <= most for ids in contents):
+            try:
+                return self._inputs(contents, before)
+            except TooLong:
+                if self.view != "prefix":
+                    raise
+        return list(chain.from_iterable(map(self._in_windows, contents, before)))
+
+    def _in_windows(self, content: list[int], previous: list[int]) -> list[EncoderInput]:
+        """The inputs of one sentence. Where its prefix outgrows the encoder's window, the next one
+        begins half a window before: no position sees what follows it."""
+        assert isinstance(self.encoder, TokenInputs)
+        while not self._fits([], previous):
+            previous = previous[(len(previous) + 1) // 2 :]
+        found: list[EncoderInput] = []
+        start = 0
+        while len(found) <= len(content):
+            rest = content[start : start + LARGEST * self.encoder.window]
+            lengths = range(len(rest) + 1)
+            size = bisect_left(lengths, True, key=lambda n: not self._fits(rest[:n], previous)) - 1
+            new = self._inputs([rest[:size]], [previous])[len(found) - start :]
+            if not new and start == len(found) - 1:
+                self._inputs([rest[:1]], [previous])  # not even one token: raises
+            found += new
+            start = len(found) - 1 - (size // 2 if new else 0)
+            if len(new) < len(found) == len(content) + 1:
+                self.outgrown.append(content)
+        return found
+
+    def _fits(self, content: list[int], previous: list[int]) -> bool:
+        try:
+            self._inputs([content], [previous])
+        except TooLong:
+            return False
+        return True
+
+    def _inputs(
+        self, contents: Sequence[list[int]], before: Sequence[list[int]]
+    ) -> list[EncoderInput]:
         own = self._exact_inputs(contents, before, self.view)
         if self.policy.name == "every":
             return own

@@ -1,16 +1,26 @@
-"""Whose a training folder is: the options of its run, and hashes of its texts."""
+"""Before training: whose the folder is, by options and texts; whether memory holds the model."""
 
 import dataclasses
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from fusion_model.errors import CheckpointError
+import torch
+
+from fusion_model.errors import CheckpointError, FusionLMError
 from fusion_model.schema import read_json, write_json
 from fusion_model.training.options import TrainingOptions
 
 CLAIM = "training.json"
 TOKENIZER = "tokenizer_config.json"  # of the tokenizer's files the one that is there last
+
+
+class Claim(TypedDict):
+    """What every `training.json` says; the other options and the texts' hashes are compared."""
+
+    train_file: list[str]
+    dev_file: list[str]
 
 
 def claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
@@ -23,7 +33,7 @@ def claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
         changed = sorted(k for k in wanted if found.get(k) != wanted[k])
         if not changed:
             return
-        if any(out.glob("checkpoint-*")):
+        if _is_trained(out):
             raise CheckpointError(
                 f"{out} holds a run with other settings ({', '.join(changed)}): choose another "
                 "--out, or repeat the command that began it"
@@ -37,9 +47,13 @@ def claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
         write_json(path, wanted)
 
 
+def _is_trained(out: Path) -> bool:
+    return (out / "model.safetensors").exists() or any(out.glob("checkpoint-*"))
+
+
 def _read_claim(out: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = read_json(out / CLAIM, dict[str, Any])
+        found: dict[str, Any] = read_json(out / CLAIM, Claim)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{out / CLAIM} is damaged ({error}): choose another --out") from None
     return found
@@ -53,7 +67,7 @@ def claim_texts(out: Path, texts: dict[str, str], main: bool) -> None:
     """
     found = _read_claim(out)
     changed = [name for name, digest in texts.items() if found.get(name, digest) != digest]
-    if changed and any(out.glob("checkpoint-*")):
+    if changed and _is_trained(out):
         raise CheckpointError(
             f"{out} was trained on other text ({', '.join(changed)} changed since): choose another "
             "--out, or bring the text back"
@@ -62,3 +76,28 @@ def claim_texts(out: Path, texts: dict[str, str], main: bool) -> None:
         if changed:
             (out / TOKENIZER).unlink(missing_ok=True)
         write_json(out / CLAIM, found | texts)
+
+
+def check_memory(options: TrainingOptions, device: torch.device) -> None:
+    """Refuse a model that cannot be trained here, before texts are read and encoded.
+
+    Raises:
+        FusionLMError: its weights, gradients and Adam's two moments exceed the memory.
+    """
+    width, hidden = options.embedding_size, options.hidden_size
+    matrices = options.vocab_size * width * (1 if options.tie_weights else 2) + hidden * width
+    matrices += sum(
+        4 * hidden * (hidden + (hidden if i else width)) for i in range(options.num_layers)
+    )
+    needed = 4 * 4 * matrices
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise FusionLMError(
+            f"training a model of this size takes {needed / 2**30:,.0f} GiB, {device.type} has "
+            f"{there / 2**30:,.0f}: choose a smaller hidden size, embedding size or vocabulary"
+        )

@@ -1,4 +1,5 @@
 """Everything that defines a training run, in one place: what resumes must match."""
+# ruff: noqa: RUF009 - what `_option` gives is a field
 
 import dataclasses
 import math

@@ -30,7 +30,7 @@ from fusion_model.loading import HASHES, write_hashes
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.schema import Size, read_lines
 from fusion_model.training.checkpoint import load_checkpoint, save_checkpoint
-from fusion_model.training.claim import claim_folder
+from fusion_model.training.claim import check_memory, claim_folder
 from fusion_model.training.data import TrainingData, prepare
 from fusion_model.training.model_card import plot_metrics, write_model_card
 from fusion_model.training.options import TrainingOptions
@@ -105,6 +105,7 @@ def train(
     """
     # Precision is set below, by autocast: accelerate would fix it for the whole process.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    check_memory(options, accelerator.device)
     main = accelerator.is_main_process
     with ExitStack() as held:
         if main:
