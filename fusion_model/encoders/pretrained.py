@@ -95,7 +95,7 @@ class HFEncoder(TokenInputs):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModel.from_pretrained(source, use_safetensors=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of a damaged file the libraries raise a dozen kinds
             raise not_loaded(name, error) from error
         # The hash is taken before the cast: it names the weights, not the precision.
         encoder = cls(name, model, tokenizer, pooling, policy)
