@@ -168,7 +168,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         from fusion_model.errors import FusionLMError
 
         _write_utf8()
-        terminate = _interrupt_on_sigterm()
+        handlers = _take_signals(signal.default_int_handler)
         try:
             _quiet_transformers()
             for name, kind in groups.items():
@@ -186,7 +186,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             package = f'-e ".{extras[error.name]}" -c constraints.txt, in the repository'
             _fail(f"this needs {error.name}, which is not installed: pip install {package}")
         except KeyboardInterrupt:
-            _ignore_interrupts()  # what is left to do takes no time
+            _take_signals(signal.SIG_IGN)  # what is left to do takes no time
             kept = "; what was finished is kept, run the same command to go on"
             _fail("interrupted" + (kept if function.__name__ in KEEPING else ""), INTERRUPTED)
         except BrokenPipeError:
@@ -198,8 +198,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             where = f": {error.filename}" if error.filename else ""
             _fail(f"{'the disk is full: make room' if full else error.strerror}{where}")
         finally:
-            if terminate is not None:
-                signal.signal(signal.SIGTERM, terminate)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -214,16 +214,12 @@ def _write_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def _interrupt_on_sigterm() -> Any:
-    """SIGTERM is as Ctrl-C; what it was before, or None where that cannot be set."""
+def _take_signals(handler: Any) -> dict[int, Any]:
+    """Ctrl-C and SIGTERM do the same; what each did before, but for one that is ignored."""
     if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def _ignore_interrupts() -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return {}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def check_outputs(*paths: Path | None, texts: Iterable[str] = ()) -> None:
