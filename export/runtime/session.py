@@ -102,7 +102,8 @@ def open_session(path: Path, device: str, threads: int, profile: Path | None = N
             some of the graph's nodes fell to the CPU.
     """
     ort, provider = runtime(), PROVIDERS[device]
-    if not 1 <= threads <= (cores := os.cpu_count() or 1):
+    cores = os.cpu_count() or 1
+    if not 1 <= threads <= cores:
         raise ExportError(f"threads must be from 1 to {cores}, the cores here, not {threads}")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
