@@ -9,7 +9,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,9 @@ from onnx_cases import saved_model
 
 from fusion_model.encoders.controls import BagEncoder
 from fusion_model.errors import FusionLMError
-from fusion_model.experiments.runner import Experiments
-from fusion_model.experiments.study import Arm, Run, Study
 from fusion_model.loading import load_model
 from fusion_model.prefixes.store import EmbeddingStore, digest
-from fusion_model.schema import read_lines, write_json
+from fusion_model.schema import read_lines
 from fusion_model.training.checkpoint import load_checkpoint
 from fusion_model.training.claim import claim_folder
 from fusion_model.training.options import TrainingOptions
@@ -159,27 +156,6 @@ def files(
         sorted([*parts, "manifest.json", "tokenizer.json", "encoder_tokenizer.json"]),
     )
 
-    study = root / "study"
-    study.mkdir()
-    own = Experiments(SimpleNamespace(name="toy"), ("x",), study, 1, "minilm", "c", (), None)  # type: ignore[arg-type]
-    own._claim()
-    found["settings.json"] = study / "settings.json", own._claim
-    shutil.copy(metrics, study / "metrics.jsonl")
-    write_json(study / "result.json", {"settings": {}, "parameters": 3, "store": ""})
-    reader = SimpleNamespace(texts=SimpleNamespace(tests={}))
-    found["result.json"] = (
-        study / "result.json",
-        lambda: Study._read(reader, study, Arm("a"), options),
-    )  # type: ignore[arg-type]
-    losses = study / "losses.npz"
-    np.savez_compressed(losses, nats=np.ones(4, "f4"), sentences=np.arange(4), words=3)
-    one = Run(Arm("a"), study, options, [], 3, 1.0, {"test": losses})
-
-    def scores() -> Any:
-        read = one.scores("test")
-        return read.nats.tolist(), read.sentences.tolist(), read.words
-
-    found["losses.npz"] = losses, scores
     bench = root / "bench.jsonl"
     lines = [{"kind": "run", "run": "a"}, {"kind": "skip", "run": "a", "reason": "x"}]
     bench.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -193,7 +169,7 @@ NAMES = (
     *("training.json", "metrics.jsonl"),
     *(f"checkpoint/{n}" for n in ("state.json", "model.safetensors", "optimizer.safetensors")),
     *(f"store/{name}" for name in ("manifest.json", "keys.bin", "vectors.bin")),
-    *("tfidf.json", "settings.json", "result.json", "losses.npz", "bench.jsonl"),
+    *("tfidf.json", "bench.jsonl"),
     *(f"export/{n}" for n in ("encoder.onnx", "encoder_tokenizer.json", "encoder_weights.bin")),
     *(f"export/{n}" for n in ("manifest.json", "model.onnx", "step.onnx", "tokenizer.json")),
     "export/weights.bin",
