@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -506,17 +505,3 @@ def test_ctrl_c_in_the_first_seconds_ends_quietly() -> None:
     code += "    return real(name, *more)\nimportlib.import_module = stop\nimport fusion_model.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")
-
-
-def test_what_a_benchmark_has_no_memory_for_is_skipped(monkeypatch) -> None:
-    from fusion_model.benchmarks.suite import run as suite
-    from fusion_model.benchmarks.suite.cases import Case
-
-    def build(*_: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B")
-
-    monkeypatch.setitem(suite.BUILD, "step", build)
-    monkeypatch.setattr(suite, "measure_in_turns", lambda *_: {})
-    context: Any = SimpleNamespace(device="cpu", forget=lambda: None)
-    [record] = suite.run([Case("step", "torch")], context, None, 1.0)
-    assert (record["kind"], record["reason"]) == ("skip", "out of memory")
