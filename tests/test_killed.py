@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,31 @@ Job = tuple[str, Any]
 
 def run(job: Job, log: str, room: int | None) -> None:
     """A job in a process of its own; with `room`, no file grows beyond so many bytes."""
-    kind, given = job
-    sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    said = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    sys.stdout = sys.stderr = said if room is None else StringIO()
     torch.set_num_threads(1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if room is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    if kind == "nothing":
-        return
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        work(*job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if isinstance(sys.stderr, StringIO):
+            said.write(sys.stderr.getvalue())
+
+
+def work(kind: str, given: Any) -> None:
+    """What a process is for."""
     if kind == "experiment":
         print(Experiments(TOY, *given).run("schedule"))
-        return
-    from fusion_model import cli
-    from fusion_model.training import run as training
+    if kind == "command":
+        from fusion_model import cli
+        from fusion_model.training import run as training
 
-    training.SECONDS_PER_CHECKPOINT = 0  # type: ignore[misc]
-    sys.argv[1:] = given
-    cli.app(given)
+        training.SECONDS_PER_CHECKPOINT = 0  # type: ignore[misc]
+        sys.argv[1:] = given
+        cli.app(given)
 
 
 def start(job: Job, log: Path, room: int | None = None) -> Any:

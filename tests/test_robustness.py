@@ -501,8 +501,10 @@ def test_interrupts_say_what_is_true(trained: Path, tmp_path: Path, monkeypatch)
 
 
 def test_ctrl_c_in_the_first_seconds_ends_quietly() -> None:
-    code = "import sys, importlib\nreal = importlib.import_module\ndef stop(name, *more):\n"
+    code = "import sys, importlib\nreal = importlib.import_module\ndef stop(name, *a, **k):\n"
     code += "    if name.startswith('fusion_model.commands'): raise KeyboardInterrupt\n"
-    code += "    return real(name, *more)\nimportlib.import_module = stop\nimport fusion_model.cli"
+    code += (
+        "    return real(name, *a, **k)\nimportlib.import_module = stop\nimport fusion_model.cli"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")

@@ -329,7 +329,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(
     [
         ({"fusion": "sum"}, "unknown fusion 'sum'"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"dropout": 1.5}, "dropout must be from 0 to 1"),
+        ({"dropout": 1.5}, "dropout must be at least 0 and below 1"),
         ({"learning_rate": 0.0}, "learning rate must be above 0"),
         ({"view": "left"}, "unknown view 'left'"),
         ({"precision": "int8"}, "unknown precision 'int8'"),
