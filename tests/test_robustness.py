@@ -202,7 +202,6 @@ def test_a_vocabulary_has_an_end(text_file: Path, tmp_path: Path) -> None:
         ["score", "--onnx", "OUT", "--text", "TEXT", "--threads", "100000"],
         ["generate", "MODEL", "--seed", "-1"],
         ["generate", "MODEL", "--seed", str(2**40)],
-        ["experiment", "fusion", "--out", "OUT", "--seeds", "0"],
         ["generate", "MODEL", "--temperature", "nan"],
     ],
     ids=lambda a: " ".join(a[-2:]),
