@@ -94,8 +94,7 @@ def slowed(lm: Any, clock: Clock) -> Any:
     encoder.inputs_from_texts = clock.slow(encoder.inputs_from_texts, 0.001)
     encoder.input_of = clock.slow(encoder.input_of, 0.001)
     encoder.encode = clock.slow(encoder.encode, 0.010)
-    if hasattr(encoder, "run"):  # as texts grow
-        encoder.run = clock.slow(encoder.run, 0.010)
+    encoder.run = clock.slow(encoder.run, 0.010)  # as texts grow
     model.features = clock.slow(model.features, 0.100)
     model.lm_head.forward = clock.slow(model.lm_head.forward, 1.0)
     model.encode_prefixes = clock.slow(model.encode_prefixes, 10.0)
