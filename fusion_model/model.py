@@ -139,7 +139,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """What `lm_head` reads, [B, T, D], and the state. Arguments as in `forward`."""
         hidden, e, new = self._hidden(input_ids, attention_mask, prefix_embeds, state, use_cache)
-        return self.projection(self._fuse(hidden, e)), new
+        return self._project(hidden, e), new
 
     def _hidden(
         self,
@@ -261,8 +261,9 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         )
         return hidden, (input_ids, mask)
 
-    def _fuse(self, hidden: Tensor, e: Tensor | None) -> Tensor:
-        return fuse(self, self._drop(hidden), e)
+    def _project(self, hidden: Tensor, e: Tensor | None) -> Tensor:
+        """What `lm_head` reads, [B, T, D]."""
+        return self.projection(fuse(self, self._drop(hidden), e))
 
     @can_return_tuple
     def forward(
@@ -300,7 +301,7 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         asked = input_ids, attention_mask, prefix_embeds, state
         hidden, e, state = self._hidden(*asked, use_cache)
-        features = self.projection(self._fuse(hidden, e))
+        features = self._project(hidden, e)
         logits = self.lm_head(features[:, -logits_to_keep:])
         loss = None
         if labels is not None:

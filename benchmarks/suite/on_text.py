@@ -74,7 +74,7 @@ class Plain:
         return self._fused(hidden, e)
 
     def _fused(self, hidden: Tensor, e: Tensor | None) -> Tensor:
-        features: Tensor = self.model.projection(self.model._fuse(hidden, e))
+        features: Tensor = self.model._project(hidden, e)
         return features
 
     def score(self, sentences: Sequence[Sequence[int]]) -> list[SentenceScores]:

@@ -62,20 +62,17 @@ class EmbeddingOnlyLM(FusionLMForCausalLM):
         self.projection = nn.Linear(config.hidden_size, config.embedding_size)
         self.post_init()
 
-    def features(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        prefix_embeds: Tensor | None = None,
-        state: Any = None,
-        use_cache: bool = True,
-    ) -> tuple[Tensor, None]:
-        """What `lm_head` reads, [B, T, D]; the tokens themselves are not looked at."""
+    def _hidden(
+        self, input_ids: Tensor, attention_mask: Any, prefix_embeds: Tensor | None, *_: Any
+    ) -> tuple[Tensor, None, None]:
+        """[B, T, H]; the tokens themselves are not looked at."""
         e = self._check_prefix_embeds(input_ids, attention_mask, prefix_embeds, None)
         assert e is not None
         e = F.dropout(e.to(self._compute_dtype()), self.config.prefix_dropout, self.training)
-        hidden = self._drop(torch.relu(self.first(e)))
-        return torch.relu(self.projection(hidden)), None
+        return torch.relu(self.first(e)), None, None
+
+    def _project(self, hidden: Tensor, e: Tensor | None) -> Tensor:
+        return torch.relu(self.projection(self._drop(hidden)))
 
 
 MODELS = {
