@@ -270,7 +270,7 @@ def test_states_of_early_fusion_are_not_mixed_up() -> None:
 @pytest.mark.parametrize(
     ("field", "message"),
     [({"fusion": "concatenate"}, "unknown fusion 'concatenate': choose one of none, concat"),
-     ({"hidden_size": 0}, "hidden_size must be at least 1, not 0")],
+     ({"hidden_size": 0}, "hidden_size must be at least 1 and")],
 )  # fmt: skip
 def test_bad_configuration_is_named(field: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -130,9 +130,11 @@ class TokenInputs:
         return self._checked(specials[: 4 * self.before] + content + specials[4 * self.before :])
 
     def _tokenized(self, texts: Sequence[str]) -> list[bytes]:
-        options: dict[str, Any] = {"truncation": False, "verbose": False}
-        found = self.tokenizer(list(texts), **options, split_special_tokens=True)["input_ids"]
-        return [_bytes(ids) for ids in found]
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # written in a text, they are text
+        return [_bytes(found.ids) for found in backend.encode_batch_fast(list(texts))]
 
     def _joined(self, texts: Sequence[str]) -> list[bytes]:
         known = self._pieces
