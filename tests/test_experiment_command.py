@@ -199,7 +199,7 @@ def test_users_reading_times_as_tsv(tmp_path: Path, bert_folder: Path) -> None:
     ("arguments", "message"),
     [
         (["fusion", "--seeds", "two"], "Invalid value for '--seeds'"),
-        (["fusion", "--seeds", "-1"], "Invalid value for '--seeds'"),
+        (["fusion", "--seeds", "-1"], "seeds must be at least 1"),
         (["fusion", "--data", "DATA", "--encoder", "nowhere/at/all"], "nowhere/at/all"),
         (["fusion", "--data", "EMPTY"], "holds no .txt file"),
         (["fusion", "--data", "LATIN"], "is not UTF-8"),

@@ -365,6 +365,7 @@ def test_embedding_only_sees_no_token() -> None:
         (["fusion", "--size", "huge"], "unknown size 'huge'"),
         (["fusion", "--data", "DATA"], "left for training, 1,500 are needed"),
         (["fusion", "--data", "DATA", "--corpus", "x"], "no corpus 'x' in --data"),
+        (["fusion", "--data", "DATA", "--seeds", "0"], "seeds must be at least 1"),
         (["reading-times", "--data", "DATA/brown"], "no reading times"),
         (["reading-times", "--data", "DATA", "--model", "fusion-lm-small-unfused"], "name two"),
         (["reading-times", "--reading-times", "DATA/brown/a.txt"], "lacks the column story"),
