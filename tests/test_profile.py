@@ -230,6 +230,14 @@ def test_profile_command_writes_everything(tmp_path: Path, text_file: Path) -> N
     assert first["ts"] + first["dur"] == pytest.approx(second["ts"], abs=0.01)
 
 
+def test_prompts_longer_than_all_sentences_are_said(text_file: Path) -> None:
+    few = ["--runs", 1, "--tokens", 3, "--prompt-words", 10**6]
+    code, _, stderr = run("profile", "fusion-lm-small-unfused", "--text", text_file, *few)
+    longest = max(len(line.split()) for line in text_file.read_text().splitlines())
+    assert code == 0
+    assert f"no sentence has 1000000 words: prompts have {longest}" in stderr
+
+
 def test_profile_of_an_export(tmp_path: Path, text_file: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")

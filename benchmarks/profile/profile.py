@@ -83,6 +83,9 @@ def profile_model(
     """
     sentences = [s for document in read_documents(text) for s in document.sentences]
     check_causal(lm.planner)
+    longest = max((len(sentence.split()) for sentence in sentences), default=0)
+    if longest < settings["prompt_words"]:
+        progress.note(f"no sentence has {settings['prompt_words']} words: prompts have {longest}")
     exported = engine == "onnx"
     driven = OnnxEngine(lm) if exported else TorchEngine(lm)
     device = lm.device if exported else str(lm.model.device)
