@@ -54,6 +54,24 @@ def test_a_pass_and_a_stream_are_pytorchs(
         np.testing.assert_allclose(stream.encode(some), expected[at : at + 3], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(("pooling", "asking"), [(POOLING, 0), ("cls+mean", 1)])
+def test_only_nodes_that_are_read_are_computed(
+    pooling: str, asking: int, bert_folder: Path, bpe, tmp_path: Path
+) -> None:
+    """A node a token, the head's, and one a text for a pooling that asks by a node of its own."""
+    ours, theirs = exported(bert_folder, pooling, "incremental", tmp_path)
+    given = all_inputs(ours, bpe, SENTENCES[:1])
+    fed = []
+    feed = theirs._feed
+    theirs._feed = lambda trees, flats, *past: (
+        fed.append((trees, flats)) or feed(trees, flats, *past)
+    )
+    theirs.encode(given)
+    [([tree], [flat])] = fed
+    texts = sum(end >= 0 for end in tree.ends)
+    assert len(flat.tokens) == len(tree) + asking * texts
+
+
 @pytest.mark.parametrize("policy", ["every", "word", "stride:2", "sentence"])
 def test_exact_policies_take_the_same_graph(
     policy: str, bert_folder: Path, bpe, tmp_path: Path

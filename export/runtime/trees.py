@@ -31,6 +31,8 @@ class TreeEncoder(OnnxEncoder):
         self._width = self.dim // len(self.poolings)
         self._read_width = len(self.read) * self._width
         self._deepest = max((p.layer for p in self.read), default=0)
+        names = {p.name for p in self.read}
+        self._queries = {name: query for name, query in self.queries.items() if name in names}
         self._means = sorted({p.layer for p in self.read if p.name == "mean"})
         shape = described["vocabulary"], self._width
         weights = folder / ENCODER_WEIGHTS
@@ -69,7 +71,7 @@ class TreeEncoder(OnnxEncoder):
         Args:
             entries: the cached text that each tree, a path, goes on from, and that gets its nodes.
         """
-        flats = [tree.flat(self.queries, self.after) for tree in trees]
+        flats = [tree.flat(self._queries, self.after) for tree in trees]
         pasts = [
             entry.states[:, : len(tree.past)] for tree, entry in zip(trees, entries, strict=False)
         ]
