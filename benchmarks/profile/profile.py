@@ -83,9 +83,6 @@ def profile_model(
     """
     sentences = [s for document in read_documents(text) for s in document.sentences]
     check_causal(lm.planner)
-    longest = max((len(sentence.split()) for sentence in sentences), default=0)
-    if longest < settings["prompt_words"]:
-        progress.note(f"no sentence has {settings['prompt_words']} words: prompts have {longest}")
     exported = engine == "onnx"
     driven = OnnxEngine(lm) if exported else TorchEngine(lm)
     device = lm.device if exported else str(lm.model.device)
@@ -94,6 +91,9 @@ def profile_model(
     with progress.track("profile", runs + min(runs, -(-len(sentences) // batch))) as update:
         found = profile(driven, sentences, **settings, recorder=recorder, progress=update)
     after = _energy(device)
+    longest = max(len(sentence.split()) for sentence in sentences)
+    if longest < settings["prompt_words"]:
+        progress.note(f"no sentence has {settings['prompt_words']} words: prompts have {longest}")
     if isinstance(driven, OnnxEngine) and device == "cpu":
         prompts = prompts_of(sentences, batch, settings["prompt_words"])
         step, sequence = driven.vocabulary_shares(prompts, sentences[:batch])
