@@ -183,7 +183,7 @@ def main(
     text: Annotated[list[str], typer.Option(help="file, folder, or hf:NAME; repeatable")],
     model: Annotated[str, typer.Option(help="as fusion_model.load takes it")] = "fusion-lm-small",
     threads: Annotated[int, typer.Option(min=1, help="of the latencies")] = 1,
-    out: Annotated[Path | None, typer.Option(help="default: in benchmarks/results")] = None,
+    out: Annotated[Path | None, typer.Option(help="default: in out/bench")] = None,
 ) -> None:
     """Measure, write the results, and renew the table."""
     documents, root = read_documents(text), checkout()
