@@ -216,7 +216,7 @@ def test_baselines_have_the_parameters_of_concat(size: str) -> None:
             counts[arm.name] = sum(p.numel() for p in FusionLMForCausalLM(config).parameters())
     fused = counts["fused"]
     for name in ("unfused", "unfused, AWD", "static", "static at the input", "exact mean"):
-        assert fused <= counts[name] < 1.01 * fused + 4000, name
+        assert fused <= counts[name] < 1.015 * fused + 4000, name
 
 
 def test_texts_are_nested_and_disjoint(data: Path, tmp_path: Path) -> None:
