@@ -47,7 +47,7 @@ setup(
     description="LSTM language models that fuse embeddings of the prefix from a pretrained encoder",
     long_description=_description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     url=PAPER,
     project_urls={"Paper": PAPER},

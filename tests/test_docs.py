@@ -20,7 +20,8 @@ README, GUIDE = TEXTS["README.md"], TEXTS["docs/guide.md"]
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
 
 
 PYTHON = [
@@ -139,7 +140,7 @@ def test_training_goes_as_the_guide_shows(clone: Path) -> None:
     shown = blocks(GUIDE, "")[0]
     script = block.replace("fusion-lm", f"{sys.executable} -m fusion_model")
     done = subprocess.run(
-        ["bash", "-ec", f"{script} 2>&1"], cwd=clone, capture_output=True, text=True
+        ["bash", "-ec", f"exec 2>&1\n{script}"], cwd=clone, capture_output=True, text=True
     )
     figure = re.compile(r"\d+\.\d+|  \(best\)|epoch \d")
     assert figure.sub("", done.stdout) == figure.sub("", shown)
