@@ -21,6 +21,7 @@ from fusion_model.experiments import study as study_module
 from fusion_model.experiments.arms import arms_of
 from fusion_model.experiments.baselines import DroppingLM, EmbeddingOnlyLM, RegularisedLM
 from fusion_model.experiments.corpora import Texts, find_corpora, write_texts
+from fusion_model.experiments.losses import read_test
 from fusion_model.experiments.runner import EXPERIMENTS, Experiments
 from fusion_model.experiments.sizes import Size, size_by_name
 from fusion_model.experiments.study import Arm, Run, Study
@@ -168,6 +169,31 @@ def test_dev_chooses_and_only_the_chosen_are_scored(data: Path, tmp_path: Path) 
     kept = [json.loads(path.read_text()) for path in study.kept.iterdir()]
     assert len(kept) == 4
     assert sum(bool(run["losses"]) for run in kept) == 2
+
+
+def test_a_fused_model_is_also_tested_on_embeddings_of_other_positions(
+    settings: Experiments,
+) -> None:
+    """The same trained model, once: its losses with its own e, and with e drawn from the text."""
+    study = settings.study_of(16)
+    fused = Arm("fused", {"fusion": "concat", "pooling": "mean"})
+    arms = [fused, dataclasses.replace(fused, name="misled", misled=True)]
+    (own,), (misled,) = study.results(arms).values()
+    assert own.path == misled.path
+    assert len(list(study.kept.iterdir())) == 1
+    test = study.texts.tests["test"]
+    lm = study.open(own)
+    documents, corpus = read_test(test, study.tokenizer, own.options)
+    batches = lm.encode_corpus(corpus)
+    for run, shuffle in ((own, "none"), (misled, "corpus")):
+        lm.shuffle = shuffle
+        assert run.scores(test).nats.sum() == pytest.approx(lm.perplexity(documents).nats, abs=0.01)
+    assert own.scores(test).nats.sum() != misled.scores(test).nats.sum()
+    cosines = []
+    for index in range(len(batches.lengths)):
+        e = torch.from_numpy(batches.batch([index]).prefix_embeds[0])
+        cosines += torch.cosine_similarity(e[:-1], e[1:]).tolist()
+    assert own.result["cosine"] == pytest.approx(np.mean(cosines), abs=1e-3)  # float16 in a store
 
 
 def test_less_text_is_trained_on_for_as_many_steps(data: Path, tmp_path: Path) -> None:

@@ -123,12 +123,23 @@ def test_an_unknown_policy_is_one_line(text_file: Path, tmp_path: Path) -> None:
     assert "'zeros' cannot be incremental" in message
 
 
+@pytest.mark.parametrize("view", ["sentence", "masked"])
+def test_static_is_never_of_a_token_to_come(view: str, text_file: Path, tmp_path: Path) -> None:
+    options = "--view", view, "--pooling", "static+mean", "--out", tmp_path / "x"
+    for command in (
+        ("train", "--train-file", text_file, "--dev-file", text_file),
+        ("embed", "--text", text_file, "--encoder", "minilm"),
+    ):
+        assert f"view '{view}' goes with poolings without static" in fails(*command, *options)
+
+
 @pytest.mark.parametrize(
     ("changes", "pooling", "policy"),
     [
         ({}, "static+last@1+mean@1", "incremental"),
         ({"policy": "every"}, "static+last@1+mean@1", "every"),
-        ({"view": "sentence"}, "static+last@1+mean@1", "every"),
+        ({"view": "sentence"}, "mean", "every"),
+        ({"view": "left:0.5"}, "static+last@1+mean@1", "every"),
         ({"pooling": "cls"}, "cls", "incremental"),
         ({"encoder": "counts"}, "counts", "every"),
     ],

@@ -22,6 +22,7 @@ class Arm:
         model: one of `baselines.MODELS`, or of `NGRAMS`.
         like: the arm whose settings it takes, where settings are frozen; itself by default.
         most: not trained on more sentences than so many; 0: on all.
+        misled: tested with the embeddings of other positions, though trained with its own.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Arm:
     model: str = "plain"
     like: Optional["Arm"] = None
     most: int = 0
+    misled: bool = False
 
 
 NGRAMS = {"unigram": 1, "trigram": 3}
@@ -116,7 +118,8 @@ def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> lis
         # Pooled alike: a static vector of the view's own end would be of another token.
         views = [fused(v, like=None, view=v, policy="every", pooling="mean") for v in VIEWS]
         shuffled = [fused(f"shuffled, {s}", shuffle=s) for s in ("sentence", "corpus")]
-        return [*usual, *views, concat, *shuffled]
+        misled = dataclasses.replace(concat, name="fused, tested with shuffled e", misled=True)
+        return [*usual, *views, concat, *shuffled, misled]
     if experiment == "schedule":
         schedules = ("constant", "rising", "falling")
         arms = [fused(f"{s} dropout", prefix_dropout_schedule=s) for s in schedules]

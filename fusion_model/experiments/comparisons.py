@@ -73,6 +73,10 @@ def run(name: str, studies: Mapping[int, Study], arms: Sequence[Arm], note: str)
         findings.answer += compared_with(own, COMPARED[name], varied)
     if name == "fusion":
         findings.answer += _early_and_late(results)
+    if name == "encoder":
+        cosines = {n: runs[0].result.get("cosine") for n, runs in results.items()}
+        shown = "; ".join(f"{n} {value:.3f}" for n, value in cosines.items() if value is not None)
+        findings.answer.append(f"Mean cosine of e at successive positions on test: {shown}.")
     if name == "schedule":
         findings.answer += _weaned(results)
     findings.figures["dev-perplexity"] = _learning_curves(results)

@@ -22,11 +22,12 @@ from fusion_model.experiments.corpora import (
     find_reading_times,
     write_texts,
 )
+from fusion_model.experiments.losses import word_bits
 from fusion_model.experiments.reading import experiment as reading_times
 from fusion_model.experiments.reading.data import ReadingTimes, read_natural_stories, read_tsv
 from fusion_model.experiments.report import Findings
 from fusion_model.experiments.sizes import Size
-from fusion_model.experiments.study import Study, word_bits
+from fusion_model.experiments.study import Study
 from fusion_model.experiments.tables import describe
 from fusion_model.files import write_text
 from fusion_model.language_model import FusionLM

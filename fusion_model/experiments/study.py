@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from fusion_model import progress
-from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document, read_documents
 from fusion_model.data.tokenizer import encode_sentences, train_bpe
 from fusion_model.devices import resolve_device
@@ -28,6 +27,7 @@ from fusion_model.errors import CheckpointError
 from fusion_model.experiments.arms import NGRAMS, Arm
 from fusion_model.experiments.baselines import MODELS, DroppingLM
 from fusion_model.experiments.corpora import Texts
+from fusion_model.experiments.losses import by_document, read_test, successive_cosine, word_bits
 from fusion_model.experiments.ngrams import KneserNey
 from fusion_model.experiments.sizes import Size
 from fusion_model.files import write_text
@@ -83,9 +83,13 @@ class Run:
     def dev_loss(self) -> float:
         return float(self.best["dev_loss"])
 
+    def key(self, text: Path) -> str:
+        """What the losses on a text are kept by."""
+        return text.name + "-shuffled" * self.arm.misled
+
     def scores(self, text: Path) -> Scores:
         """On a text that it was scored on."""
-        saved = self.result["losses"][text.name]
+        saved = self.result["losses"][self.key(text)]
         return Scores(*(np.array(saved[key]) for key in ("nats", "tokens", "words")))
 
     def surprisal(self) -> np.ndarray:
@@ -263,7 +267,7 @@ class Study:
         """The run with its losses on all tests, and its surprisals of what was read: the only
         place where test texts are opened, for runs that dev has chosen."""
         losses = run.result["losses"]
-        missing = [path for path in self.texts.tests.values() if path.name not in losses]
+        missing = [path for path in self.texts.tests.values() if run.key(path) not in losses]
         counts = run.arm.model in NGRAMS
         unread = bool(self.read) and not counts and "read" not in run.result
         if not missing and not unread:
@@ -274,12 +278,18 @@ class Study:
             self._count(run, missing)
         else:
             lm = self.open(run)
+            if run.arm.misled:
+                lm.shuffle = "corpus"
             with torch.no_grad(), autocast(run.options.precision, lm.model.device):
                 for path in missing:
-                    documents, corpus = _read(path, lm.tokenizer, run.options)
+                    documents, corpus = read_test(path, lm.tokenizer, run.options)
                     with lm.open_store(self.store(run.options)) as store:
-                        scores = score_sentences(lm, lm.encode_corpus(corpus, store))
-                    losses[path.name] = by_document(documents, corpus, [s.tokens for s in scores])
+                        batches = lm.encode_corpus(corpus, store)
+                        scores = score_sentences(lm, batches)
+                        if not run.arm.misled:
+                            run.result["cosine"] = successive_cosine(batches)
+                    nats = [s.tokens for s in scores]
+                    losses[run.key(path)] = by_document(documents, corpus, nats)
             if unread:  # in float32
                 bits = word_bits(lm, self.read).astype("<f2").tobytes()
                 run.result["read"] = {"bits": base64.b64encode(bits).decode()}
@@ -295,10 +305,10 @@ class Study:
         model = KneserNey(ids, len(self.tokenizer), NGRAMS[run.arm.model])
         run.result["parameters"] = model.grams
         for path in tests:
-            texts, corpus = _read(path, self.tokenizer, run.options)
+            texts, corpus = read_test(path, self.tokenizer, run.options)
             nats = model.nats(corpus.sentences)
             parts = np.split(nats, np.cumsum(corpus.positions)[:-1])
-            run.result["losses"][path.name] = by_document(texts, corpus, parts)
+            run.result["losses"][run.key(path)] = by_document(texts, corpus, parts)
 
     def store(self, options: TrainingOptions) -> Path:
         """Where embeddings are kept, shared by all runs that need the same ones."""
@@ -319,32 +329,3 @@ class Study:
         if kind is DroppingLM:
             lm.model.config.prefix_dropout = run.best["prefix_dropout"]
         return lm
-
-
-def _read(path: Path, tokenizer: Any, options: TrainingOptions) -> tuple[list[Document], Corpus]:
-    documents = read_documents([str(path)], "lines")
-    return documents, Corpus.from_documents(documents, tokenizer, options.max_tokens)
-
-
-def by_document(
-    documents: Sequence[Document], corpus: Corpus, nats: Sequence[np.ndarray]
-) -> dict[str, list[float]]:
-    """Sums over the documents of a corpus: nats, tokens, words.
-
-    Args:
-        nats: of the tokens of each sentence.
-    """
-    document = np.cumsum(corpus.starts_document) - 1
-    sums = np.bincount(document, [n.sum(dtype=np.float64) for n in nats])
-    tokens = np.bincount(document, [len(n) for n in nats])
-    words = [sum(len(s.split()) for s in d.sentences) for d in documents]
-    return {"nats": np.round(sums, 3).tolist(), "tokens": tokens.tolist(), "words": words}
-
-
-def word_bits(lm: FusionLM, documents: Sequence[Document]) -> np.ndarray:
-    """Surprisal in bits of every word, sentence ends left out, each sentence on its own, [M]."""
-    lengths = {
-        (d.name, i): len(s.split()) for d in documents for i, s in enumerate(d.sentences, start=1)
-    }
-    scores = lm.score(documents)
-    return np.array([w.bits for w in scores if w.word <= lengths[w.document, w.sentence]])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 VIEWS = ("prefix", "sentence", "left:K", "right:K", "masked", "previous")
 CAUSAL_VIEWS = ("prefix", "previous")
+ENDS_IN_FUTURE = ("sentence", "masked")
 SHUFFLES = ("none", "sentence", "corpus")
 
 

@@ -20,14 +20,14 @@ from fusion_model.encoders import Encoder, load_encoder
 from fusion_model.encoders.controls import BAGS, BagEncoder
 from fusion_model.encoders.policies import AUTO
 from fusion_model.encoders.pretrained import HFEncoder
-from fusion_model.errors import EncoderError
+from fusion_model.errors import EncoderError, FusionLMError
 from fusion_model.files import replace_files
 from fusion_model.loading import load_model, load_tokenizer
 from fusion_model.prefixes.distributed import Encode, shared_encoding
 from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.store import EmbeddingStore
-from fusion_model.prefixes.views import shuffle_rows
+from fusion_model.prefixes.views import ENDS_IN_FUTURE, shuffle_rows
 from fusion_model.schema import sha256_of
 from fusion_model.training.claim import TOKENIZER, claim_texts
 from fusion_model.training.options import TrainingOptions
@@ -81,18 +81,26 @@ def _encoder(
         if accelerator.is_main_process:
             bag.save(out)
         return bag
+    pooling, policy = _of_view(options.view, options.pooling, options.policy)
     return load_encoder(
         options.encoder,
-        options.pooling,
+        pooling,
         dtype=options.encoder_dtype,
         device=accelerator.device,
-        policy=_policy(options.policy, options.view),
+        policy=policy,
     )
 
 
-def _policy(policy: str, view: str) -> str:
-    """Other views than `prefix` go with one policy only."""
-    return "every" if policy == AUTO and view != "prefix" else policy
+def _of_view(view: str, pooling: str, policy: str) -> tuple[str, str]:
+    """Other views than `prefix` go with one policy only, and not with every pooling."""
+    if view in ENDS_IN_FUTURE:
+        if "static" in pooling:
+            raise FusionLMError(
+                f"view {view!r} goes with poolings without static, which would be of its last "
+                "token, one to come: use mean"
+            )
+        pooling = "mean" if pooling == AUTO else pooling
+    return pooling, "every" if policy == AUTO and view != "prefix" else policy
 
 
 def _tokenizer(
@@ -199,12 +207,13 @@ def embed_text(
         config = trained[0].config
         pooling = config.pooling if pooling == AUTO else pooling
         policy = config.policy if policy == AUTO else policy
+    pooling, policy = _of_view(view, pooling, policy)
     encoder = load_encoder(
         encoder_name,
         pooling,
         dtype=encoder_dtype,
         device=device if world == 1 else state.device,
-        policy=_policy(policy, view),
+        policy=policy,
         tokens_per_batch=encoder_batch,
     )
     limit: int | None = max_tokens
