@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
+from fusion_model.kernels.check import compiled
 from fusion_model.kernels.check.compiled import (
     examine,
     instructions,
@@ -88,6 +89,13 @@ def test_what_the_command_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     variants(80)  # imports the kernels while they are the interpreter's, as later tests need them
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert output("--arch", "70") == "error: no such chip, 70: choose of 80, 90, 100\n"
+    made = []
+    monkeypatch.setattr(compiled, "gate", lambda work, *_: made.append(work) or [])
+    CliRunner().invoke(app, ["kernels", "--quick"])
+    [work] = made
+    assert {v.home for v, _ in work} == {v.home for v in variants(90)}
+    assert {chip for _, chip in work} == {90}
+    assert 3 * len(work) < len(variants(90))
     assert output("--match", "cosine") == "error: no kernel has 'cosine' in its name\n"
 
 

@@ -18,7 +18,7 @@ from triton_programs import concurrent_programs
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels.triton import layout, lstm_operator
+from fusion_model.kernels.triton import layout
 from fusion_model.kernels.triton import lstm_sequence as triton_sequence
 
 
@@ -133,26 +133,20 @@ def test_sequence_is_torch_lstm() -> None:
 
 @pytest.mark.parametrize(
     ("hidden", "batch", "kind"),
-    [(40, 5, "split"), (40, 33, "shared"), (1040, 3, "hybrid")],
-    ids=["registers", "shared", "hybrid"],
+    [(40, 5, "registers"), (40, 33, "shared")],
 )
 def test_every_kind_of_persistent_launch(
     hidden: int, batch: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inference chooses among three; which one ran is checked, and its numbers."""
+    """Inference chooses between two; which one ran is checked, and its numbers."""
     ran = []
     launch = triton_sequence.launch_spinning
 
     def noting(kernel: Any, *args: Any, **options: Any) -> None:
-        ran.append((kernel.fn.__name__, options["SPLIT"], options["STAGED"] > 0))
+        ran.append((kernel.fn.__name__, options["SPLIT"]))
         launch(kernel, *args, **options)
 
     monkeypatch.setattr(triton_sequence, "launch_spinning", noting)
-    if kind == "hybrid":  # the real choice has 65 programs here: fewer units, the same kernel
-        few = configs.SequenceConfig(16, 8, 8, 16, 1, 1, True)
-        monkeypatch.setattr(configs, "sequence_config", lambda *_: few)
-        monkeypatch.setattr(lstm_operator, "sequence_config", lambda *_: few)
-        hidden = 40
     case = Case(batch, 3, 4, hidden, 1, torch.float16)
     leaves = [leaf.detach() for leaf in case.leaves(torch.float16)]
     exact = [leaf.double() for leaf in leaves]
@@ -160,7 +154,7 @@ def test_every_kind_of_persistent_launch(
         got, _ = lstm_sequence(
             leaves[0], (leaves[1], leaves[2]), case.weights(leaves), backend="triton"
         )
-    assert ran == [("sequence_forward_kernel", kind != "shared", kind != "split")]
+    assert ran == [("sequence_forward_kernel", kind == "registers")]
     state = exact[1], exact[2]
     expected, _ = lstm_sequence(exact[0], state, case.weights(exact), backend="reference")
     torch.testing.assert_close(got.double(), expected, atol=3e-3, rtol=0)
@@ -228,10 +222,10 @@ def test_survives_compilation() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_a_debug_build_gives_up_waiting() -> None:
-    """Too few programs for what a kernel waits for: with a limit it ends, and the rest is wrong."""
+def test_a_launch_gives_up_waiting() -> None:
+    """Too few programs for what a kernel waits for: it ends, and the rest is wrong."""
     hidden, units = 16, 8
-    config = configs.SequenceConfig(units, 8, 2, 16, 1, 0, True)
+    config = configs.SequenceConfig(units, 8, 2, 16, 1, True)
     case = Case(1, 3, 4, hidden, 1, torch.float32)
     w = layout.pack(case.flat[1], units)
     h, c = torch.zeros(4, hidden), torch.zeros(1, hidden)
@@ -245,5 +239,5 @@ def test_a_debug_build_gives_up_waiting() -> None:
         guards.spinning_runner = one_after_another
         rows = layout.Rows(1, 3, 1)
         args = layout.Forward(gates, None, w, h, c, None, None, None, rows, True, units)
-        triton_sequence.sequence_forward(args, config, limit=3)
+        triton_sequence.sequence_forward(args, config, looks=3)
     assert guards.spinning_runner is old

@@ -41,7 +41,7 @@ def _barrier(programs: int, steps: int) -> Result:
     def loop() -> None:
         count.zero_()
         guards.launch_spinning(
-            empty_steps, (programs, 1), (count, steps), count.device, LIMIT=0, num_warps=4
+            empty_steps, (programs, 1), (count, steps, 1 << 30), count.device, num_warps=4
         )
 
     try:

@@ -1,9 +1,11 @@
-"""`generate` with whole models on the device at hand: for `fusion-lm gpu-check`."""
+"""Whole models on the device at hand, right and timed: for `fusion-lm gpu-check`."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from fusion_model.benchmarks.gpu import timing
 
 from fusion_model import decoding as device_generation
 from fusion_model.config import FusionLMConfig
@@ -62,3 +64,42 @@ def cases(device: torch.device) -> list[tuple[str, Any]]:
         for layers, batch in ((1, 1), (2, 17))
     ]
     return found + [(f"sampled, top k {k}", partial(sampled, device, k)) for k in (0, 40)]
+
+
+def times(device: torch.device) -> Iterator[tuple[str, Any]]:
+    """By the kernels, and by PyTorch's operations with cuDNN: the same model, as users run it."""
+    for what, batch, steps in (
+        ("scoring", 64, 48), ("generation", 1, 64), ("generation", 16, 64), ("training", 64, 32)
+    ):  # fmt: skip
+        shape = device, what, batch, steps
+        make = partial(lambda *a: (_run("triton", *a), _run("torch", *a)), *shape)
+        run = partial(timing.versus, make, False, None, tags=["model"], steps=steps)
+        yield f"{what} bf16 B{batch} T{steps}, eager", run
+
+
+def _run(
+    backend: str, device: torch.device, what: str, batch: int, steps: int
+) -> Callable[[], Any]:
+    """One call on a batch, with late fusion by `concat`; all in bfloat16, training by autocast."""
+    size = {"embedding_size": timing.D, "hidden_size": timing.H, "vocab_size": timing.V}
+    model = _model(device, fusion="concat", initializer_range=0.02, **size)
+    model.set_backend(backend)
+    ids = torch.randint(3, timing.V, (batch, steps), device=device)
+    e = torch.randn(batch, steps - 1, 64, device=device)
+    if what == "training":
+        optimizer = torch.optim.Adam(model.train().parameters(), fused=True)
+
+        def train() -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = -model.token_log_probs(ids, e).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return train
+    model, e = model.to(torch.bfloat16), e.to(torch.bfloat16)
+    if what == "scoring":
+        return torch.inference_mode()(lambda: model.token_log_probs(ids, e))
+    model.generation_config.eos_token_id = None  # all run to the end
+    options = {"prefix_embeds": e[:, 0], "max_new_tokens": steps, "do_sample": False}
+    return partial(model.generate, ids[:, :4], **options)

@@ -16,6 +16,7 @@ _TIMED = {
     "time sequences": f"{_HERE}.timing:sequences",
     "time prefixes": f"{_HERE}.timing:prefixes",
     "time surprisal": f"{_HERE}.timing:surprisals",
+    "time models": f"{_HERE}.generate:times",
 }
 PARTS = {
     "generate": Part(f"{_HERE}.generate:cases"),

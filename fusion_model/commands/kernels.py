@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,12 +32,14 @@ def kernels(
     arch: Annotated[list[int] | None, typer.Option(help="80, 90, 100; repeatable")] = None,
     match: Annotated[str, typer.Option(help="only kernels whose name holds this")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="figures as JSON")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="compilations at a time")] = 1,
+    jobs: Annotated[int, typer.Option(min=0, help="compilations at a time; 0: one a core")] = 0,
+    quick: Annotated[bool, typer.Option(help="sm_90, and one shape of each kernel")] = False,
 ) -> None:
     """Compile every Triton kernel for sm_80, sm_90 and sm_100, and judge the result; no GPU needed.
 
     Fails where registers spill, shared memory or registers do not fit, tensor cores are not used,
-    the time loop reads local memory, or a release is not ordered after the stores.
+    the time loop reads local memory, or a release is not ordered after the stores. Triton keeps
+    on disk what it compiled.
     """
     from fusion_model.errors import FusionLMError
 
@@ -48,7 +51,7 @@ def kernels(
         raise FusionLMError(
             "TRITON_INTERPRET is set, and an interpreter compiles nothing: unset it"
         )
-    chips = arch or list(KNOWN_CHIPS)
+    chips = arch or ([90] if quick else list(KNOWN_CHIPS))
     if unknown := [chip for chip in chips if chip not in KNOWN_CHIPS]:
         raise FusionLMError(
             f"no such chip, {unknown[0]}: choose of {', '.join(map(str, KNOWN_CHIPS))}"
@@ -59,10 +62,13 @@ def kernels(
     from fusion_model.kernels.check.variants import variants
 
     work = [(v, chip) for chip in chips for v in variants(chip) if match in v.name]
+    if quick:  # a name is the kernel's until its first number
+        first = {(re.split(r"\d", v.name)[0], chip): (v, chip) for v, chip in reversed(work)}
+        work = list(first.values())
     if not work:
         raise FusionLMError(f"no kernel has {match!r} in its name")
     with progress.track("kernels", len(work)) as update:
-        reports = gate(work, jobs, update)
+        reports = gate(work, jobs or os.cpu_count() or 1, update)
     failed = sum(bool(r.problems) for r in reports)
     if as_json:
         print(json.dumps([asdict(r) for r in reports], indent=1))

@@ -10,24 +10,11 @@ from torch import Tensor
 
 WIDTH, LOOKS = 64, 1000
 # Forward and backward: 8 programs of 4 warps each for WIDTH units.
-DEBUG = [configs.SequenceConfig(8, 16, 4, 16, chunks, 0, True) for chunks in (1, 4)]
-
-
-def _counters(device: torch.device) -> tuple[Tensor, Tensor]:
-    count, out = torch.zeros(2, 1, dtype=torch.int32, device=device)
-    return count, out
-
-
-def _gives_up(device: torch.device) -> Result:
-    from fusion_model.kernels.check.spin_kernels import wait_in_vain
-
-    count, out = _counters(device)
-    wait_in_vain[(1,)](count, out, 1, LIMIT=LOOKS)
-    return {"ok": int(out) == 1}
+DEBUG = [configs.SequenceConfig(8, 16, 4, 16, chunks, True) for chunks in (1, 4)]
 
 
 def _in_vain(device: torch.device, backward: bool) -> Result:
-    """A persistent kernel in a debug build, whose programs wait for more than will ever come."""
+    """A persistent kernel whose programs wait for more than will ever come."""
     from fusion_model.kernels.triton.lstm_sequence import sequence_forward
     from fusion_model.kernels.triton.lstm_sequence_backward import sequence_backward
 
@@ -60,10 +47,10 @@ def _in_vain(device: torch.device, backward: bool) -> Result:
 def _too_large(device: torch.device) -> Result:
     from fusion_model.kernels.check.spin_kernels import empty_steps
 
-    count, _ = _counters(device)
+    count = torch.zeros(1, dtype=torch.int32, device=device)
     grid = (configs.chip_of(device).sms + 1, 1)
     try:
-        guards.launch_spinning(empty_steps, grid, (count, 2), device, LIMIT=0)
+        guards.launch_spinning(empty_steps, grid, (count, 2, LOOKS), device)
     except guards.LaunchRefused as refused:
         return {"ok": True, "refused": str(refused)}
     return {"ok": False}
@@ -72,10 +59,10 @@ def _too_large(device: torch.device) -> Result:
 def _too_large_for_the_driver(device: torch.device) -> Result:
     from fusion_model.kernels.check.spin_kernels import empty_steps
 
-    count, _ = _counters(device)
+    count = torch.zeros(1, dtype=torch.int32, device=device)
     many = 64 * configs.chip_of(device).sms
     try:
-        empty_steps[(many,)](count, 2, LIMIT=10_000, launch_cooperative_grid=True, num_warps=8)
+        empty_steps[(many,)](count, 2, LOOKS, launch_cooperative_grid=True, num_warps=8)
         torch.cuda.synchronize()
     except Exception as refused:  # whatever class the driver's refusal has
         return {"ok": True, "refused": f"{type(refused).__name__}: {refused}"[:200]}
@@ -84,7 +71,6 @@ def _too_large_for_the_driver(device: torch.device) -> Result:
 
 def hangs(device: torch.device) -> list[Named]:
     return [
-        ("a debug build gives up waiting", lambda: _gives_up(device)),
         ("a forward pass in vain gives up", lambda: _in_vain(device, False)),
         ("a backward pass in vain gives up", lambda: _in_vain(device, True)),
         ("a grid larger than the chip is refused by us", lambda: _too_large(device)),

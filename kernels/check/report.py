@@ -18,6 +18,8 @@ def _remarks(row: Mapping[str, Any]) -> str:
         found.append(f"{row['gb_per_s']:.0f} GB/s")
     keys = ("error", "us_error", "refused")
     found += [str(row[key]) for key in keys if key in row]
+    if "cudnn" in row:
+        found.append(f"cuDNN is {row['cudnn']}")
     if "baseline_us_error" in row:
         found.append(f"cuDNN or PyTorch: {row['baseline_us_error']}")
     return "; ".join([*found, *row.get("fell_back", []), *row.get("fallback", [])])

@@ -99,7 +99,7 @@ def _sequences(chip: int) -> Iterator[Variant]:
                     continue
                 seen.add((dtype, hidden, config))
                 width = padded(hidden, config.units)
-                settings = sequence_constants(config, dtype, width) | {"LIMIT": 0}
+                settings = sequence_constants(config, dtype, width)
                 shape = f"{hidden} U{config.units} B{config.columns}"
                 back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
                 for mode, flags in modes.items():
@@ -110,7 +110,7 @@ def _sequences(chip: int) -> Iterator[Variant]:
             if back is not None:
                 settings = sequence_constants(back, dtype, padded(hidden, back.units))
                 shape = f"{hidden} U{back.units} B{back.columns}"
-                settings |= {"HAS_KEEP": True, "LIMIT": 0}
+                settings |= {"HAS_KEEP": True}
                 yield make(f"sequence backward {shape}", BACKWARD, dtype, settings, spins=True)
 
 
@@ -161,20 +161,19 @@ def _surprisal() -> Iterator[Variant]:
 
 
 def _checks() -> Iterator[Variant]:
-    """What only `fusion-lm gpu-check` runs, as it runs there: floors, and debug builds."""
-    from fusion_model.kernels.check.hangs import DEBUG, LOOKS, WIDTH
+    """What only `fusion-lm gpu-check` runs, as it runs there: floors, and small grids."""
+    from fusion_model.kernels.check.hangs import DEBUG, WIDTH
     from fusion_model.kernels.triton.lstm_sequence import sequence_constants
 
     alone: dict[str, dict[str, Any]] = {
-        "empty_steps": {"LIMIT": 0, "num_warps": 4, "launch_cooperative_grid": True},
-        "wait_in_vain": {"LIMIT": LOOKS, "num_warps": 4},
+        "empty_steps": {"num_warps": 4, "launch_cooperative_grid": True},
         "nothing": {"num_warps": 4},
         "read_all": {"BLOCK": 4096, "num_warps": 8},
     }
     for kernel, settings in alone.items():
         home = f"check.spin_kernels:{kernel}"
         yield make(f"check {kernel}", home, torch.int32, settings, products=False)
-    kind, flags = torch.bfloat16, {"HAS_KEEP": False, "LIMIT": LOOKS}
+    kind, flags = torch.bfloat16, {"HAS_KEEP": False}
     forward, backward = (sequence_constants(config, kind, WIDTH) | flags for config in DEBUG)
     forward |= {"TABLE": False, "SAVE": False}
     yield make("sequence debug", FORWARD, kind, forward, spins=True)

@@ -128,19 +128,17 @@ class SequenceConfig:
     Attributes:
         units: U, hidden units a program.
         columns: sequences a group; groups are independent of each other.
-        warps: K is split over them where `resident` > 0 or `staged` > 0.
-        chunk: K elements of one product; 0 < chunk.
-        resident: chunks of W in registers, a warp.
-        staged: chunks of W in shared memory, a warp (split over warps) or in all (F2).
-        split: K is split over warps (mma); else every warp sees all of K (wgmma, F2).
+        chunk: K elements of one product.
+        chunks: of W, a warp where split, else in all.
+        split: K is split over warps, W in registers (mma); else every warp sees all of K, W in
+            shared memory (wgmma).
     """
 
     units: int
     columns: int
     warps: int
     chunk: int
-    resident: int
-    staged: int
+    chunks: int
     split: bool
 
     def programs(self, width: int) -> int:
@@ -174,23 +172,16 @@ def sequence_candidates(hidden: int, batch: int, dtype: torch.dtype) -> list[Seq
     if dtype == torch.float32:
         if hidden <= 512 and columns <= 16:
             chunk, n = _chunks(padded(hidden, 8), 8, 64)
-            found.append(SequenceConfig(8, columns, 8, chunk, n, 0, True))
+            found.append(SequenceConfig(8, columns, 8, chunk, n, True))
         return found
     if hidden <= 1024:
         warps = 4 if columns == 8 or (hidden <= 768 and columns == 16) else 8
         chunk, n = _chunks(padded(hidden, 8), warps, 128)
         if batch <= 32:
-            found.append(SequenceConfig(8, columns, warps, chunk, n, 0, True))
-        staged = -(-padded(hidden, 16) // 128)
-        found.append(SequenceConfig(16, 32, 4, 128, 0, staged, False))
+            found.append(SequenceConfig(8, columns, warps, chunk, n, True))
+        found.append(SequenceConfig(16, 32, 4, 128, -(-padded(hidden, 16) // 128), False))
         if hidden <= 768:
-            staged = -(-padded(hidden, 32) // 128)
-            found.append(SequenceConfig(32, 64, 8, 128, 0, staged, False))
-    elif hidden <= 1536 and batch <= 16:
-        chunk, n = _chunks(padded(hidden, 16), 8, 64)
-        found.append(SequenceConfig(16, columns, 8, chunk, 1, n - 1, True))
-    elif hidden <= 2048 and batch <= 8:
-        found.append(SequenceConfig(16, columns, 8, 32, 2, 6, True))
+            found.append(SequenceConfig(32, 64, 8, 128, -(-padded(hidden, 32) // 128), False))
     return found
 
 
@@ -216,7 +207,7 @@ def sequence_backward_config(
     if chip.capability == 80 and hidden > 768:
         return None
     chunk, n = _chunks(4 * padded(hidden, 8), 8, 128)
-    config = SequenceConfig(8, 16, 8, chunk, n, 0, True)
+    config = SequenceConfig(8, 16, 8, chunk, n, True)
     programs = config.programs(padded(hidden, 8)) * config.groups(batch)
     return config if programs <= chip.sms else None
 

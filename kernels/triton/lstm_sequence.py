@@ -1,12 +1,9 @@
 """All T steps of an LSTM layer in one persistent launch, recurrent weights on the chip throughout.
 
-A program owns U units of a group of sequences: its 4U rows of W_hh stay in registers, in shared
-memory, or in both. At each step it reads h[t] from the L2 cache, multiplies, applies the gates,
+A program owns U units of a group of sequences: its 4U rows of W_hh stay in registers or in shared
+memory. At each step it reads h[t] from the L2 cache, multiplies, applies the gates,
 writes its part of h[t + 1], and waits until its group has done the same. T + 1 slots of h mean
 that nobody overwrites what another still reads.
-
-What lives where is decided by the kind of loop, seen in the compiled code: a load before a
-`while` stays in registers; used inside a run-time `for` within it, it stays in shared memory.
 
 Notation: B sequences in groups of COLUMNS, T steps, U units a program, HP padded width,
 S warps. Gates are packed [HP / U blocks, 4 gates, U units] along their axis of 4 HP.
@@ -31,6 +28,8 @@ from fusion_model.kernels.triton.primitives import (
     tanh,
     wait_for,
 )
+
+LOOKS = (1 << 31) - 1  # half an hour or more
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def advance(
     return c_next, h_next
 
 
-@triton.jit(do_not_specialize=["steps", "batch", "one"])
+@triton.jit(do_not_specialize=["steps", "batch", "looks"])
 def sequence_forward_kernel(
     p_x,  # [T * B, 4 HP] input gates, or a table [V, 4 HP]
     p_ids,  # [T, B] int64: rows of the table, where TABLE
@@ -97,29 +96,27 @@ def sequence_forward_kernel(
     p_count,  # [groups] int32, zero
     steps,
     batch,
-    one,  # 1, unknown to the compiler: loops over it keep weights in shared memory
+    looks,  # at counters, in all: then a program goes on, and is wrong
     WIDTH: tl.constexpr,
     UNITS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WARPS: tl.constexpr,
     CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    STAGED: tl.constexpr,
+    CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     TABLE: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
-    LIMIT: tl.constexpr,
 ):
     """K split over the warps: products [S, 4 U, CHUNK] x [S, CHUNK, COLUMNS] by mma.
 
-    Unless SPLIT, with all of W in shared memory: [4 U, CHUNK] x [CHUNK, COLUMNS] by wgmma, all
-    warps together.
+    Unless SPLIT: [4 U, CHUNK] x [CHUNK, COLUMNS] by wgmma, all warps together. What is loaded
+    before a `while` stays on the chip, seen in the compiled code: W in registers, or, as wgmma
+    reads it there, in shared memory.
     """
     GATES: tl.constexpr = 4 * UNITS
-    DEPTH: tl.constexpr = CHUNK * (RESIDENT + STAGED)  # of one warp, where SPLIT
-    HELD: tl.constexpr = RESIDENT if SPLIT else STAGED  # chunks that are loaded before all loops
+    DEPTH: tl.constexpr = CHUNK * CHUNKS  # of one warp, where SPLIT
     MASKED: tl.constexpr = (DEPTH * WARPS if SPLIT else DEPTH) > WIDTH
     i_u = tl.program_id(0)
     o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -137,43 +134,30 @@ def sequence_forward_kernel(
         o_k, o_kt = tl.arange(0, CHUNK)[None, :], tl.arange(0, CHUNK)[:, None]
         o_w = o_gate[:, None] * WIDTH + o_k
         o_h = o_b.to(tl.int64)[None, :] * WIDTH + o_kt
-    held = ()
-    for j in tl.static_range(HELD):
+    weights = ()
+    for j in tl.static_range(CHUNKS):
         m_k = o_k + j * CHUNK < WIDTH
-        held = held + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
+        weights = weights + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
     c = tl.load(p_c + o_state)
     h = tl.load(p_h + o_state)
-    outer = one * 0
-    while outer < one:
-        staged = ()
-        for j in tl.static_range(HELD, RESIDENT + STAGED):
-            m_k = o_k + j * CHUNK < WIDTH
-            staged = staged + (load_part(p_w + o_w + j * CHUNK, m_k, MASKED),)
-        t = steps * 0
-        while t < steps:
-            z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
-            wait_for(p_mine, tl.num_programs(0) * t, LIMIT)
-            p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
-            z = tl.zeros((WARPS, GATES, COLUMNS) if SPLIT else (GATES, COLUMNS), tl.float32)
-            for j in tl.static_range(HELD):
-                m_h = o_kt + j * CHUNK < WIDTH
-                b_h = load_part(p_h_t + o_h + j * CHUNK, m_h, MASKED, True)
-                z = tl.dot(held[j], b_h, z, input_precision=PRECISION)
-            if HELD < RESIDENT + STAGED:
-                for _ in range(one):
-                    for j in tl.static_range(STAGED):
-                        o_j = (RESIDENT + j) * CHUNK
-                        b_h = load_part(p_h_t + o_h + o_j, o_kt + o_j < WIDTH, MASKED, True)
-                        z = tl.dot(staged[j], b_h, z, input_precision=PRECISION)
-            if SPLIT:
-                z = sum_warps(z, WARPS, GATES, COLUMNS)
-            c, h = advance(
-                z + z_x, c, h, t, p_h, p_keep, p_c_saved, p_gates,
-                o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
-            )  # fmt: skip
-            arrive(p_mine)
-            t += 1
-        outer += 1
+    t = steps * 0
+    while t < steps:
+        z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
+        looks = wait_for(p_mine, tl.num_programs(0) * t, looks)
+        p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
+        z = tl.zeros((WARPS, GATES, COLUMNS) if SPLIT else (GATES, COLUMNS), tl.float32)
+        for j in tl.static_range(CHUNKS):
+            m_h = o_kt + j * CHUNK < WIDTH
+            b_h = load_part(p_h_t + o_h + j * CHUNK, m_h, MASKED, True)
+            z = tl.dot(weights[j], b_h, z, input_precision=PRECISION)
+        if SPLIT:
+            z = sum_warps(z, WARPS, GATES, COLUMNS)
+        c, h = advance(
+            z + z_x, c, h, t, p_h, p_keep, p_c_saved, p_gates,
+            o_b, m_b, i_u, batch, WIDTH, UNITS, COLUMNS, HAS_KEEP, SAVE,
+        )  # fmt: skip
+        arrive(p_mine)
+        t += 1
     o_u = tl.arange(0, UNITS)
     tl.store(p_c + o_state, c, mask=m_b[None, :] & (o_u >= 0)[:, None])
 
@@ -185,11 +169,11 @@ def sequence_constants(config: SequenceConfig, dtype: Any, width: int) -> dict[s
     return fields | {"WIDTH": width, "PRECISION": precision(dtype)} | launch
 
 
-def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> None:
+def sequence_forward(args: Forward, config: SequenceConfig, looks: int = LOOKS) -> None:
     """All T steps in one launch.
 
     Args:
-        limit: looks at a counter before a program gives up waiting; 0 waits as long as it takes.
+        looks: at counters, before a program no longer waits.
 
     Raises:
         LaunchRefused: the grid does not fit on the device as a whole.
@@ -199,7 +183,8 @@ def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> N
     given = (
         x_gates, x_gates if ids is None else ids, w, h, c, c if keep is None else keep,
         c if c_saved is None else c_saved, h if gates is None else gates,
-        torch.zeros(groups, dtype=torch.int32, device=h.device), rows.steps, rows.batch, 1,
+        torch.zeros(groups, dtype=torch.int32, device=h.device), rows.steps, rows.batch,
+        looks,
     )  # fmt: skip
     launch_spinning(
         sequence_forward_kernel,
@@ -209,6 +194,5 @@ def sequence_forward(args: Forward, config: SequenceConfig, limit: int = 0) -> N
         TABLE=ids is not None,
         HAS_KEEP=keep is not None,
         SAVE=gates is not None,
-        LIMIT=limit,
         **sequence_constants(config, h.dtype, width),
     )

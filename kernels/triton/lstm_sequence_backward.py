@@ -14,7 +14,7 @@ import triton.language as tl
 from fusion_model.kernels.triton.configs import SequenceConfig
 from fusion_model.kernels.triton.guards import launch_spinning
 from fusion_model.kernels.triton.layout import Backward
-from fusion_model.kernels.triton.lstm_sequence import sequence_constants
+from fusion_model.kernels.triton.lstm_sequence import LOOKS, sequence_constants
 from fusion_model.kernels.triton.primitives import (
     arrive,
     cell_backward,
@@ -27,7 +27,7 @@ from fusion_model.kernels.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["steps", "batch"])
+@triton.jit(do_not_specialize=["steps", "batch", "looks"])
 def sequence_backward_kernel(
     p_wt,  # [HP, 4 HP]: W_hh transposed
     p_dh,  # [T + 1, B, HP]: gradient of h from outside
@@ -40,19 +40,18 @@ def sequence_backward_kernel(
     p_count,  # [groups] int32, zero
     steps,
     batch,
+    looks,  # as in the forward pass
     WIDTH: tl.constexpr,
     UNITS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WARPS: tl.constexpr,
     CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    STAGED: tl.constexpr,  # none here
+    CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,  # always
     HAS_KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
-    LIMIT: tl.constexpr,
 ):
-    DEPTH: tl.constexpr = CHUNK * RESIDENT
+    DEPTH: tl.constexpr = CHUNK * CHUNKS
     MASKED: tl.constexpr = DEPTH * WARPS > 4 * WIDTH
     i_u = tl.program_id(0)
     o_b = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -62,7 +61,7 @@ def sequence_backward_kernel(
     o_s = tl.arange(0, WARPS)[:, None, None] * DEPTH
     o_k, o_kt = o_s + tl.arange(0, CHUNK)[None, None, :], o_s + tl.arange(0, CHUNK)[None, :, None]
     weights = ()
-    for j in tl.static_range(RESIDENT):
+    for j in tl.static_range(CHUNKS):
         p_w = p_wt + o_u[None, None, :] * (4 * WIDTH) + o_kt + j * CHUNK
         weights = weights + (load_part(p_w, o_kt + j * CHUNK < 4 * WIDTH, MASKED),)
     o_g = o_b[None, :, None] * (4 * WIDTH) + o_k
@@ -81,11 +80,11 @@ def sequence_backward_kernel(
         o_after = (o_t + batch) * WIDTH + o_state
         squashed = tanh(tl.load(p_c + o_after))
         dh = tl.load(p_dh + o_after).to(tl.float32) + held
-        wait_for(p_mine, tl.num_programs(0) * (steps - 1 - t), LIMIT)
+        looks = wait_for(p_mine, tl.num_programs(0) * (steps - 1 - t), looks)
         if t < steps - 1:
             p_next = p_grad + (o_t + batch) * (4 * WIDTH) + o_g
             total = tl.zeros((WARPS, COLUMNS, UNITS), tl.float32)
-            for j in tl.static_range(RESIDENT):
+            for j in tl.static_range(CHUNKS):
                 m_k = o_k + j * CHUNK < 4 * WIDTH
                 b_g = load_part(p_next + j * CHUNK, m_k, MASKED, True)
                 total = tl.dot(b_g, weights[j], total, input_precision=PRECISION)
@@ -103,13 +102,14 @@ def sequence_backward_kernel(
     tl.store(p_held + o_state, held, mask=store)
 
 
-def sequence_backward(args: Backward, config: SequenceConfig, limit: int = 0) -> None:
+def sequence_backward(args: Backward, config: SequenceConfig, looks: int = LOOKS) -> None:
     """As `sequence_forward`."""
     dh, dc, w, c_saved, gates, keep, grad, held, rows, _ = args
     width, groups = w.shape[1], config.groups(rows.batch)
     given = (
         w.t().contiguous(), dh, dc, held, gates, c_saved, dc if keep is None else keep, grad,
         torch.zeros(groups, dtype=torch.int32, device=dh.device), rows.steps, rows.batch,
+        looks,
     )  # fmt: skip
     launch_spinning(
         sequence_backward_kernel,
@@ -117,6 +117,5 @@ def sequence_backward(args: Backward, config: SequenceConfig, limit: int = 0) ->
         given,
         dh.device,
         HAS_KEEP=keep is not None,
-        LIMIT=limit,
         **sequence_constants(config, dh.dtype, width),
     )

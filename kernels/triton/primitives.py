@@ -113,18 +113,14 @@ def arrive(p_count):
 
 
 @triton.jit
-def wait_for(p_count, target, LIMIT: tl.constexpr):
-    """Spin until the group has arrived `target` times.
+def wait_for(p_count, target, looks):
+    """Spin until the group has arrived `target` times; gives the looks that are left.
 
-    With LIMIT > 0, a debug build, it gives up after so many looks: results are then wrong, but
-    the launch ends. One load comes before the loop: Triton 3.6 crashes on a loop without.
+    One who has none left goes on: results are then wrong, but the launch ends. One load comes
+    before the loop: Triton 3.6 crashes on a loop without.
     """
     seen = tl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
-    if LIMIT > 0:
-        looks = 0
-        while (seen < target) & (looks < LIMIT):
-            seen = tl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
-            looks += 1
-    else:
-        while seen < target:
-            seen = tl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
+    while (seen < target) & (looks > 0):
+        seen = tl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
+        looks -= 1
+    return looks
