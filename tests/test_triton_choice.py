@@ -113,6 +113,8 @@ def test_expected_plans() -> None:
     assert persistent(768, 16, True)
     assert not persistent(768, 64, True)  # the backward pass holds one group of 16
     assert not persistent(1500, 16, False)
+    whole = [sequence_config(H200, 768, 16, BF16), sequence_backward_config(H200, 768, 16, BF16)]
+    assert all(c is not None and c.phase == c.chunks > 1 for c in whole)  # one trip to L2 a step
     assert not persistent(768, 16, False, replace(H200, sms=20))
     assert not persistent(768, 16, False, replace(H200, cooperative=False))
     assert not rows_plan(H200, 768, 16, 1, BF16, 1, False).persistent  # a single step

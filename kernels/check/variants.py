@@ -110,7 +110,7 @@ def _sequences(chip: int) -> Iterator[Variant]:
             if back is not None:
                 settings = sequence_constants(back, dtype, padded(hidden, back.units))
                 shape = f"{hidden} U{back.units} B{back.columns}"
-                settings |= {"HAS_KEEP": True}
+                settings["HAS_KEEP"] = True
                 yield make(f"sequence backward {shape}", BACKWARD, dtype, settings, spins=True)
 
 
@@ -130,9 +130,9 @@ def _rows() -> Iterator[Variant]:
                 for mode, flags in modes.items():
                     settings = forward_constants(*sizes) | flags
                     yield make(f"rows {mode} {shape}", f"{step}forward", dtype, settings)
-                settings = backward_constants(*sizes) | {"HAS_KEEP": True}
-                name, fused = f"rows backward {shape}", settings["FUSED"]
-                yield make(name, f"{step}backward", dtype, settings, products=fused)
+            settings = backward_constants(padded(hidden, units), units) | {"HAS_KEEP": True}
+            name = f"rows backward {hidden}"
+            yield make(name, f"{step}backward", dtype, settings, products=False)
 
 
 def _decode() -> Iterator[Variant]:
@@ -161,10 +161,7 @@ def _surprisal() -> Iterator[Variant]:
 
 
 def _checks() -> Iterator[Variant]:
-    """What only `fusion-lm gpu-check` runs, as it runs there: floors, and small grids."""
-    from fusion_model.kernels.check.hangs import DEBUG, WIDTH
-    from fusion_model.kernels.triton.lstm_sequence import sequence_constants
-
+    """What only `fusion-lm gpu-check` runs, as it runs there."""
     alone: dict[str, dict[str, Any]] = {
         "empty_steps": {"num_warps": 4, "launch_cooperative_grid": True},
         "nothing": {"num_warps": 4},
@@ -173,11 +170,6 @@ def _checks() -> Iterator[Variant]:
     for kernel, settings in alone.items():
         home = f"check.spin_kernels:{kernel}"
         yield make(f"check {kernel}", home, torch.int32, settings, products=False)
-    kind, flags = torch.bfloat16, {"HAS_KEEP": False}
-    forward, backward = (sequence_constants(config, kind, WIDTH) | flags for config in DEBUG)
-    forward |= {"TABLE": False, "SAVE": False}
-    yield make("sequence debug", FORWARD, kind, forward, spins=True)
-    yield make("sequence backward debug", BACKWARD, kind, backward, spins=True)
 
 
 def variants(chip: int) -> list[Variant]:

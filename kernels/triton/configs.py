@@ -106,11 +106,6 @@ def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
     return TileConfig(64 if wide else 128, units, 32 if wide else 64, 8, 3 if wide else 4)
 
 
-def step_backward_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
-    """Backward step: a product [rows, 4 HP] x [4 HP, units] if few, then the derivatives."""
-    return TileConfig(64 if 16 < rows <= 64 else 16, units, 64, 4, 3)
-
-
 def step_units(rows: int, hidden: int) -> int:
     """Units a program when every step is a launch: few rows need many programs to share W."""
     return 16 if rows <= 64 or hidden <= 64 else 32
@@ -140,6 +135,15 @@ class SequenceConfig:
     chunk: int
     chunks: int
     split: bool
+
+    @property
+    def phase(self) -> int:
+        """Chunks that are loaded before the first of them is multiplied: one trip to L2.
+
+        More than three would not fit into registers; all warps together go chunk by chunk, as
+        wgmma has to find each of them in shared memory, beside W.
+        """
+        return next(n for n in (3, 2, 1) if self.chunks % n == 0) if self.split else 1
 
     def programs(self, width: int) -> int:
         return -(-width // self.units)

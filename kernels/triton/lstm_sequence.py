@@ -33,12 +33,23 @@ LOOKS = (1 << 31) - 1  # half an hour or more
 
 
 @triton.jit
-def input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH: tl.constexpr, TABLE: tl.constexpr):
-    """This step's input gates of the program, [4 U, COLUMNS] float32."""
-    o_x = t.to(tl.int64) * batch + o_b
+def input_rows(p_ids, t, steps, o_b, batch, TABLE: tl.constexpr):
+    """Rows of the input gates of step t, or of the last step."""
+    o_x = tl.minimum(t, steps - 1).to(tl.int64) * batch + o_b
     if TABLE:
         o_x = tl.load(p_ids + o_x)
-    return tl.load(p_x + o_x[None, :] * (4 * WIDTH) + o_gate[:, None]).to(tl.float32)
+    return o_x
+
+
+@triton.jit
+def load_phase(
+    p, o_k, PHASE: tl.constexpr, CHUNK: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr
+):
+    """PHASE tiles at p, CHUNK apart, past the L1 cache; zeros where o_k is at END or beyond."""
+    tiles = ()
+    for j in tl.static_range(PHASE):
+        tiles = tiles + (load_part(p + j * CHUNK, o_k + j * CHUNK < END, MASKED, True),)
+    return tiles
 
 
 @triton.jit
@@ -103,6 +114,7 @@ def sequence_forward_kernel(
     WARPS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PHASE: tl.constexpr,
     SPLIT: tl.constexpr,
     TABLE: tl.constexpr,
     HAS_KEEP: tl.constexpr,
@@ -141,15 +153,21 @@ def sequence_forward_kernel(
     c = tl.load(p_c + o_state)
     h = tl.load(p_h + o_state)
     t = steps * 0
+    o_x = input_rows(p_ids, t, steps, o_b, batch, TABLE)
+    x = tl.load(p_x + o_x[None, :] * (4 * WIDTH) + o_gate[:, None])
+    o_x = input_rows(p_ids, t + 1, steps, o_b, batch, TABLE)
     while t < steps:
-        z_x = input_gates(p_x, p_ids, t, o_b, o_gate, batch, WIDTH, TABLE)
+        # Input gates come from afar: those of the next step are under way during this one.
+        z_x = x.to(tl.float32)
+        x = tl.load(p_x + o_x[None, :] * (4 * WIDTH) + o_gate[:, None])
+        o_x = input_rows(p_ids, t + 2, steps, o_b, batch, TABLE)
         looks = wait_for(p_mine, tl.num_programs(0) * t, looks)
-        p_h_t = p_h + t.to(tl.int64) * batch * WIDTH
+        p_h_t = p_h + t.to(tl.int64) * batch * WIDTH + o_h
         z = tl.zeros((WARPS, GATES, COLUMNS) if SPLIT else (GATES, COLUMNS), tl.float32)
-        for j in tl.static_range(CHUNKS):
-            m_h = o_kt + j * CHUNK < WIDTH
-            b_h = load_part(p_h_t + o_h + j * CHUNK, m_h, MASKED, True)
-            z = tl.dot(weights[j], b_h, z, input_precision=PRECISION)
+        for j in tl.static_range(0, CHUNKS, PHASE):
+            tiles = load_phase(p_h_t + j * CHUNK, o_kt + j * CHUNK, PHASE, CHUNK, WIDTH, MASKED)
+            for i in tl.static_range(PHASE):
+                z = tl.dot(weights[j + i], tiles[i], z, input_precision=PRECISION)
         if SPLIT:
             z = sum_warps(z, WARPS, GATES, COLUMNS)
         c, h = advance(
@@ -165,8 +183,8 @@ def sequence_forward_kernel(
 def sequence_constants(config: SequenceConfig, dtype: Any, width: int) -> dict[str, Any]:
     """Tile and launch settings, but for what a call itself decides."""
     fields = {name.upper(): value for name, value in asdict(config).items()}
-    launch = {"num_warps": config.warps, "num_stages": 1}
-    return fields | {"WIDTH": width, "PRECISION": precision(dtype)} | launch
+    fields |= {"PHASE": config.phase, "WIDTH": width, "PRECISION": precision(dtype)}
+    return fields | {"num_warps": config.warps, "num_stages": 1}
 
 
 def sequence_forward(args: Forward, config: SequenceConfig, looks: int = LOOKS) -> None:

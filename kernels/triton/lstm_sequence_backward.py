@@ -14,7 +14,7 @@ import triton.language as tl
 from fusion_model.kernels.triton.configs import SequenceConfig
 from fusion_model.kernels.triton.guards import launch_spinning
 from fusion_model.kernels.triton.layout import Backward
-from fusion_model.kernels.triton.lstm_sequence import LOOKS, sequence_constants
+from fusion_model.kernels.triton.lstm_sequence import LOOKS, load_phase, sequence_constants
 from fusion_model.kernels.triton.primitives import (
     arrive,
     cell_backward,
@@ -47,6 +47,7 @@ def sequence_backward_kernel(
     WARPS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PHASE: tl.constexpr,
     SPLIT: tl.constexpr,  # always
     HAS_KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,10 +85,11 @@ def sequence_backward_kernel(
         if t < steps - 1:
             p_next = p_grad + (o_t + batch) * (4 * WIDTH) + o_g
             total = tl.zeros((WARPS, COLUMNS, UNITS), tl.float32)
-            for j in tl.static_range(CHUNKS):
-                m_k = o_k + j * CHUNK < 4 * WIDTH
-                b_g = load_part(p_next + j * CHUNK, m_k, MASKED, True)
-                total = tl.dot(b_g, weights[j], total, input_precision=PRECISION)
+            for j in tl.static_range(0, CHUNKS, PHASE):
+                p_j, o_j = p_next + j * CHUNK, o_k + j * CHUNK
+                tiles = load_phase(p_j, o_j, PHASE, CHUNK, 4 * WIDTH, MASKED)
+                for n in tl.static_range(PHASE):
+                    total = tl.dot(tiles[n], weights[j + n], total, input_precision=PRECISION)
             dh += sum_warps(total, WARPS, COLUMNS, UNITS)
         keep = m_b[:, None]
         if HAS_KEEP:

@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import step_backward_config, step_config
+from fusion_model.kernels.triton.configs import step_config
 from fusion_model.kernels.triton.layout import Backward, Forward
 from fusion_model.kernels.triton.primitives import (
     cell_backward,
@@ -25,7 +25,6 @@ from fusion_model.kernels.triton.primitives import (
     tanh,
 )
 
-FUSED_ROWS = 64  # a backward step of more multiplies by PyTorch: its tiles re-use more than ours
 OWN, SHARED, TABLE = 0, 1, 2  # where a row's input gates lie: row n, row n % B, row ids[n % B]
 
 
@@ -94,8 +93,7 @@ def rows_forward(
 
 @triton.jit(do_not_specialize=["n", "n_next", "batch"])
 def rows_backward(
-    p_next,  # [N_{t+1}, 4 HP]: gradient of the next step's gates; unless FUSED, its product with W
-    p_w,  # [4 HP, HP]
+    p_next,  # [N_{t+1}, HP]: gradient of the next step's gates, times W
     p_dh,  # [N_t, HP]: gradient of this step's h from outside
     p_dc,  # [N, HP] float32: gradient of c, replaced by the one before
     p_held,  # [N, HP] float32: gradient of h that went past steps which held the state
@@ -108,12 +106,9 @@ def rows_backward(
     n_next,
     batch,
     WIDTH: tl.constexpr,
-    FUSED: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     TILES: tl.constexpr = WIDTH // UNITS
     i_n, i_u = tl.program_id(0) // TILES, tl.program_id(0) % TILES
@@ -121,18 +116,8 @@ def rows_backward(
     m_n = o_n < n
     o_row = tl.where(m_n, o_n, 0).to(tl.int64)
     o_u = i_u * UNITS + tl.arange(0, UNITS)
-    o_k = tl.arange(0, BLOCK_K)
     o_state = o_row[:, None] * WIDTH + o_u[None, :]
-    dh = tl.zeros((BLOCK_N, UNITS), tl.float32)
-    if not FUSED:
-        dh += tl.load(p_next + o_state, mask=(o_n < n_next)[:, None], other=0.0).to(tl.float32)
-    elif i_n * BLOCK_N < n_next:
-        o_g = o_row[:, None] * (4 * WIDTH) + o_k[None, :]
-        o_w = o_k[:, None] * WIDTH + o_u[None, :]
-        for k in range(0, 4 * WIDTH, BLOCK_K):  # BLOCK_K divides 4 WIDTH: 64 and a multiple of 16
-            b_g = tl.load(p_next + o_g + k, mask=(o_n < n_next)[:, None], other=0.0)
-            b_w = tl.load(p_w + o_w + k * WIDTH)
-            dh = tl.dot(b_g, b_w, dh, input_precision=PRECISION)
+    dh = tl.load(p_next + o_state, mask=(o_n < n_next)[:, None], other=0.0).to(tl.float32)
     store = m_n[:, None] & (o_u >= 0)[None, :]
     dh += tl.load(p_dh + o_state).to(tl.float32)
     dc = tl.load(p_dc + o_state, mask=store, other=0.0)  # as in the forward pass
@@ -155,10 +140,10 @@ def forward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str
     return step_config(rows, dtype, units).settings(dtype) | {"WIDTH": width, "UNITS": units}
 
 
-def backward_constants(rows: int, dtype: Any, width: int, units: int) -> dict[str, Any]:
-    """As `forward_constants`, of `rows_backward`."""
-    settings = step_backward_config(rows, dtype, units).settings(dtype)
-    return settings | {"WIDTH": width, "UNITS": units, "FUSED": rows <= FUSED_ROWS}
+def backward_constants(width: int, units: int) -> dict[str, Any]:
+    """As `forward_constants`, of `rows_backward`, which multiplies nothing."""
+    tile = {"WIDTH": width, "UNITS": units, "BLOCK_N": 16}
+    return tile | {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def steps_forward(args: Forward) -> None:
@@ -183,20 +168,17 @@ def steps_forward(args: Forward) -> None:
 
 
 def steps_backward(args: Backward) -> None:
-    """The steps from the last to the first."""
+    """The steps from the last to the first, each a product by PyTorch and a launch."""
     dh, dc, w, c_saved, gates, keep, grad, held, rows, units = args
     width, count, offsets = w.shape[1], len(dc), rows.offsets()
-    n_next = 0
+    constants, n_next = backward_constants(width, units), 0
     for t in reversed(range(rows.steps)):
         n, done = rows.active(t), offsets[t]
-        constants = backward_constants(n, w.dtype, width, units)
         grid = (triton.cdiv(n, constants["BLOCK_N"]) * (width // units),)
         before = 0 if t == 0 else count + offsets[t - 1]
-        following = grad[done + n : done + n + n_next]
-        if n_next and not constants["FUSED"]:
-            following = following @ w
+        following = grad[done + n :][:n_next] @ w if n_next else dh
         rows_backward[grid](
-            following if n_next else grad, w, dh[count + done :], dc, held, gates[done:],
+            following, dh[count + done :], dc, held, gates[done:],
             c_saved[count + done :], c_saved[before:], dc if keep is None else keep[t],
             grad[done:], n, n_next, rows.batch, HAS_KEEP=keep is not None, **constants,
         )  # fmt: skip
