@@ -268,6 +268,14 @@ def test_an_absent_provider_is_refused(export: Path) -> None:
     assert OnnxFusionLM(export, device="auto").device == "cpu"
 
 
+def test_threads_rest_between_calls(export: Path) -> None:
+    """Each of an export's sessions has threads of its own, which would spin against the others'."""
+    lm = OnnxFusionLM(export, device="cpu", threads=2)
+    for session in (lm._step_session, lm._sequences._session, lm.planner.encoder._session):
+        options = session.get_session_options()
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_cuda_that_does_not_start_is_refused(export: Path, monkeypatch) -> None:
     """As where onnxruntime-gpu finds no CUDA libraries: it warns and goes on with the CPU."""
     available = ["CUDAExecutionProvider", "CPUExecutionProvider"]

@@ -109,6 +109,8 @@ def open_session(path: Path, device: str, threads: int, profile: Path | None = N
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    # Else this session's threads go on looking for work and take cores from the next one's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # errors; what falls to the CPU is refused below
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers: list[Any] = [provider]
