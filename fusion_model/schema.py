@@ -107,16 +107,22 @@ def check(value: Any, kind: Any, name: str) -> None:
             raise ValueError(f"{name} must be of type {kind.__name__}, not {str(value)[:40]!r}")
 
 
-def read_json(path: Path, kind: Any) -> Any:
+def read_json(path: Path, kind: Any, sealed: bool = False) -> Any:
     """What a file says, held to its type.
+
+    Args:
+        sealed: refuse a file without a checksum, as earlier versions wrote some.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not JSON, says something else, or was changed since it was written.
     """
     value = _parse(path.read_text(encoding="utf-8"))
-    if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != sha256_of(value):
-        raise ValueError("its checksum differs: it was changed since it was written")
+    if isinstance(value, dict) and (sealed or SEAL in value):
+        if SEAL not in value:
+            raise ValueError("it has no checksum")
+        if value.pop(SEAL) != sha256_of(value):
+            raise ValueError("its checksum differs: it was changed since it was written")
     check(value, kind, path.stem)
     return value
 
@@ -145,10 +151,10 @@ def _parse(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def write_json(path: Path, contents: dict[str, Any]) -> None:
+def write_json(path: Path, contents: dict[str, Any], indent: int | None = 1) -> None:
     """Replace a file in one step, sealed with its checksum."""
     sealed = contents | {SEAL: sha256_of(json.loads(json.dumps(contents)))}
-    write_text(path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(sealed, indent=indent, ensure_ascii=False) + "\n")
 
 
 def sha256_of(contents: Any) -> str:

@@ -21,9 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model
+from test_experiments import TOY
 
 from fusion_model.encoders.controls import BagEncoder
 from fusion_model.errors import FusionLMError
+from fusion_model.experiments.arms import Arm
+from fusion_model.experiments.corpora import Texts
+from fusion_model.experiments.study import Study
 from fusion_model.loading import load_model
 from fusion_model.prefixes.store import EmbeddingStore, digest
 from fusion_model.schema import read_lines
@@ -144,6 +148,13 @@ def files(
     BagEncoder.fit("tfidf", SENTENCES, dim=12).save(bag)
     found["tfidf.json"] = bag / "tfidf.json", lambda: BagEncoder.load("tfidf", bag).content_sha256
 
+    study = Study(TOY, Texts("made", root / "a", root / "a", root / "b", {}), root, "minilm", 1)
+    arm = Arm("trigram", {"fusion": "none"}, "trigram")
+    finished = study.run(arm, {}, 0)
+    finished.result["losses"] = {"b": {"nats": [70.25, 8.5], "tokens": [14, 3], "words": [9, 2]}}
+    study._keep(finished)
+    found["run.json"] = finished.path, lambda: study.run(arm, {}, 0).result
+
     exported = root / "onnx"
     export_model(
         str(saved_model(root / "m", bpe, bert_folder, fusion="concat")), exported, encoder=True
@@ -169,7 +180,7 @@ NAMES = (
     *("training.json", "metrics.jsonl"),
     *(f"checkpoint/{n}" for n in ("state.json", "model.safetensors", "optimizer.safetensors")),
     *(f"store/{name}" for name in ("manifest.json", "keys.bin", "vectors.bin")),
-    *("tfidf.json", "bench.jsonl"),
+    *("tfidf.json", "run.json", "bench.jsonl"),
     *(f"export/{n}" for n in ("encoder.onnx", "encoder_tokenizer.json", "encoder_weights.bin")),
     *(f"export/{n}" for n in ("manifest.json", "model.onnx", "step.onnx", "tokenizer.json")),
     "export/weights.bin",

@@ -1,7 +1,8 @@
 """Arms are trained, tuned on dev and scored on test; what a run found is a small file.
 
 A file of `results` holds a finished run, named by a hash of all that defines it: settings, texts
-and vocabulary. It can be committed, and whoever has it need not train that arm again.
+and vocabulary, and sealed by another of what it says. It can be committed, and whoever has it need
+not train that arm again.
 """
 
 import base64
@@ -30,10 +31,9 @@ from fusion_model.experiments.corpora import Texts
 from fusion_model.experiments.losses import by_document, read_test, successive_cosine, word_bits
 from fusion_model.experiments.ngrams import KneserNey
 from fusion_model.experiments.sizes import Size
-from fusion_model.files import write_text
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load
-from fusion_model.schema import read_json, read_lines
+from fusion_model.schema import read_json, read_lines, write_json
 from fusion_model.scoring import score_sentences
 from fusion_model.training.claim import claim_folder
 from fusion_model.training.options import TrainingOptions
@@ -218,9 +218,13 @@ class Study:
         run = Run(arm, options, path, {"definition": definition, "epochs": [], "losses": {}})
         if path.exists():
             try:
-                run.result.update(read_json(path, dict[str, Any]))
+                run.result.update(read_json(path, dict[str, Any], sealed=True))
+                if run.result["definition"] != definition:
+                    raise ValueError("it is of another run")
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}): delete it") from None
+                raise CheckpointError(
+                    f"{path} is damaged ({error}): restore it, or delete it to train that arm again"
+                ) from None
         elif arm.model not in NGRAMS:
             self._train(run)
         return run
@@ -254,7 +258,7 @@ class Study:
     def _keep(self, run: Run) -> None:
         self.kept.mkdir(parents=True, exist_ok=True)
         saved = {"arm": run.arm.name, "sentences": self.size.sentences, **run.result}
-        write_text(run.path, json.dumps(saved, separators=(",", ":")) + "\n")
+        write_json(run.path, saved, indent=None)
 
     @cached_property
     def tokenizer(self) -> Any:
