@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -18,12 +19,15 @@ from conftest import SENTENCES
 from onnx_cases import saved_model
 from test_experiments import TOY
 
-from fusion_model.experiments.runner import Experiments
-
 pytestmark = pytest.mark.slow
 KILLS = 20
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["test_killed", "fusion_model.training.run", "fusion_model.cli"])
+FORKED.set_forkserver_preload(
+    [
+        *("test_killed", "fusion_model.training.run", "fusion_model.cli"),
+        *("fusion_model.experiments.runner", "fusion_model.benchmarks.suite.bench"),
+    ]
+)
 Job = tuple[str, Any]
 
 
@@ -37,6 +41,9 @@ def run(job: Job, log: str, room: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         work(*job)
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         if isinstance(sys.stderr, StringIO):
@@ -45,12 +52,12 @@ def run(job: Job, log: str, room: int | None) -> None:
 
 def work(kind: str, given: Any) -> None:
     """What a process is for."""
-    if kind == "experiment":
-        print(Experiments(TOY, *given).run("schedule"))
     if kind == "command":
         from fusion_model import cli
+        from fusion_model.experiments.sizes import SIZES
         from fusion_model.training import run as training
 
+        SIZES["toy"] = TOY
         training.SECONDS_PER_CHECKPOINT = 0  # type: ignore[misc]
         sys.argv[1:] = given
         cli.app(given)
@@ -95,6 +102,10 @@ def of_export(out: Path) -> Any:
     return contents(out)
 
 
+def of_experiment(out: Path) -> Any:
+    return contents(out / "results"), (out / "schedule" / "report.md").read_text()
+
+
 def of_bench(out: Path) -> Any:
     """Times differ: results can be read, and the page is whole."""
     from fusion_model.benchmarks.measure import records
@@ -122,6 +133,7 @@ def jobs(
     sizes = ["--vocab-size", "300", "--embedding-size", "8", "--hidden-size", "12"]
     sizes += ["--epochs", "4", "--tokens-per-batch", "64", "--patience", "0"]
     files = ["--train-file", str(text), "--dev-file", str(text)]
+    toy = ["--data", str(data), "--encoder", str(bert_folder), "--size", "toy", "--seeds", "1"]
     shape = ["--hidden-size", "16", "--batch", "1", "--length", "4", "--device", "cpu"]
 
     def command(*arguments: str, to: str = "--out") -> Callable[[Path], Job]:
@@ -130,10 +142,8 @@ def jobs(
     def bench(out: Path) -> Job:
         out.mkdir(exist_ok=True)
         paths = ["--results", str(out / "results"), "--report", str(out / "page.html")]
-        return "command", ["bench", "--quick", "--only", "sequence", *shape, *paths]
-
-    def experiment(out: Path) -> Job:
-        return "experiment", ([str(data)], out, 1, str(bert_folder))
+        one = ["--only", "sequence", "--backend", "torch"]  # and plain PyTorch, beside it
+        return "command", ["bench", "--quick", *one, *shape, *paths]
 
     return {
         "train": (command("train", *files, *encoder, *sizes), of_training),
@@ -142,7 +152,7 @@ def jobs(
             lambda out: contents(out, ".lock"),
         ),
         "export": (command("export", str(model), "--encoder", to=""), of_export),
-        "experiment": (experiment, lambda out: (out / "schedule" / "report.md").read_text()),
+        "experiment": (command("experiment", "schedule", *toy), of_experiment),
         "bench": (bench, of_bench),
     }
 
@@ -212,6 +222,7 @@ def test_no_room(name: str, jobs, whole, tmp_path: Path) -> None:
         code = finish(job(out), log, room)
         assert code == 1, (room, log.read_text())
         assert "Traceback" not in log.read_text(), (room, log.read_text())
+        assert log.read_text().splitlines()[-1].startswith("error: "), (room, log.read_text())
         assert finish(job(out), log) == 0, (room, log.read_text())
         assert read(out) == whole[0]
 

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -191,12 +192,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             _fail("interrupted" + (kept if function.__name__ in KEEPING else ""), INTERRUPTED)
         except BrokenPipeError:
             raise
-        except OSError as error:
-            if error.errno is None:
+        except Exception as error:
+            in_rust = re.search(r"\(os error (\d+)\)", str(error))  # tokenizers, safetensors
+            code = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
+            if code is None:
                 raise
-            full = error.errno == errno.ENOSPC
-            where = f": {error.filename}" if error.filename else ""
-            _fail(f"{'the disk is full: make room' if full else error.strerror}{where}")
+            file = getattr(error, "filename", None)
+            full = code == errno.ENOSPC
+            reason = "the disk is full: make room" if full else os.strerror(code)
+            _fail(f"{reason}: {file}" if file else reason)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
