@@ -131,9 +131,10 @@ def sum_words(
 ) -> list[tuple[str, float, int]]:
     """(word, nats, tokens) of each word of a sentence, and of `</s>` last.
 
-    With `scores.boundary`, a word's space counts with it and not with the next word: the
-    correction of Pimentel & Meister (2024) and Oh & Schuler (2024). The first word has no
-    space before it, so it gives none up; the total stays the same.
+    The space before a word counts with it, in one token with its first letters or alone. With
+    `scores.boundary` the space after it does: the correction of Pimentel & Meister (2024) and Oh &
+    Schuler (2024). The first word has no space before it, so it gives none up; the total stays
+    the same.
 
     Args:
         words: the sentence is these, joined by single spaces.
@@ -143,8 +144,8 @@ def sum_words(
     nats, counts = [0.0] * (len(words) + 1), [0] * (len(words) + 1)
     first_token = [len(offsets)] * (len(words) + 1)
     at = 0
-    for token, (_, end) in enumerate(offsets):
-        while at + 1 < len(words) and end > starts[at + 1]:
+    for token, (start, _) in enumerate(offsets):
+        while at + 1 < len(words) and start >= starts[at + 1] - 1:
             at += 1
         nats[at] += float(scores.tokens[token])
         counts[at] += 1

@@ -1,6 +1,7 @@
 """Surprisal and perplexity against sums over the full distribution, one token at a time."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -112,11 +113,15 @@ def test_perplexity_is_exp_of_the_mean(bpe, bert_folder: Path) -> None:
     assert result.word_perplexity == pytest.approx(math.exp(sum(nats) / words), rel=1e-5)
 
 
+SPACED = "The film , 漢字 — q ."
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("text", [SENTENCES[0], SPACED])
 @pytest.mark.parametrize("context", ["sentence", "article"])
-def test_whitespace_correction(context: str, bpe, bert_folder: Path) -> None:
+def test_whitespace_correction(context: str, text: str, bpe, bert_folder: Path) -> None:
     lm = make(bpe, bert_folder, "none")
-    document = [Document("one", SENTENCES[:1])]
+    document = [Document("one", [text])]
     plain = lm.score(document, context=context)
     corrected = lm.score(document, context=context, whitespace_correction=True)
     assert sum(w.nats for w in corrected) == pytest.approx(sum(w.nats for w in plain), abs=1e-4)
@@ -128,12 +133,21 @@ def test_whitespace_correction(context: str, bpe, bert_folder: Path) -> None:
         logits = lm.model(torch.tensor([tokens])).logits[0, -1].double()
         return -float(torch.log_softmax(logits, -1)[boundary].logsumexp(0))
 
-    sequence, seen = ids_of(lm, SENTENCES[0]), 1
+    sequence, seen = ids_of(lm, text), 1
     for i, (a, b) in enumerate(zip(plain, corrected, strict=True)):
         before = space(sequence[:seen]) if i else 0.0
         seen += a.tokens
         after = space(sequence[:seen]) if a.text != "</s>" else 0.0
         assert b.nats == pytest.approx(a.nats - before + after, abs=1e-4)
+
+
+def test_a_space_counts_with_the_word_after_it(bpe, bert_folder: Path) -> None:
+    """In one token with its first letters, or as a token of its own."""
+    pieces = bpe.tokenize(SPACED)
+    assert pieces.count("Ġ") > 2
+    starts = [0, *(i for i, piece in enumerate(pieces) if piece.startswith("Ġ")), len(pieces)]
+    words = make(bpe, bert_folder, "none").score([Document("d", [SPACED])])
+    assert [w.tokens for w in words] == [*(b - a for a, b in pairwise(starts)), 1]
 
 
 def test_correction_needs_a_vocabulary_that_marks_spaces(bert_folder: Path) -> None:
