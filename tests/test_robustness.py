@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import stat
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import SENTENCES
 from safetensors.torch import load_file, save_file
@@ -20,10 +22,12 @@ from test_training import metrics
 
 import fusion_model
 from fusion_model.data.text import Document
+from fusion_model.data.tokenizer import cut_vocabulary
 from fusion_model.encoders import load_encoder
 from fusion_model.errors import CheckpointError, FusionLMError, TooLong
 from fusion_model.files import locked
 from fusion_model.prefixes.planner import PrefixPlanner
+from fusion_model.prefixes.stream import PrefixStream
 from fusion_model.schema import Range, read_json, write_json
 from fusion_model.training import run as training
 from fusion_model.training.options import TrainingOptions
@@ -427,6 +431,29 @@ def test_a_sentence_beyond_the_window_is_read_in_windows(
     short = bpe(SENTENCES[0])["input_ids"]
     both = planner.inputs([short, ids], [(), short])
     assert both[: len(short) + 1] == planner.inputs([short])
+
+
+@pytest.mark.parametrize("policy", ["every", "word", "stride:3", "sentence", "incremental"])
+@pytest.mark.parametrize("shares", [False, True], ids=["bpe", "shared"])
+def test_a_text_that_grows_beyond_the_window_is_read_as_in_scoring(
+    policy: str, shares: bool, bpe, bert_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = load_encoder(str(bert_folder), "static+mean", policy=policy)
+    tokenizer = cut_vocabulary(encoder.tokenizer, [LONG], 10_000) if shares else bpe
+    planner = PrefixPlanner(encoder, tokenizer, shares_vocabulary=shares)
+    odd = tokenizer("  a\n\n 漢字 🙂 é � x  y")["input_ids"]
+    some = random.Random(0).choices(range(3, len(tokenizer)), k=100)
+    row = (tokenizer.bos_token_id, *tokenizer(LONG)["input_ids"], *odd, *some)
+    whole = planner.inputs([row])
+    assert planner.outgrown
+    stream, ends = PrefixStream(planner), range(1, len(row) + 1)
+    assert [stream.inputs_of(row[:t], range(t - 1, t))[0] for t in ends] == whole
+    assert PrefixStream(planner).inputs_of(row, range(len(row))) == whole
+    assert PrefixStream(planner).inputs_of(row, range(len(row) - 1, len(row))) == whole[-1:]
+    last = np.stack([stream.step([row])[0] for _ in range(3)])
+    assert np.allclose(last, planner.encoder.encode(whole[-1:]), atol=1e-5)
+    assert capsys.readouterr().err.count("outgrows the encoder's window") == 1
+    assert not planner.outgrown  # which would else be taken for what is scored next
 
 
 def test_words_beyond_the_window_are_scored_with_a_note(

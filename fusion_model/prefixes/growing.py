@@ -1,9 +1,11 @@
 """Encoder inputs of texts that grow by a token: words that are done are not looked at again."""
 
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
 from fusion_model.encoders.inputs import EncoderInput, TokenInputs
+from fusion_model.errors import TooLong
 from fusion_model.prefixes.planner import PrefixPlanner
 
 
@@ -13,14 +15,16 @@ class Grown(NamedTuple):
     Attributes:
         ids: of the words that are done, the encoder's, little-endian int32.
         word: the language model's tokens of the word that is being written.
+        tokens: the language model's, of all that the encoder is shown.
     """
 
     ids: bytes = b""
     word: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 class GrowingInputs:
-    """What `PrefixPlanner.last_inputs` finds, from what was found for a token less.
+    """What `PrefixPlanner.inputs` finds for the last position, from that for a token less.
 
     Args:
         planner: one for which `can_grow` holds.
@@ -34,14 +38,35 @@ class GrowingInputs:
         self._decoded = lru_cache(4096)(lambda tokens: str(decode(list(tokens))))
 
     def grown(self, text: Grown, token: int) -> Grown:
-        """The text with one token more."""
+        """The text with one token more: of its last part, where it outgrows the encoder's window,
+        as in `PrefixPlanner.inputs`."""
         if token in self._special:
             return text
+        longer = self._longer(text, token)
+        with suppress(TooLong):
+            self.input(longer)
+            if len(longer.tokens) <= self._planner.most:
+                return longer
+        self._planner.outgrown.append(list(longer.tokens))
+        with suppress(TooLong):
+            return self._anew(longer.tokens[-1 - len(text.tokens) // 2 :])
+        return self._anew((token,))
+
+    def _anew(self, tokens: tuple[int, ...]) -> Grown:
+        """A text that fits the encoder's window all along; `TooLong` where it does not."""
+        text = Grown()
+        for token in tokens:
+            text = self._longer(text, token)
+            self.input(text)
+        return text
+
+    def _longer(self, text: Grown, token: int) -> Grown:
+        tokens = (*text.tokens, token)
         if self._map is not None:
-            return Grown(text.ids + self._map[token].astype("<i4").tobytes())
+            return Grown(text.ids + self._map[token].astype("<i4").tobytes(), (), tokens)
         if text.word and self._decoded((token,))[:1].isspace():
-            return Grown(self._ids(text, self._decoded(text.word)), (token,))
-        return Grown(text.ids, (*text.word, token))
+            return Grown(self._ids(text, self._decoded(text.word)), (token,), tokens)
+        return Grown(text.ids, (*text.word, token), tokens)
 
     def input(self, text: Grown) -> EncoderInput:
         """What the encoder is given."""

@@ -7,6 +7,7 @@ nothing. Nothing here needs PyTorch: vectors are whatever encoder and store agre
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -33,6 +34,7 @@ class PrefixPlanner:
 
     Attributes:
         to_encoder: the encoder's id of each token, [V], where they share a vocabulary.
+        most: tokens that a window may hold.
         outgrown: tokens of the sentences that outgrew the encoder's window.
 
     Raises:
@@ -53,6 +55,7 @@ class PrefixPlanner:
                 f"policy {encoder.policy!r} goes with view 'prefix' only, not with {view!r}"
             )
         self.outgrown: list[list[int]] = []
+        self.most = LARGEST * getattr(encoder, "window", math.inf)
         self.special_ids = sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
         self.to_encoder: np.ndarray | None = None
         if shares_vocabulary and isinstance(encoder, TokenInputs):
@@ -70,8 +73,7 @@ class PrefixPlanner:
         """
         contents = [self._content(ids) for ids in sentences]
         before = [self._content(ids) for ids in previous or [()] * len(sentences)]
-        most = LARGEST * getattr(self.encoder, "window", math.inf)
-        if self.view != "prefix" or all(len(ids) <= most for ids in contents):
+        if self.view != "prefix" or all(len(ids) <= self.most for ids in contents):
             try:
                 return self._inputs(contents, before)
             except TooLong:
@@ -88,7 +90,7 @@ class PrefixPlanner:
         found: list[EncoderInput] = []
         start = 0
         while len(found) <= len(content):
-            rest = content[start : start + LARGEST * self.encoder.window]
+            rest = content[start : start + int(self.most)]
             lengths = range(len(rest) + 1)
             size = bisect_left(lengths, True, key=lambda n: not self._fits(rest[:n], previous)) - 1
             new = self._inputs([rest[:size]], [previous])[len(found) - start :]
@@ -135,15 +137,19 @@ class PrefixPlanner:
         positions = range(len(content) + 1)[start:]
         anchors = self._anchors(content)
         needed = sorted({*positions, *(anchors[t] for t in positions)})
-        if self.view != "prefix" or self.policy.name == "sentence" or len(needed) > len(content):
-            return self.inputs([ids])[start:]
+        few = len(needed) <= len(content) <= self.most
+        if self.view == "prefix" and self.policy.name != "sentence" and few:
+            with suppress(TooLong):
+                known = dict(zip(needed, self._of_lengths(content, needed), strict=True))
+                return [self.of_policy(known[anchors[t]], known[t]) for t in positions]
+        return self.inputs([ids])[start:]
+
+    def _of_lengths(self, content: list[int], lengths: Sequence[int]) -> Sequence[EncoderInput]:
+        """Exact inputs of a text's first tokens, so many each time."""
         if self.to_encoder is not None:
-            own = self._from_ids([self.to_encoder[content[:t]].tolist() for t in needed])
-        else:
-            texts = [str(self.tokenizer.decode(content[:t])).rstrip("�").strip() for t in needed]
-            own = self.encoder.inputs_from_texts(texts)
-        known = dict(zip(needed, own, strict=True))
-        return [self.of_policy(known[anchors[t]], known[t]) for t in positions]
+            return self._from_ids([self.to_encoder[content[:t]].tolist() for t in lengths])
+        texts = [str(self.tokenizer.decode(content[:t])).rstrip("�").strip() for t in lengths]
+        return self.encoder.inputs_from_texts(texts)
 
     def of_policy(self, anchor: EncoderInput, own: EncoderInput) -> EncoderInput:
         """The input of a position, from the exact ones of its anchor and of its own text."""

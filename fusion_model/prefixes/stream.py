@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fusion_model import progress
 from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.prefixes.growing import GrowingInputs, Grown, can_grow
 from fusion_model.prefixes.planner import PrefixPlanner
@@ -33,6 +34,7 @@ class PrefixStream:
         self._growing = GrowingInputs(planner) if can_grow(planner) else None
         self._texts: OrderedDict[tuple[int, ...], Grown] = OrderedDict()
         stream = getattr(planner.encoder, "stream", None)
+        self._noted = False
         self._encode = stream().encode if stream else planner.encoder.encode
 
     def step(self, rows: Sequence[Sequence[int]]) -> list[Any]:
@@ -52,6 +54,10 @@ class PrefixStream:
         """
         of_rows = [self.inputs_of(tuple(row), range(len(row))[start:]) for row in rows]
         inputs = [given for of_row in of_rows for given in of_row]
+        if self._planner.outgrown and not self._noted:
+            progress.note("the text outgrows the encoder's window: it sees the last part only")
+            self._noted = True
+        self._planner.outgrown.clear()
         new = dict.fromkeys(given for given in inputs if given not in self._vectors)
         ends = [given for given in dict.fromkeys(of_row[-1] for of_row in of_rows) if given in new]
         within = [given for given in new if given not in set(ends)]
