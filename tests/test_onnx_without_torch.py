@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 LIGHT = ["onnxruntime", "tokenizers", "numpy", "sentencex", "typer", "rich"]
 HEAVY = ["torch", "transformers", "sklearn", "datasets", "onnx", "safetensors"]
 HEAVY += ["psutil", "matplotlib"]
+LINES = 60  # of WikiText-2: some 3,000 words
 WITHOUT = f"""
 import sys
 for name in {HEAVY}:
@@ -159,9 +160,10 @@ def test_names_are_lazy_and_the_auto_classes_know_the_model() -> None:
         _ = fusion_model.nothing
 
 
-@pytest.mark.slow
-def test_an_environment_with_onnxruntime_alone(export: Path, text: Path, tmp_path: Path) -> None:
-    venv = tmp_path / "venv"
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """`fusion-lm` in an environment of its own, with ONNX Runtime alone."""
+    venv = tmp_path_factory.mktemp("light") / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = str(venv / "bin" / "python")
     for what in (LIGHT, ["--no-deps", str(ROOT)]):
@@ -174,12 +176,43 @@ def test_an_environment_with_onnxruntime_alone(export: Path, text: Path, tmp_pat
     for name in HEAVY:
         there = subprocess.run([python, "-c", f"import {name}"], capture_output=True, cwd="/")
         assert there.returncode, f"{name} is in the environment: the test shows nothing"
-    command = [str(venv / "bin" / "fusion-lm")]
-    found = scores(command, export, text, tmp_path / "out.tsv")
-    agree(found, expected(export, text))
-    profiled(command, export, text, tmp_path / "p.json")
-    whole = fusion_model.load(str(export.parent)).perplexity(read_documents([str(text)]))
-    shown = said(command, "evaluate", "--onnx", export, "--text", text)
-    for value in (f"{whole.perplexity:.2f}", f" {whole.words} ", f" {whole.tokens} "):
-        assert value in shown
-    assert said(command, "generate", "--onnx", export, "--prompt", "The cat").startswith("The cat")
+    return [str(venv / "bin" / "fusion-lm")]
+
+
+def held_to_pytorch(
+    command: list[str], export: Path, model: str, text: Path, tolerance: float
+) -> None:
+    """`evaluate`: as many words and tokens, and about the perplexity."""
+    wanted = fusion_model.load(model).perplexity(read_documents([str(text)]))
+    found = json.loads(said(command, "evaluate", "--onnx", export, "--text", text, "--json"))
+    assert (found["words"], found["tokens"]) == (wanted.words, wanted.tokens)
+    assert found["perplexity"] == pytest.approx(wanted.perplexity, rel=tolerance)
+    print(f"{model}: {wanted.words} words, perplexity {wanted.perplexity} {found['perplexity']}")
+
+
+@pytest.mark.slow
+def test_an_environment_with_onnxruntime_alone(
+    light: list[str], export: Path, text: Path, tmp_path: Path
+) -> None:
+    agree(scores(light, export, text, tmp_path / "out.tsv"), expected(export, text))
+    profiled(light, export, text, tmp_path / "p.json")
+    held_to_pytorch(light, export, str(export.parent), text, 1e-5)
+    assert said(light, "generate", "--onnx", export, "--prompt", "The cat").startswith("The cat")
+
+
+@pytest.mark.slow
+def test_the_shipped_model_in_int8_without_pytorch(
+    light: list[str], shared_data: Path, tmp_path: Path
+) -> None:
+    """Incremental, on the beginning of WikiText-2's test text."""
+    export, text, name = tmp_path / "onnx", tmp_path / "text.txt", "fusion-lm-small"
+    lines = (shared_data / "wikitext-2" / "test.txt").read_text().splitlines()
+    text.write_text("\n".join(lines[:LINES]) + "\n")
+    manifest = export_model(name, export, encoder=True, precision="int8")
+    assert (manifest["precision"], manifest["encoder"]["policy"]) == ("int8", "incremental")
+    words = scores(light, export, text, tmp_path / "out.tsv")
+    wanted = fusion_model.load(name).score(read_documents([str(text)]))
+    assert [word for word, _ in words] == [word.text for word in wanted]
+    held_to_pytorch(light, export, name, text, 0.005)
+    profiled(light, export, text, tmp_path / "p.json")
+    assert said(light, "generate", "--onnx", export, "--prompt", "The old").startswith("The old")
