@@ -26,20 +26,23 @@ class _TargetLogProbs(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
         # x [N, D], weight [V, D], bias [V], targets [N] -> [N]
-        out, gradients = _pass(x, weight, bias, targets, x.new_ones(len(x)))
-        ctx.save_for_backward(x, weight, bias, targets, *(gradients or ()))
+        out, ctx.gradients = _pass(x, weight, bias, targets, x.new_ones(len(x)))
+        ctx.save_for_backward(x, weight, bias, targets)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, targets, *gradients = ctx.saved_tensors
-        upstream = grads[0]
-        scale = upstream[:1]
+        x, weight, bias, targets = ctx.saved_tensors
+        upstream, gradients = grads[0], ctx.gradients
+        ctx.gradients = None  # they are given away: a second backward pass computes them again
         # A sum's gradient is one number, expanded; of others a GPU is asked whether all are alike.
-        if upstream.stride() != (0,) and bool((upstream != scale).any()):
-            scale = torch.ones_like(scale)
+        alike = upstream.stride() == (0,) or not bool((upstream != upstream[:1]).any())
+        if gradients is None or not alike:
             gradients = _pass(x, weight, bias, targets, upstream)[1]
-        of_x, of_weight, of_bias = (g * scale.to(g.dtype) for g in gradients)
+        else:
+            for gradient in gradients:
+                gradient.mul_(upstream[:1])
+        of_x, of_weight, of_bias = gradients
         return of_x, of_weight.to(weight.dtype), None if bias is None else of_bias.to(x.dtype), None
 
 
@@ -49,9 +52,9 @@ def _pass(
     """log p [N], and, given an upstream gradient [N], the gradients of x, weight and bias."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.empty(len(x), dtype=wide, device=x.device)
+    grad_weight: Tensor | None = None
     if upstream is not None:
         grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device)
         grad_bias = torch.zeros(len(weight), dtype=wide, device=x.device)
     # The same memory for all: fresh pages would cost a third of the product. The bias is added to
     # what is in the cache: `addmm` would write it to all logits first.
@@ -77,8 +80,16 @@ def _pass(
             grad_bias += z.sum(0)
             logits[rows] = z
         torch.mm(logits, weight, out=grad_x[chunk])
-        grad_weight += logits.t() @ x[chunk]
-    return out, None if upstream is None else (grad_x, grad_weight, grad_bias)
+        if grad_weight is None:  # most often the only one
+            grad_weight = logits.t() @ x[chunk]
+        elif x.dtype == wide:
+            grad_weight.addmm_(logits.t(), x[chunk])
+        else:
+            grad_weight = grad_weight.to(wide).add_(logits.t() @ x[chunk])
+    if upstream is None:
+        return out, None
+    grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
+    return out, (grad_x, grad_weight, grad_bias)
 
 
 def _log_sums(logits: Tensor, bias: Tensor, buffer: Tensor) -> Tensor:

@@ -249,6 +249,25 @@ def test_target_log_probs_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(lambda x, w: target_log_probs(x, w, None, y), (x, w))
 
 
+@pytest.mark.parametrize("n", [3, 9])
+def test_target_log_probs_backward_twice(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of the forward pass are given away at the first one."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK", 4)
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((n, 5), (11, 5), (11,)))
+    y = torch.randint(11, (n,))
+    loss = target_log_probs(x, w, b, y).mean()
+    first = torch.autograd.grad(loss, (x, w, b), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, (x, w, b))
+    expected = torch.log_softmax(x @ w.T + b, -1).gather(1, y[:, None]).mean()
+    for a, c, d, e in zip(
+        first, kept, second, torch.autograd.grad(expected, (x, w, b)), strict=True
+    ):
+        assert torch.equal(a, c)
+        torch.testing.assert_close(a, e)
+        torch.testing.assert_close(d, e)
+
+
 def test_target_log_probs_under_autocast() -> None:
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((9, 16), (11, 16), (11,)))
     y = torch.randint(11, (9,))
