@@ -25,6 +25,7 @@ from fusion_model.experiments.losses import read_test
 from fusion_model.experiments.runner import EXPERIMENTS, Experiments
 from fusion_model.experiments.sizes import Size, size_by_name
 from fusion_model.experiments.study import Arm, Run, Study
+from fusion_model.files import locked
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.training import run as run_module
 
@@ -118,6 +119,12 @@ def test_interrupted_experiment_ends_the_same(
     again = Experiments(TOY, [str(data)], tmp_path / "other", 1, settings.encoder)
     assert again.run("schedule").read_text() == whole
     assert len(calls) == 8
+
+
+def test_one_process_at_a_time(settings: Experiments) -> None:
+    settings.out.mkdir()
+    with locked(settings.out / ".lock", "it"), pytest.raises(FusionLMError, match="in use by an"):
+        settings.run("examples")
 
 
 class Landscape(Study):

@@ -29,7 +29,7 @@ from fusion_model.experiments.report import Findings
 from fusion_model.experiments.sizes import Size
 from fusion_model.experiments.study import Study
 from fusion_model.experiments.tables import describe
-from fusion_model.files import write_text
+from fusion_model.files import locked, write_text
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load
 from fusion_model.training.options import TrainingOptions
@@ -116,25 +116,31 @@ class Experiments:
         return self._studies.setdefault((sentences, domains), study)
 
     def run(self, name: str) -> Path:
-        """The report of an experiment, `out/NAME/report.md`."""
+        """The report of an experiment, `out/NAME/report.md`.
+
+        Raises:
+            FusionLMError: unknown; another process works in `out`; bad data.
+        """
         if name not in EXPERIMENTS:
             raise FusionLMError(
                 f"unknown experiment {name!r}: choose one of {', '.join(EXPERIMENTS)}, or all"
             )
         self._claim()
-        note = self._note({self.encoder})
+        with locked(self.out / ".lock", str(self.out)):
+            findings = self._findings(name)
+            if name in SCORING and self.models:
+                findings.title += ", models trained beforehand"
+            return findings.write(self.out / name)
+
+    def _findings(self, name: str) -> Findings:
         if name == "reading-times":
-            findings = self._reading_times()
-        elif name == "examples":
-            findings = examples.run(*self._models(name))
-        else:
-            arms = arms_of(name, self.size, *self._encoder_shape())
-            sizes = list(self.size.data_sizes) if name == "data-size" else [self.size.sentences]
-            studies = {n: self.study_of(n, name == "domain") for n in sizes}
-            findings = comparisons.run(name, studies, arms, note)
-        if name in SCORING and self.models:
-            findings.title += ", models trained beforehand"
-        return findings.write(self.out / name)
+            return self._reading_times()
+        if name == "examples":
+            return examples.run(*self._models(name))
+        arms = arms_of(name, self.size, *self._encoder_shape())
+        sizes = list(self.size.data_sizes) if name == "data-size" else [self.size.sentences]
+        studies = {n: self.study_of(n, name == "domain") for n in sizes}
+        return comparisons.run(name, studies, arms, self._note({self.encoder}))
 
     def _claim(self) -> None:
         """A folder is of one size, encoder and corpus: its reports would else be overwritten."""
