@@ -15,7 +15,6 @@ from fusion_model import FUSIONS, FusionLMForCausalLM
 pytest.importorskip("triton")
 
 from fusion_model.kernels.check.decode_cases import copied
-from fusion_model.kernels.triton import decode as triton_decode
 from fusion_model.kernels.triton import decoder as triton_token
 from fusion_model.kernels.triton import guards
 from fusion_model.kernels.triton.decode import choose, kernel_token
@@ -167,11 +166,15 @@ def test_top_k_keeps_the_k_greatest(k: int) -> None:
     assert torch.equal(tokens, logits.argmax(-1)) == (k == 1)
 
 
-def test_large_vocabularies_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program would keep what does not fit into its registers on the stack."""
-    monkeypatch.setattr(triton_decode, "decode_choose", None)
+@pytest.mark.parametrize("k", [0, 5])
+def test_large_vocabularies(k: int) -> None:
+    """Block after block; of two that are as good, in blocks apart, the first."""
     logits = torch.randn(2, 131_072)
-    assert chosen(logits, 0, 1e-6, 5).tolist() == logits.argmax(-1).tolist()
+    logits[1, [20_000, 131_071]] = logits.max() + 1
+    assert chosen(logits, 0, 1e-6, k)[0] == logits[0].argmax()
+    args = decoder(torch.float32, batch=2).steps[0]
+    choose(logits, args)
+    assert args.ids.tolist() == [int(logits[0].argmax()), 20_000]
 
 
 def test_samples_depend_on_the_seed_alone() -> None:

@@ -73,7 +73,7 @@ def times(device: torch.device) -> Iterator[tuple[str, Any]]:
     ):  # fmt: skip
         shape = device, what, batch, steps
         make = partial(lambda *a: (_run("triton", *a), _run("torch", *a)), *shape)
-        run = partial(timing.versus, make, False, None, tags=["model"], steps=steps)
+        run = partial(timing.versus, make, False, tags=["model"], steps=steps)
         yield f"{what} bf16 B{batch} T{steps}, eager", run
 
 

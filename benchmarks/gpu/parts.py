@@ -1,4 +1,4 @@
-"""What `fusion-lm gpu-check` runs: the kernels' own checks, whole models, floors and times."""
+"""What `fusion-lm gpu-check` runs: the kernels' own checks, whole models and times."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from fusion_model.benchmarks.gpu import timing
-from fusion_model.benchmarks.gpu.work import give_floors, verdicts
+from fusion_model.benchmarks.gpu.goals import verdicts
 from fusion_model.kernels.check.cases import Named, Result
 from fusion_model.kernels.check.gpu import CHECKS, Part
 
@@ -23,7 +23,6 @@ PARTS = {
     **CHECKS,
     # Compiled here, beside each other, what is timed below.
     **{f"compile {n}": Part(f"{_HERE}.parts:compiled:{n}", 90) for n in _TIMED},
-    "floors": Part(f"{_HERE}.floors:floors", 30, timed=True),
     **{name: Part(home, 30, timed=True) for name, home in _TIMED.items()},
 }
 
@@ -46,6 +45,5 @@ def compiled(device: torch.device, name: str) -> list[Named]:
 
 
 def judge(results: dict[str, Any]) -> None:
-    """Floors of the rows that are known by now, and what the project's goals make of them."""
-    give_floors(results["parts"])
+    """What the project's goals make of the rows that are known by now."""
     results["goals"] = verdicts(results["parts"])

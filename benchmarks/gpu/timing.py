@@ -13,20 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusion_model.benchmarks.gpu import work as gpu_work
 from fusion_model.benchmarks.measure.timing import microseconds
 from fusion_model.kernels.check.cases import Named, Result
 from fusion_model.kernels.cuda_graphs import record
 from fusion_model.kernels.linear_cross_entropy import target_log_probs
 from fusion_model.kernels.lstm import flatten
 from fusion_model.kernels.prefix_lstm import prefix_lstm
-from fusion_model.kernels.triton import configs
 from torch import Tensor, nn
 
 DEVICE = "cuda"
 D, H, V = 512, 768, 8192
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-BYTES = 2  # of a number
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
@@ -37,32 +34,26 @@ def graphed(run: Callable[[], Any]) -> Callable[[], None]:
     return replay
 
 
-def versus(
-    make: Callable[[], Pair], graph: bool, work: gpu_work.Work | None, **more: Any
-) -> Result:
+def versus(make: Callable[[], Pair], graph: bool, **more: Any) -> Result:
     """Both times, and their ratio; a baseline that fails leaves the ratio unmeasured."""
-    row: Result = {"ok": True, **more} | ({} if work is None else {"work": vars(work)})
+    row: Result = {"ok": True, **more}
     for side, run in zip(("us", "baseline_us"), make(), strict=True):
         try:
             row[side] = microseconds(graphed(run) if graph else run)
         except Exception as error:
             row["ok"] = row["ok"] and side != "us"
             row[f"{side}_error"] = f"{type(error).__name__}: {error}"[:300]
-    if "us" in row and work is not None and work.flops:
-        row["tflops"] = work.flops / row["us"] / 1e6
     if "us" in row and "baseline_us" in row:
         row["ratio"] = row["baseline_us"] / row["us"]
     return row
 
 
-def both(
-    name: str, make: Callable[[], Pair], work: Any, tags: list[str], **more: Any
-) -> list[Named]:
-    """The same eager, and as a graph: the floor is for graphs, which launch at no cost."""
-    graph_tags = [*tags, f"{tags[0]} graph", "floor"] if tags else []
+def both(name: str, make: Callable[[], Pair], tags: list[str], **more: Any) -> list[Named]:
+    """The same eager, and as a graph, which launches at no cost."""
+    graph_tags = [*tags, f"{tags[0]} graph"] if tags else []
     return [
-        (f"{name}, eager", partial(versus, make, False, work, tags=tags, **more)),
-        (f"{name}, graph", partial(versus, make, True, work, tags=graph_tags, **more)),
+        (f"{name}, eager", partial(versus, make, False, tags=tags, **more)),
+        (f"{name}, graph", partial(versus, make, True, tags=graph_tags, **more)),
     ]
 
 
@@ -81,28 +72,23 @@ def sequences(device: torch.device, steps: int = 256) -> Iterator[Named]:
     """Inference from a table of input gates, and training steps, against nn.LSTM."""
     for dtype, kind in NAMES.items():
         for batch in (1, 16, 64, 256):
-            yield from _sequence(device, dtype, batch, H, steps, True)
+            yield from _sequence(dtype, batch, H, steps, True)
         if kind == "bf16":  # other widths: padded, and a launch a step
             for hidden, batch in ((650, 16), (1500, 64)):
-                yield from _sequence(device, dtype, batch, hidden, steps, False)
+                yield from _sequence(dtype, batch, hidden, steps, False)
 
 
 def _sequence(
-    device: torch.device, dtype: torch.dtype, batch: int, hidden: int, steps: int, tagged: bool
+    dtype: torch.dtype, batch: int, hidden: int, steps: int, tagged: bool
 ) -> Iterator[Named]:
-    name, kind = f"{NAMES[dtype]} B{batch} H{hidden} T{steps}", NAMES[dtype]
+    name = f"{NAMES[dtype]} B{batch} H{hidden} T{steps}"
     tags = {False: ["sequence 256" if batch == 256 else "sequence"], True: ["training"]}
     for training, what in ((False, "sequence"), (True, "training step")):
-        chip = configs.chip_of(device)
-        plan = configs.rows_plan(chip, hidden, batch, 1, dtype, steps, training)
-        config = configs.sequence_config(chip, hidden, batch, dtype)
-        shape = kind, batch, steps, hidden, D, training
-        work = gpu_work.sequence_work(config if plan.persistent else None, *shape)
         make = partial(_training_pair if training else _inference_pair, dtype, batch, hidden, steps)
         # There cuDNN has a persistent kernel of its own; elsewhere it launches every step.
         hard = dtype == torch.float16 and hidden % 128 == 0 and batch % 8 == 0 and batch <= 128
         more = {"steps": steps, "cudnn": "persistent"} if hard else {"steps": steps}
-        yield from both(f"{what} {name}", make, work, tags[training] if tagged else [], **more)
+        yield from both(f"{what} {name}", make, tags[training] if tagged else [], **more)
 
 
 def _inference_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> Pair:
@@ -143,10 +129,8 @@ def tokens(device: torch.device) -> Iterator[Named]:
     """A token, greedy: cell, projection, vocabulary, choice."""
     for dtype, kind in NAMES.items():
         for batch in (1, 16):
-            moved = BYTES * (4 * H * H + D * H + V * D + batch * (4 * H + V))
-            work = gpu_work.Work(moved, 2 * batch * moved // BYTES, kind, 4)
             make = partial(_token, dtype, batch)
-            yield from both(f"token {kind} B{batch}", make, work, [f"token {batch}"])
+            yield from both(f"token {kind} B{batch}", make, [f"token {batch}"])
 
 
 @torch.no_grad()
@@ -177,15 +161,9 @@ def prefixes(device: torch.device, sentences: int = 328, steps: int = 25) -> Ite
     """All prefixes of `sentences` of one length, against cuDNN on packed rows."""
     for dtype, kind in NAMES.items():
         for training in (False, True):
-            done = sentences * steps * (steps + 1) // 2  # steps of all rows together
-            flops = (3 if training else 1) * 8 * H * (done * H + sentences * steps * D)
-            moved = BYTES * (sentences * steps * (D + 4 * H) + done * H + 4 * H * (H + D))
-            if training:
-                moved += done * H * (2 * 4 * BYTES * 2 + 2 * 4)  # gates, their gradients, c
-            work = gpu_work.Work(moved, flops, kind, (2 if training else 1) * steps)
             name = f"prefixes {kind} {sentences * steps} rows" + ", training" * training
             make = partial(_prefixes, dtype, sentences, steps, training)
-            yield from both(name, make, work, [] if training else ["prefixes"])
+            yield from both(name, make, [] if training else ["prefixes"])
 
 
 def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) -> Pair:
@@ -215,10 +193,8 @@ def surprisals(device: torch.device, n: int = 8192) -> Iterator[Named]:
     """Surprisal of n positions, against whole logits by PyTorch."""
     for dtype, kind in NAMES.items():
         for training in (False, True):
-            moved = BYTES * (n * D + V * D) * (2 if training else 1)
-            work = gpu_work.Work(moved, 2 * n * D * V * (3 if training else 1), kind, 0)
             name = f"surprisal {kind} N{n}" + ", training" * training
-            yield from both(name, partial(_surprisal, dtype, n, training), work, [])
+            yield from both(name, partial(_surprisal, dtype, n, training), [])
 
 
 def _surprisal(dtype: torch.dtype, n: int, training: bool) -> Pair:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,9 +61,8 @@ def kernels(
     from fusion_model.kernels.check.variants import variants
 
     work = [(v, chip) for chip in chips for v in variants(chip) if match in v.name]
-    if quick:  # a name is the kernel's until its first number
-        first = {(re.split(r"\d", v.name)[0], chip): (v, chip) for v, chip in reversed(work)}
-        work = list(first.values())
+    if quick:
+        work = list({(v.home, chip): (v, chip) for v, chip in reversed(work)}.values())
     if not work:
         raise FusionLMError(f"no kernel has {match!r} in its name")
     with progress.track("kernels", len(work)) as update:

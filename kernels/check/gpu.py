@@ -157,7 +157,7 @@ def run_parts(
     Args:
         jobs: checks at a time; 0: as many as there are cores, at most 8.
         machine: what the results belong to.
-        judge: called with the results so far; adds floors and goals.
+        judge: called with the results so far; adds goals.
     """
     began = time.monotonic()
     rows: dict[str, list[Result]] = {name: [] for name in parts}

@@ -6,17 +6,15 @@ from typing import Any
 Results = Mapping[str, Any]
 
 
-def _number(row: Mapping[str, Any], key: str, form: str = ".2f") -> str:
-    return format(row[key], form) if row.get(key) is not None else ""
+def _number(row: Mapping[str, Any], key: str) -> str:
+    return format(row[key], ".2f") if row.get(key) is not None else ""
 
 
 def _remarks(row: Mapping[str, Any]) -> str:
     found = []
     if "of_budget" in row:
         found.append(f"error {row['of_budget']:.2f} of the budget, {row['plan']}")
-    if "gb_per_s" in row:
-        found.append(f"{row['gb_per_s']:.0f} GB/s")
-    keys = ("error", "us_error", "refused")
+    keys = ("error", "us_error")
     found += [str(row[key]) for key in keys if key in row]
     if "cudnn" in row:
         found.append(f"cuDNN is {row['cudnn']}")
@@ -28,9 +26,8 @@ def _remarks(row: Mapping[str, Any]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     per_step = row["us"] / row["steps"] if "us" in row and "steps" in row else None
     timed = dict(row) | {"per_step": per_step}
-    figures = [_number(timed, k) for k in ("us", "per_step", "baseline_us", "ratio", "x_floor")]
-    return [row["case"], "ok" if row["ok"] else "FAILED", *figures, _number(row, "tflops", ".0f"),
-            _remarks(row)]  # fmt: skip
+    figures = [_number(timed, k) for k in ("us", "per_step", "baseline_us", "ratio")]
+    return [row["case"], "ok" if row["ok"] else "FAILED", *figures, _remarks(row)]
 
 
 def _table(head: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
@@ -50,7 +47,7 @@ def report(results: Results) -> str:
         for g in results["goals"]
     )  # fmt: skip
     lines += _table(["goal", "needed", "worst", "rows measured", "verdict"], goals)
-    head = ["case", "", "µs", "µs a step", "theirs µs", "times theirs", "x floor", "TFLOP/s", ""]
+    head = ["case", "", "µs", "µs a step", "theirs µs", "times theirs", ""]
     for part, rows in results["parts"].items():
         lines += ["", f"## {part}", "", *_table(head, map(_cells, rows))]
     return "\n".join(lines) + "\n"

@@ -1,35 +1,24 @@
-"""The kernel configurations that ship, as they are compiled ahead of time.
+"""The launches that ship, recorded in place of being made, to be compiled ahead of time.
 
-They come from the same pure functions that choose at run time: hidden widths 512, 650, 768, 1024,
-1500 and 2048, batches 8 to 256, bfloat16 throughout, float16 and float32 where they differ.
+The operations run as they are, on tensors without memory: what is compiled is what a GPU would be
+asked for at hidden widths 512, 650, 768, 1024 and 1500 and at batches from 1 to 256, in
+bfloat16 throughout, in float16 and float32 at two widths. No size of a vocabulary is compiled in.
 """
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
-from fusion_model.kernels.triton.configs import (
-    KNOWN_CHIPS,
-    padded,
-    sequence_backward_config,
-    sequence_config,
-    step_units,
-)
+from fusion_model.kernels.triton import configs, guards
+from torch import Tensor, nn
 
-WIDTHS = (512, 650, 768, 1024, 1500, 2048)
-BATCHES = (8, 16, 32, 64, 128, 256)
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
-IDS = {"p_ids": "*i64", "p_targets": "*i64", "p_tokens": "*i64", "p_seed": "*i64",
-       "p_keep": "*u8", "p_done": "*u8", "p_count": "*i32"}  # fmt: skip
-FLOATS = ("p_c", "p_c_saved", "p_c_next", "p_c_before", "p_dc", "p_held", "p_max", "p_sum", "p_hit",
-          "p_lse", "p_upstream", "p_logits", "p_temperature")  # fmt: skip
-
-LAUNCH = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
-FORWARD = "triton.lstm_sequence:sequence_forward_kernel"
-BACKWARD = "triton.lstm_sequence_backward:sequence_backward_kernel"
+D, H, V, STEPS = 512, 768, 8192, 3
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+         torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,8 +29,6 @@ class Variant:
         home: `module:kernel`, imported when it is compiled.
         signature: argument to Triton type.
         options: of the launch: num_warps and so on.
-        spins: programs wait for each other.
-        products: tensor cores must be used.
     """
 
     name: str
@@ -49,129 +36,104 @@ class Variant:
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
-    spins: bool = False
-    products: bool = True
+
+    @property
+    def spins(self) -> bool:
+        """Whether programs wait for each other."""
+        return bool(self.options.get("launch_cooperative_grid"))
+
+    @property
+    def products(self) -> bool:
+        """Whether tensor cores must be used."""
+        return "PRECISION" in self.constants
 
     def kernel(self) -> Any:
         module, name = self.home.split(":")
-        return getattr(importlib.import_module(f"fusion_model.kernels.{module}"), name)
+        return getattr(importlib.import_module(module), name)
 
 
-def make(
-    name: str,
-    home: str,
-    dtype: torch.dtype,
-    settings: Mapping[str, Any],
-    spins: bool = False,
-    products: bool = True,
-) -> Variant:
-    """A variant whose pointers are of `dtype`, but for those known to be float32 or integer."""
-    variant = Variant(f"{name} {NAMES[dtype]}", home, {}, {}, {}, spins, products)
-    signature = {}
-    for argument in variant.kernel().arg_names:
-        if argument.startswith("p_"):
-            own = "*fp32" if argument in FLOATS else f"*{NAMES[dtype]}"
-            signature[argument] = IDS.get(argument, own)
-        elif argument not in settings:
-            signature[argument] = "i32"
-    if home.endswith(":decode_choose"):
-        signature["p_count"] = "*i64"
-    options = {k: v for k, v in settings.items() if k in LAUNCH} | {"enable_fp_fusion": True}
-    if spins:
-        options["launch_cooperative_grid"] = True
-    constants = {k: v for k, v in settings.items() if k not in LAUNCH}
-    return replace(variant, signature=signature, constants=constants, options=options)
+def _recorded(what: str, kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Variant:
+    """What a launch asks for: `kernel[grid](*args, **options)`."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | options
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = given.pop(parameter.name)
+        if parameter.is_constexpr:
+            constants[parameter.name] = value
+        else:  # no number is specialised on
+            tensor = isinstance(value, Tensor)
+            signature[parameter.name] = f"*{NAMES[value.dtype]}" if tensor else "i32"
+    home = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
+    return Variant(f"{what} {kernel.fn.__name__}", home, signature, constants, given)
 
 
-def _sequences(chip: int) -> Iterator[Variant]:
-    from fusion_model.kernels.triton.lstm_sequence import sequence_constants
+def _shapes() -> Iterator[str]:
+    """Names of the shapes that matter; what is launched until the next name is of this one."""
+    from fusion_model.kernels.triton.decoder import Decoder, DecodeWeights
+    from fusion_model.kernels.triton.linear_cross_entropy import target_log_probs
+    from fusion_model.kernels.triton.lstm import lstm_sequence, lstm_tokens, prefix_lstm
 
-    modes = {
-        "table": {"TABLE": True, "HAS_KEEP": False, "SAVE": False},
-        "train": {"TABLE": False, "HAS_KEEP": True, "SAVE": True},
-    }
-    seen = set()
-    for dtype in TYPES:
-        for hidden in WIDTHS if dtype == torch.bfloat16 else (512, 768):
-            for batch in BATCHES:
-                config = sequence_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
-                if config is None or (dtype, hidden, config) in seen:
-                    continue
-                seen.add((dtype, hidden, config))
-                width = padded(hidden, config.units)
-                settings = sequence_constants(config, dtype, width)
-                shape = f"{hidden} U{config.units} B{config.columns}"
-                back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, batch, dtype)
-                for mode, flags in modes.items():
-                    if mode == "table" or (back is not None and back.units == config.units):
-                        name = f"sequence {mode} {shape}"
-                        yield make(name, FORWARD, dtype, settings | flags, spins=True)
-            back = sequence_backward_config(KNOWN_CHIPS[chip], hidden, 16, dtype)
-            if back is not None:
-                settings = sequence_constants(back, dtype, padded(hidden, back.units))
-                shape = f"{hidden} U{back.units} B{back.columns}"
-                settings["HAS_KEEP"] = True
-                yield make(f"sequence backward {shape}", BACKWARD, dtype, settings, spins=True)
+    modes: list[tuple[str, dict[str, Any]]] = [
+        ("plain", {}), ("multiply", {"greedy": False}), ("gate", {"greedy": False, "top_k": 40}),
+    ]  # fmt: skip
+    for dtype, kind in list(NAMES.items())[:3]:
 
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, requires_grad=len(shape) > 1)
 
-def _rows() -> Iterator[Variant]:
-    from fusion_model.kernels.triton.lstm_step import backward_constants, forward_constants
-
-    modes = {
-        "decode": {"INPUT": 2, "HAS_KEEP": False, "SAVE": False},
-        "train": {"INPUT": 1, "HAS_KEEP": True, "SAVE": True},
-    }
-    step = "triton.lstm_step:rows_"
-    for dtype in TYPES:
-        for hidden in WIDTHS if dtype == torch.bfloat16 else (768,):
-            for rows in (16, 64, 8192):
-                units, shape = step_units(rows, hidden), f"{hidden} N{rows}"
-                sizes = rows, dtype, padded(hidden, units), units
-                for mode, flags in modes.items():
-                    settings = forward_constants(*sizes) | flags
-                    yield make(f"rows {mode} {shape}", f"{step}forward", dtype, settings)
-            settings = backward_constants(padded(hidden, units), units) | {"HAS_KEEP": True}
-            name = f"rows backward {hidden}"
-            yield make(name, f"{step}backward", dtype, settings, products=False)
-
-
-def _decode() -> Iterator[Variant]:
-    from fusion_model.kernels.triton.decode import LARGEST, linear_constants
-
-    for dtype in TYPES:
-        for rows in (1, 64):
-            for fusion, outputs, width in ((0, 8192, 512), (1, 512, 768), (2, 768, 768)):
-                settings = linear_constants(rows, outputs, width, dtype)
-                settings |= {"STRIDE": width, "FUSION": fusion, "ROWS": fusion > 0}
-                name = f"{('vocabulary', 'projection', 'gate')[fusion]} N{rows}"
-                yield make(name, "triton.decode:decode_linear", dtype, settings)
-    for mode, greedy in (("greedy", True), ("sample top k", False)):
-        settings = {"GREEDY": greedy, "TOP_K": not greedy, "BLOCK_V": LARGEST, "num_warps": 8}
-        yield make(mode, "triton.decode:decode_choose", torch.float32, settings, products=False)
-
-
-def _surprisal() -> Iterator[Variant]:
-    from fusion_model.kernels.triton.linear_cross_entropy import surprisal_constants
-
-    for dtype in TYPES:
-        settings = surprisal_constants(512, dtype, True)
-        for kernel in ("surprisal_forward", "surprisal_backward"):
-            name = kernel.replace("_", " ")
-            yield make(name, f"triton.linear_cross_entropy:{kernel}", dtype, settings)
-
-
-def _checks() -> Iterator[Variant]:
-    """What only `fusion-lm gpu-check` runs, as it runs there."""
-    alone: dict[str, dict[str, Any]] = {
-        "empty_steps": {"num_warps": 4, "launch_cooperative_grid": True},
-        "nothing": {"num_warps": 4},
-        "read_all": {"BLOCK": 4096, "num_warps": 8},
-    }
-    for kernel, settings in alone.items():
-        home = f"check.spin_kernels:{kernel}"
-        yield make(f"check {kernel}", home, torch.int32, settings, products=False)
+        head = empty(V, D), empty(V)
+        yield f"surprisal {kind}"
+        y = torch.zeros(8192, dtype=torch.int64)
+        target_log_probs(empty(len(y), D), *head, y).sum().backward()
+        for hidden in (512, 650, 768, 1024, 1500) if kind == "bf16" else (512, 768):
+            weights = nn.LSTM(D, hidden, dtype=dtype).all_weights
+            for batch in (8, 16, 32, 64, 128, 256):
+                x, state = empty(batch, STEPS, D), (empty(batch, 1, hidden),) * 2
+                yield f"tokens {hidden} B{batch} {kind}"
+                ids = torch.zeros(batch, STEPS, dtype=torch.int64)
+                lstm_tokens(ids, empty(V, D), state, weights)  # of one embedding a table is kept
+                yield f"training {hidden} B{batch} {kind}"
+                lstm_sequence(x, state, weights, torch.ones(batch, STEPS))[0].sum().backward()
+            yield f"prefixes {hidden} {kind}"
+            rows = empty(batch, STEPS, hidden)
+            prefix_lstm(x, rows, rows, weights).sum().backward()
+        for batch in (1, 64):
+            for fusion, choice in modes:
+                yield f"{fusion} token B{batch} {kind}"
+                layers = nn.LSTM(D, H, dtype=dtype).all_weights
+                gate = empty(H, H) if fusion == "gate" else None
+                token = DecodeWeights(
+                    head[0], layers, empty(D, H), *head, gate, fusion == "multiply"
+                )
+                Decoder(token, batch, STEPS, **choice).step()
 
 
 def variants(chip: int) -> list[Variant]:
-    """What ships for a chip: 80, 90 or 100."""
-    return [*_surprisal(), *_rows(), *_decode(), *_checks(), *_sequences(chip)]
+    """What ships for a chip: 80, 90 or 100; each once, by the first shape that launches it."""
+    from fusion_model.kernels.triton import linear_cross_entropy, lstm_operator
+    from triton.runtime import JITFunction
+
+    found: dict[Any, Variant] = {}
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        made = _recorded(what, kernel, args, options)
+        parts = made.signature, made.constants, made.options
+        found.setdefault((made.home, *(tuple(p.items()) for p in parts)), made)
+
+    operators: list[Any] = [
+        lstm_operator.lstm_rows, lstm_operator.lstm_rows_backward,
+        linear_cross_entropy._forward_op, linear_cross_entropy._backward_op,
+    ]  # fmt: skip
+    with ExitStack() as stack:
+        for home, name, value in [
+            (JITFunction, "run", record),
+            (configs, "INTERPRETER", configs.KNOWN_CHIPS[chip]),
+            (guards, "interpreting", lambda: True),  # no kernel is tried
+            # Else only the shapes of what an operator gives would be made.
+            *((operator, "_abstract_fn", operator._init_fn) for operator in operators),
+        ]:
+            stack.enter_context(mock.patch.object(home, name, value))
+        stack.enter_context(torch.device("meta"))
+        for what in _shapes():  # noqa: B007
+            pass
+    return list(found.values())

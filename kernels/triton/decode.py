@@ -15,13 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from fusion_model.kernels.triton.configs import TileConfig
-from fusion_model.kernels.triton.decode_naive import Token, plain_choice
+from fusion_model.kernels.triton.decode_naive import Token
 from fusion_model.kernels.triton.lstm_step import OWN, TABLE, forward_constants, rows_forward
 from fusion_model.kernels.triton.primitives import sigmoid
 from torch import Tensor
 
 PLAIN, MULTIPLY, GATE = 0, 1, 2
-LARGEST = 8192  # tokens that the kernel chooses among: at 32 768 it keeps 2.3 KB on the stack
+CHOICE: dict[str, Any] = {"BLOCK_V": 4096, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=["n", "outputs"])
@@ -71,6 +71,13 @@ def decode_linear(
     tl.store(p_out + o_out, z.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_o[None, :])
 
 
+@triton.jit
+def ordered(z):
+    """Integers from 0 up, int64, in the order of the floats."""
+    bits = z.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) - (-2147483648)
+
+
 @triton.jit(do_not_specialize=["v", "batch", "steps", "k", "eos", "pad"])
 def decode_choose(
     p_logits,  # [B, V] float32
@@ -92,36 +99,48 @@ def decode_choose(
 ):
     """Greatest logit; or a sample, by Gumbel noise, among all tokens or the k greatest.
 
-    One program holds a sequence's logits.
+    One program reads a sequence's logits, block after block: any vocabulary fits its registers.
     """
     i_b = tl.program_id(0)
     o_v = tl.arange(0, BLOCK_V)
-    m_v = o_v < v
-    z = tl.load(p_logits + i_b.to(tl.int64) * v + o_v, mask=m_v, other=-float("inf"))
+    p_z = p_logits + i_b.to(tl.int64) * v
     count = tl.load(p_count + i_b)
     done = tl.load(p_done + i_b) != 0
-    if TOP_K:
-        # The k-th greatest, bit by bit, over unsigned integers in the order of the floats.
-        bits = z.to(tl.int32, bitcast=True)
-        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) - (-2147483648)
-        bound = count * 0
-        one = bound + 1  # a tensor: 1 << 31 itself would be taken for an int32
-        for bit in tl.static_range(32):
-            higher = bound + (one << (31 - bit))
-            enough = tl.sum((order >= higher).to(tl.int32), axis=0) >= k
-            bound = tl.where(enough, higher, bound)
-        m_v = m_v & (order >= bound)
-    if not GREEDY:
-        o_word = o_v.to(tl.uint32)
-        nothing = o_word * 0
-        word, _, _, _ = tl.philox(
-            tl.load(p_seed), o_word, nothing + i_b.to(tl.uint32), nothing + count.to(tl.uint32),
-            nothing,
-        )  # fmt: skip
-        uniform = tl.minimum(tl.maximum(tl.uint_to_uniform_float(word), 1e-10), 0.99999994)
-        z = z / tl.load(p_temperature) - tl.log(-tl.log(uniform))
-    z = tl.where(m_v, z, -float("inf"))
-    token = tl.argmax(z, axis=0, tie_break_left=True).to(tl.int64)
+    bound = count * 0
+    if TOP_K:  # the k-th greatest, bit by bit
+        bit = (bound + 1) << 31
+        while bit > 0:
+            found = tl.zeros((BLOCK_V,), tl.int32)
+            first = v * 0
+            while first < v:
+                z = tl.load(p_z + first + o_v, mask=first + o_v < v, other=-float("inf"))
+                found += (ordered(z) >= bound + bit).to(tl.int32)
+                first += BLOCK_V
+            bound = tl.where(tl.sum(found, axis=0) >= k, bound + bit, bound)
+            bit = bit >> 1
+    best = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    token = o_v * 0
+    first = v * 0
+    while first < v:
+        m_v = first + o_v < v
+        z = tl.load(p_z + first + o_v, mask=m_v, other=-float("inf"))
+        if TOP_K:
+            m_v = m_v & (ordered(z) >= bound)
+        if not GREEDY:
+            o_word = (first + o_v).to(tl.uint32)
+            nothing = o_word * 0
+            word, _, _, _ = tl.philox(
+                tl.load(p_seed), o_word, nothing + i_b.to(tl.uint32),
+                nothing + count.to(tl.uint32), nothing,
+            )  # fmt: skip
+            uniform = tl.minimum(tl.maximum(tl.uint_to_uniform_float(word), 1e-10), 0.99999994)
+            z = z / tl.load(p_temperature) - tl.log(-tl.log(uniform))
+        better = m_v & (z > best)
+        best = tl.where(better, z, best)
+        token = tl.where(better, first + o_v, token)
+        first += BLOCK_V
+    # Of those that are as good the first, as PyTorch has it.
+    token = tl.min(tl.where(best == tl.max(best, axis=0), token, v), axis=0).to(tl.int64)
     token = tl.where(done, pad, token)
     tl.debug_barrier()  # every thread has read what is now overwritten
     tl.store(p_done + i_b, (done | (token == eos)).to(tl.uint8))
@@ -159,16 +178,12 @@ def linear(
 
 
 def choose(logits: Tensor, args: Token) -> None:
-    """As `plain_choice`, by the kernel where it was seen to keep all logits in registers."""
+    """The choice among logits [B, V] float32, and what follows from it."""
     batch, size = logits.shape
-    if size > LARGEST:
-        return plain_choice(logits, args)
     decode_choose[(batch,)](
         logits, args.ids, args.tokens, args.done, args.made, args.seed, args.temperature,
         size, batch, len(args.tokens), args.top_k, args.eos, args.pad,
-        GREEDY=args.greedy, TOP_K=0 < args.top_k < size,
-        BLOCK_V=triton.next_power_of_2(size), num_warps=8,
-        enable_fp_fusion=True,
+        GREEDY=args.greedy, TOP_K=0 < args.top_k < size, **CHOICE,
     )  # fmt: skip
 
 

@@ -103,12 +103,6 @@ def plain_token(args: Token) -> Tensor:
         h = h * args.e
     features = torch.addmm(args.addend, h, args.projection.t())
     logits = F.linear(features, args.vocabulary, args.bias).float()
-    plain_choice(logits, args)
-    return logits
-
-
-def plain_choice(logits: Tensor, args: Token) -> None:
-    """The choice among logits [B, V] float32, and what follows from it."""
     chosen = scores(logits, args).argmax(-1)
     done = args.done.bool()
     chosen = torch.where(done, args.pad, chosen)
@@ -116,3 +110,4 @@ def plain_choice(logits: Tensor, args: Token) -> None:
     args.ids.copy_(chosen)
     args.tokens.scatter_(0, args.made.clamp(max=len(args.tokens) - 1)[None], chosen[None])
     args.made.add_(1)
+    return logits
