@@ -151,6 +151,7 @@ def test_every_limit_is_judged() -> None:
         (replace(good, options={"num_warps": 32}), usage, clean, 0, "100 registers x 1024"),
         (good, usage, clean.replace("HMMA", "FFMA"), 0, "no tensor-core"),
         (good, usage, LISTING, 0, "1 local loads"),
+        (good, usage, LISTING.replace("LDL", "LDG.E.STRONG.SYS"), 0, "do not all come before"),
         (
             replace(good, options={**good.options, "launch_cooperative_grid": True}),
             usage,

@@ -3,7 +3,6 @@
 import inspect
 import json
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,10 @@ pytest.importorskip("triton")
 
 from fusion_model.benchmarks.gpu import generate as device_check
 from fusion_model.benchmarks.gpu import parts, timing
-from fusion_model.kernels import cuda_graphs
 from fusion_model.kernels.check import cases, decode_cases, hangs
 from fusion_model.kernels.check.cases import Case
 from fusion_model.kernels.check.decode_cases import DecodeCase
-from fusion_model.kernels.triton import configs, decode, lstm_operator
+from fusion_model.kernels.triton import configs, decode
 from fusion_model.kernels.triton import decoder as triton_token
 from fusion_model.kernels.triton.configs import KNOWN_CHIPS
 from triton_programs import concurrent_programs
@@ -129,31 +127,10 @@ def test_replays(monkeypatch: pytest.MonkeyPatch) -> None:
         graph = Graph(run)
         return graph, graph.out
 
-    monkeypatch.setattr(cuda_graphs, "record", record)
+    monkeypatch.setattr(cases, "record", record)
     assert cases.replayed(SMALL[1], CPU, 2)["ok"]
     monkeypatch.setattr(Graph, "wrong", 1e-3)
     assert not cases.replayed(SMALL[1], CPU, 2)["ok"]
-
-
-def test_graphs_of_steps_must_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = cuda_graphs.StepGraphs(lambda run: (SimpleNamespace(replay=run), None))
-    assert all(case.steps >= cuda_graphs.STEPS for case in cases.STEPS)
-    monkeypatch.setattr(cuda_graphs, "STEPS", 2)
-    monkeypatch.setattr(cuda_graphs, "graphs", graphs)
-
-    def as_on_a_gpu(name: str, function: Any, args: Any) -> None:
-        if cuda_graphs.worth(args.rows.active(0), args.rows.steps, 1):
-            return graphs.run(name, function, args)
-        return function(args)
-
-    assert not cases.graphed_steps(SMALL[0], CPU, 3)["ok"]  # none on a CPU
-    monkeypatch.setattr(lstm_operator, "run_steps", as_on_a_gpu)
-    result = cases.graphed_steps(SMALL[0], CPU, 3)
-    assert result == {"ok": True, "differing": 0, "replays": 4}
-    for case in cases.STEPS:
-        rows = case.steps if case.operation == "prefix" else 1
-        plan = (case.hidden, case.batch, rows, cases.TYPES[case.dtype], case.steps, True)
-        assert not configs.rows_plan(KNOWN_CHIPS[90], *plan).persistent
 
 
 def test_what_could_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fusion_model.kernels import cuda_graphs
+from fusion_model.kernels.cuda_graphs import record
 from fusion_model.kernels.linear_cross_entropy import target_log_probs
 from fusion_model.kernels.lstm import lstm_sequence
 from fusion_model.kernels.prefix_lstm import prefix_lstm
@@ -204,7 +204,7 @@ def replayed(case: Case, device: torch.device, times: int) -> Result:
     """A CUDA graph of the operation gives what it gave when it was launched."""
     leaves, run = build(case, device)
     expected = [t.clone() for t in run(leaves, "triton")]
-    graph, captured = cuda_graphs.record(lambda: run(leaves, "triton"))
+    graph, captured = record(lambda: run(leaves, "triton"))
 
     def replays() -> Iterator[Sequence[Tensor]]:
         for _ in range(times):
@@ -216,36 +216,9 @@ def replayed(case: Case, device: torch.device, times: int) -> Result:
     return same(expected, replays())
 
 
-STEPS = [
-    Case("sequence", "bf16", 64, 24, 64, 1500),
-    Case("sequence", "fp16", 3, 24, 64, 1500, masked=True),
-    Case("sequence", "fp32", 100, 16, 32, 650),
-    Case("prefix", "bf16", 8, 20, 64, 768, layers=2, masked=True),
-]
-
-
-def graphed_steps(case: Case, device: torch.device, times: int = 5) -> Result:
-    """The library's own graphs of steps: the same bits as launches, and that they did replay."""
-    leaves, run = build(case, device)
-    kind, graphs = TYPES[case.dtype], cuda_graphs.graphs
-    found = []
-    for most in (0, *[cuda_graphs.BYTES] * times):  # at 0 bytes nothing is worth a graph
-        cuda_graphs.BYTES, old = most, cuda_graphs.BYTES
-        try:
-            before = graphs.replays
-            found.append(outputs(case, leaves, run, kind, "triton"))
-        finally:
-            cuda_graphs.BYTES = old
-    result, replays = same(found[0], found[1:]), graphs.replays - before
-    return result | {"ok": result["ok"] and replays > 0, "replays": replays}
-
-
 def replays(device: torch.device, times: int = 100) -> list[Named]:
-    found: list[Named] = [
+    return [
         (f"{times} replays of {case}", partial(replayed, case, device, times))
         for case in REPEATED
         if not case.training
-    ]
-    return found + [
-        (f"steps as graphs, {case}", partial(graphed_steps, case, device)) for case in STEPS
     ]

@@ -1,8 +1,9 @@
 """Every shipped kernel configuration, compiled ahead of time for chips not here, and judged.
 
 What ptxas and the disassembler say decides: registers, spills, shared memory, tensor-core
-instructions, local loads in the time loop, and that each release comes after a barrier that comes
-after the stores. The same limits hold for every triton version.
+instructions, local loads in the time loop, that a step's loads come before its products, and that
+each release comes after a barrier that comes after the stores. The same limits hold for every
+triton version.
 """
 
 import multiprocessing
@@ -129,6 +130,9 @@ def judge(variant: Variant, chip: int, usage: str, listing: str, shared: int) ->
         releases=releases,
     )
     threads = 32 * int(variant.options["num_warps"])
+    product = next((i for i, c in enumerate(in_loop) if c.startswith(TENSOR_CORES)), len(in_loop))
+    late = any("STRONG.SYS" in code for code in in_loop[product:])  # loads of what others wrote
+    one_trip = variant.constants.get("PHASE") == variant.constants.get("CHUNKS")
     room = KNOWN_CHIPS[chip].shared
     checks = [
         (report.registers > 0, "no resource usage was found in the cubin"),
@@ -137,6 +141,7 @@ def judge(variant: Variant, chip: int, usage: str, listing: str, shared: int) ->
         (report.registers * threads <= REGISTERS, f"{report.registers} registers x {threads}"),
         (report.tensor_core > 0 or not variant.products, "no tensor-core instruction"),
         (not report.local_loads, f"{report.local_loads} local loads in the loop"),
+        (not (late and one_trip), "a step's loads do not all come before its products"),
         (not variant.spins or releases > 0, "no release after a store in the time loop"),
         (not variant.spins or ordered, "a release without STG, BAR, MEMBAR before it"),
     ]

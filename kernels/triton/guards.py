@@ -3,13 +3,11 @@ first time that they run."""
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from fusion_model.kernels.triton.configs import Chip, chip_of, interpreting
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 class LaunchRefused(RuntimeError):
@@ -58,16 +56,6 @@ checked: dict[tuple[Any, ...], bool] = {}
 """(kernel, device, configuration) -> whether it agreed with the reference."""
 
 
-def attempt(run: Callable[[], T], else_: str) -> T | None:
-    """What `run` gives; or None, and a warning of what happens instead."""
-    try:
-        return run()
-    except Exception as error:  # whatever Triton or the driver raise: what happens else is right
-        reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{else_}: {reason}", RuntimeWarning, stacklevel=3)
-        return None
-
-
 def trusted(
     name: str,
     dtype: torch.dtype,
@@ -93,15 +81,17 @@ def trusted(
         if torch.cuda.is_current_stream_capturing():
             return True
         checked[where] = True  # the trial itself comes through here
-
-        def compare() -> bool:
+        try:
             if not all(close(got, expected, dtype) for got, expected in trial()):
                 raise ArithmeticError("its results differ from the reference's")
-            return True
-
-        kernel = f"Triton kernel {name} {(dtype, *key)}"
-        said = f"{kernel} is not used on {device}, PyTorch computes instead"
-        checked[where] = attempt(compare, said) is not None
+        except Exception as error:  # whatever is raised: what happens else is right
+            checked[where] = False
+            warnings.warn(
+                f"Triton kernel {name} {(dtype, *key)} is not used on {device}, PyTorch computes "
+                f"instead: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return checked[where]
 
 

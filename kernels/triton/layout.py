@@ -56,12 +56,6 @@ class Forward(NamedTuple):
     def written(self) -> tuple[str, ...]:
         return ("h", "c", "c_saved", "gates")
 
-    def given(self) -> "Forward":
-        """What of it is read, but for a table, which outlives many calls."""
-        saved = None if self.c_saved is None else self.c_saved[: len(self.c)]
-        table: Any = self.x_gates if self.ids is None else None
-        return self._replace(x_gates=table, h=self.h[: len(self.c)], c_saved=saved, gates=None)
-
     def trial(self) -> "Forward":
         """A copy to try a kernel on: of a sequence at most three steps."""
         rows = self.rows
@@ -89,11 +83,6 @@ class Backward(NamedTuple):
     @property
     def written(self) -> tuple[str, ...]:
         return ("dc", "grad", "held")
-
-    def given(self) -> "Backward":
-        """What of it is read."""
-        unread: Any = None
-        return self._replace(grad=unread)
 
     def trial(self) -> "Backward":
         """A copy to try a kernel on."""

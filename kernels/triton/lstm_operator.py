@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from fusion_model.kernels.cuda_graphs import run_steps
 from fusion_model.kernels.triton.configs import (
     chip_of,
     on,
@@ -51,7 +50,7 @@ def _run(persistent: bool, args: Forward | Backward) -> None:
                 return sequence(args, config)
         shared = isinstance(args, Forward) and args.shared
         if right(f"rows_{name}", steps, rows.active(0) > 16, rows.active(0) > 64, shared):
-            return run_steps(f"rows_{name}", steps, args)
+            return steps(args)
         plain(args)
 
 
