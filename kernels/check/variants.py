@@ -52,7 +52,7 @@ class Variant:
         return getattr(importlib.import_module(module), name)
 
 
-def _recorded(what: str, kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Variant:
+def _recorded(what: str, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Variant:
     """What a launch asks for: `kernel[grid](*args, **options)`."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | options
     signature, constants = {}, {}
