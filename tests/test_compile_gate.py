@@ -64,6 +64,7 @@ def test_every_shipped_kernel(chip: int) -> None:
 REGRESSION = """
 from dataclasses import replace
 from fusion_model.cli import app
+from fusion_model.kernels.check import compiled
 from fusion_model.kernels.check.variants import variants
 from typer.testing import CliRunner
 found = {chip: variants(chip) for chip in (80, 90)}
