@@ -38,26 +38,30 @@ def load_planner(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     policy: str | None = None,
+    tokens_per_batch: int | None = None,
 ) -> PrefixPlanner:
     """What plans and encodes the prefixes of a fused model.
 
     Args:
         name: folder or hub name of the model; what was fitted with it lies there.
         encoder: where the encoder lies now, if it moved since training.
-        dtype: of the encoder, as in `load_encoder`.
+        dtype, tokens_per_batch: of the encoder, as in `load_encoder`.
         policy: in place of the model's own.
 
     Raises:
-        EncoderError: the encoder is missing, or is not the one of the training.
+        EncoderError: the encoder is missing, or is not the one of the training; an unfused model.
     """
+    if config.encoder is None:
+        raise EncoderError(f"{name} was trained without an encoder: it has no prefix embeddings")
     found = load_encoder(
-        encoder or str(config.encoder),
+        encoder or config.encoder,
         config.pooling,
         dtype=dtype,
         device=device,
         directory=Path(name),
         dim=config.prefix_size,
         policy=policy or config.policy,
+        tokens_per_batch=tokens_per_batch,
     )
     if found.content_sha256 != config.encoder_sha256:
         raise EncoderError(

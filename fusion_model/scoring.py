@@ -21,7 +21,7 @@ from fusion_model.data.text import Document, split_sentences
 from fusion_model.errors import FusionLMError
 from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner
-from fusion_model.prefixes.store import EmbeddingStore, MemoryStore
+from fusion_model.prefixes.store import MemoryStore
 from fusion_model.prefixes.views import shuffle_rows
 from fusion_model.surprisal import (
     CONTEXTS,
@@ -84,9 +84,7 @@ class TextModel(ABC):
         """The store of this model's embeddings at `path`; nothing for an unfused model."""
         if path is None or self.planner is None:
             return nullcontext()
-        encoder = self.planner.encoder
-        kind = encoder.fingerprint, self.planner.view, encoder.dim
-        return EmbeddingStore(path, *kind, policy=encoder.policy, writable=writable)
+        return self.planner.open_store(path, writable=writable)
 
     def perplexity(self, documents: Sequence[Document], store: Vectors | None = None) -> Perplexity:
         """How well the model predicts these documents, sentence by sentence."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SENTENCES
+from onnx_cases import saved_model
 from typer.testing import CliRunner
 
 import fusion_model
@@ -99,8 +100,8 @@ def test_embed_for_a_model_serves_its_evaluation(
     trained: Path, tmp_path: Path, bert_folder
 ) -> None:
     text, store = trained / "text.txt", tmp_path / "store"
-    arguments = ["--encoder", bert_folder, "--pooling", "mean", "--split", "lines"]
-    run("embed", "--text", text, *arguments, "--model", trained / "concat", "--out", store)
+    arguments = ["--text", text, "--split", "lines", "--model", trained / "concat"]
+    run("embed", *arguments, "--out", store)
     size = (store / "vectors.bin").stat().st_size
     assert size > 0
     code, _, _ = run(
@@ -108,6 +109,28 @@ def test_embed_for_a_model_serves_its_evaluation(
     )
     assert code == 0
     assert (store / "vectors.bin").stat().st_size == size
+
+
+def test_a_model_settles_what_is_embedded_for_it(
+    trained: Path, bpe, bert_folder: Path, encoder_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    options = {"view": "previous", "pooling": "cls", "fusion": "add"}
+    model, store = saved_model(tmp_path / "m", bpe, bert_folder, **options), tmp_path / "store"
+    text = ["--text", trained / "text.txt", "--split", "lines"]
+    run("embed", *text, "--model", model, "--out", store)
+    assert json.loads((store / "manifest.json").read_text())["view"] == "previous"
+    size = (store / "vectors.bin").stat().st_size
+    assert run("evaluate", model, *text, "--store", store)[0] == 0
+    assert (store / "vectors.bin").stat().st_size == size
+    embed = ["embed", *text, "--out", tmp_path / "other"]
+    for option in (["--view", "masked"], ["--pooling", "mean"], ["--vocab-size", 300]):
+        settled = f"{option[0]} does not go with --model"
+        assert settled in fails(*embed, "--model", model, *option)
+    other = ["--encoder", encoder_folders["roberta"]]
+    assert "another encoder" in fails(*embed, "--model", model, *other)
+    assert "has no prefix embeddings" in fails(*embed, "--model", trained / "none")
+    assert "name an --encoder" in fails(*embed)
+    assert "unknown vocabulary 'words'" in fails(*embed, *other, "--vocabulary", "words")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "score", "train", "embed"])
@@ -198,7 +221,7 @@ def test_a_sentence_of_any_length_is_scored(trained: Path, tmp_path: Path) -> No
 def test_unknown_choices_are_named(text_file: Path, trained: Path, tmp_path: Path) -> None:
     files = ["--train-file", text_file, "--dev-file", text_file, "--out", tmp_path / "o"]
     assert "unknown fusion 'sum': choose one of none" in fails("train", *files, "--fusion", "sum")
-    assert "unknown pooling 'max'" in fails("train", *files, "--pooling", "max")
+    assert "or take auto" in fails("train", *files, "--pooling", "max")
     assert "unknown context" in fails(
         "score", trained / "none", "--text", text_file, "--context", "book"
     )

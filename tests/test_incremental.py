@@ -206,7 +206,7 @@ def test_anchors(policy: str, anchors: list[int]) -> None:
     "policy", ["", "always", "stride", "stride:0", "stride:K", "stride:-2", "refresh", "word:2"]
 )
 def test_unknown_policies_are_named(policy: str) -> None:
-    with pytest.raises(FusionLMError, match=r"unknown policy .*choose one of every, word"):
+    with pytest.raises(FusionLMError, match=r"unknown policy .*choose one of auto, every, word"):
         parse_policy(policy)
 
 

@@ -14,7 +14,7 @@ from fusion_model.data.corpus import Corpus
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders.layers import ARCHITECTURES
 from fusion_model.training.data import embed_text
-from fusion_model.training.options import TrainingOptions
+from fusion_model.training.options import EmbedOptions, TrainingOptions
 from fusion_model.training.run import train
 
 POLICIES = ("word", "stride:3", "sentence", "incremental", "incremental+refresh:4")
@@ -86,7 +86,7 @@ def test_a_store_of_another_policy_is_refused(trained: tuple[str, Path], text_fi
     policy, folder = trained
     message = fails(
         *("embed", "--text", text_file, "--encoder", "minilm", "--out", folder / "store"),
-        *("--model", folder / "model", "--policy", "stride:7"),
+        *("--policy", "stride:7"),
     )
     assert "has" in message
     assert "name another store" in message
@@ -115,7 +115,7 @@ def test_an_unknown_policy_is_one_line(text_file: Path, tmp_path: Path) -> None:
         *("train", "--train-file", text_file, "--dev-file", text_file, "--out", tmp_path / "x"),
         *("--policy", "sometimes"),
     )
-    assert "unknown policy 'sometimes': choose one of every, word, stride:K" in message
+    assert "unknown policy 'sometimes': choose one of auto, every, word, stride:K" in message
     message = fails(
         *("train", "--train-file", text_file, "--dev-file", text_file, "--out", tmp_path / "y"),
         *("--policy", "incremental", "--encoder", "zeros"),
@@ -174,7 +174,6 @@ def test_an_unknown_architecture_is_encoded_at_every_token(bert_folder: Path, mo
 def test_vectors_for_a_model_are_of_its_kind(trained: tuple[str, Path], tmp_path: Path) -> None:
     policy, folder = trained
     text, model = folder / "text.txt", folder / "model"
-    encoder = json.loads((model / "config.json").read_text())["encoder"]
-    embed_text([str(text)], encoder, tmp_path / "store", model=str(model))
+    embed_text(EmbedOptions(text=(str(text),), model=str(model)), tmp_path / "store")
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     assert manifest["policy"] == policy

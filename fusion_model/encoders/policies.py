@@ -56,6 +56,6 @@ def parse_policy(policy: str) -> Policy:
     if policy in POLICIES and not policy.endswith(":K"):
         return Policy(policy)
     raise FusionLMError(
-        f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}, K a number of tokens "
-        "from 1"
+        f"unknown policy {policy!r}: choose one of {', '.join((AUTO, *POLICIES))}, K a number of "
+        "tokens from 1"
     )

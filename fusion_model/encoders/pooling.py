@@ -42,7 +42,7 @@ def parse_pooling(pooling: str) -> tuple[Pooling, ...]:
         if name not in POOLINGS or bool(at) != bool(layered):
             raise EncoderError(
                 f"unknown pooling {part!r}: choose from {', '.join(POOLINGS)}, with @N those of "
-                "the encoder's N-th layer, or join some: static+mean"
+                "the encoder's N-th layer, or join some: static+mean; or take auto by itself"
             )
         parts.append(Pooling(name, int(layer) if layered else LAST))
     return tuple(parts)

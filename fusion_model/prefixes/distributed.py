@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from fusion_model.encoders import Encoder
+from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.inputs import EncoderInput, OnProgress
 from fusion_model.errors import EncoderError
 
@@ -20,7 +20,7 @@ Encode = Callable[..., Any]
 
 
 @contextmanager
-def shared_encoding(encoder: Encoder, rank: int, world: int) -> Iterator[Encode | None]:
+def shared_encoding(encoder: TextEncoder, rank: int, world: int) -> Iterator[Encode | None]:
     """The main process gets an `Encode` that all processes serve; the others None, when it ends.
 
     Args:
@@ -56,7 +56,7 @@ def shared_encoding(encoder: Encoder, rank: int, world: int) -> Iterator[Encode 
 
 
 def _encoded(
-    encoder: Encoder,
+    encoder: TextEncoder,
     inputs: Sequence[EncoderInput],
     rank: int,
     world: int,

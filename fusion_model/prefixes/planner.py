@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.inputs import EncoderInput, TokenInputs
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.errors import FusionLMError, TooLong
+from fusion_model.prefixes.store import EmbeddingStore
 from fusion_model.prefixes.views import CAUSAL_VIEWS, prefix_texts, view_ids, view_texts
 
 LARGEST = 4  # tokens of the language model that a token of the encoder's window may stand for
@@ -60,6 +62,13 @@ class PrefixPlanner:
         self.to_encoder: np.ndarray | None = None
         if shares_vocabulary and isinstance(encoder, TokenInputs):
             self.to_encoder = encoder_ids(tokenizer, encoder.tokenizer)
+
+    def open_store(
+        self, path: Path | str, dtype: str | None = None, writable: bool = True
+    ) -> EmbeddingStore:
+        """The store of these vectors, see there."""
+        kind = self.encoder.fingerprint, self.view, self.encoder.dim, self.encoder.policy
+        return EmbeddingStore(path, *kind, dtype=dtype, writable=writable)
 
     def inputs(
         self, sentences: Sequence[Sequence[int]], previous: Sequence[Sequence[int]] | None = None

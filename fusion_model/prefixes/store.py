@@ -85,8 +85,8 @@ class EmbeddingStore:
         fingerprint: str,
         view: str,
         dim: int,
-        *,
         policy: str = "every",
+        *,
         dtype: str | None = None,
         writable: bool = True,
     ) -> None:

@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from accelerate import Accelerator, PartialState
 from transformers import PreTrainedTokenizerBase
 
 from fusion_model import progress
+from fusion_model.attached import load_planner
 from fusion_model.data.batches import Batches
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import read_documents
 from fusion_model.data.tokenizer import cut_vocabulary, train_bpe
+from fusion_model.devices import resolve_device
 from fusion_model.encoders import Encoder, load_encoder
 from fusion_model.encoders.controls import BAGS, BagEncoder
 from fusion_model.encoders.policies import AUTO
@@ -30,7 +32,7 @@ from fusion_model.prefixes.store import EmbeddingStore
 from fusion_model.prefixes.views import ENDS_IN_FUTURE, shuffle_rows
 from fusion_model.schema import sha256_of
 from fusion_model.training.claim import TOKENIZER, claim_texts
-from fusion_model.training.options import TrainingOptions
+from fusion_model.training.options import EmbedOptions, TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def prepare(
     assert encoder is not None
     shares = options.vocabulary == "encoder"
     planner = PrefixPlanner(encoder, tokenizer, options.view, shares)
-    store, rows = _embed(options, corpora, planner, encoder, store_path, out, accelerator)
+    store, rows = _embed(options, corpora, planner, store_path, out, accelerator)
     train, dev = (Batches(c, r, store, pad) for c, r in zip(corpora, rows, strict=True))
     return TrainingData(tokenizer, encoder, train, dev)
 
@@ -133,18 +135,16 @@ def _embed(
     options: TrainingOptions,
     corpora: list[Corpus],
     planner: PrefixPlanner,
-    encoder: Encoder,
     path: Path,
     out: Path,
     accelerator: Accelerator,
 ) -> tuple[EmbeddingStore, list[np.ndarray]]:
     """The store of all vectors, which can be read, and the row of every position, [P] each."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    kind = encoder.fingerprint, options.view, encoder.dim
 
     def embed(encode: Encode | None) -> tuple[EmbeddingStore, list[np.ndarray]]:
         rows, began = [], time.monotonic()
-        with EmbeddingStore(path, *kind, policy=encoder.policy, writable=rank == 0) as store:
+        with planner.open_store(path, writable=rank == 0) as store:
             before = len(store)
             try:
                 for name, corpus in zip(("train", "dev"), corpora, strict=True):
@@ -161,76 +161,50 @@ def _embed(
                         file.write(note + "\n")
         return store, rows
 
-    with shared_encoding(encoder, rank, world) as encode:
+    with shared_encoding(planner.encoder, rank, world) as encode:
         if rank == 0:
             result = embed(encode)
     accelerator.wait_for_everyone()
     return embed(None) if rank else result
 
 
-def embed_text(
-    text: Sequence[str],
-    encoder_name: str,
-    out: Path,
-    *,
-    model: str | None = None,
-    pooling: str = AUTO,
-    view: str = "prefix",
-    policy: str = AUTO,
-    split: str = "sentences",
-    detokenize: bool = False,
-    max_tokens: int = 128,
-    vocabulary: str = "bpe",
-    vocab_size: int = 8192,
-    encoder_dtype: str = "float32",
-    store_dtype: str | None = None,
-    device: str | torch.device = "cpu",
-    encoder_batch: int | None = None,
-) -> tuple[int, int] | None:
-    """Fill a store with what training on `text` needs, or what `model` needs to score it.
+def embed_text(options: EmbedOptions, out: Path) -> tuple[int, int] | None:
+    """Fill the store `out` with what training on a text needs, or what a model needs to score it.
 
     Returns vectors in the store and positions of the text; under `accelerate launch` all
-    processes encode, and only the main one returns a result.
-
-    Args:
-        model: a trained model, whose tokens then end the prefixes, and whose pooling and policy
-            `auto` are; by default the tokens are those that `train` would find in `text` with the
-            same options.
-        encoder_batch: most encoder tokens at once (default: by device, as many as help).
-        store_dtype: `float16` (default) or `float32`; an existing store keeps its own.
+    processes encode, and only the main one returns a result. An existing store keeps its dtype.
     """
+    device = resolve_device(options.device)
     state = PartialState(cpu=torch.device(device).type == "cpu")
     rank, world = state.process_index, state.num_processes
-    documents = read_documents(text, split, detokenize)
-    trained = None if model is None else load_model(model)
-    if trained is not None:
-        config = trained[0].config
-        pooling = config.pooling if pooling == AUTO else pooling
-        policy = config.policy if policy == AUTO else policy
-    pooling, policy = _of_view(view, pooling, policy)
-    encoder = load_encoder(
-        encoder_name,
-        pooling,
-        dtype=encoder_dtype,
-        device=device if world == 1 else state.device,
-        policy=policy,
-        tokens_per_batch=encoder_batch,
-    )
-    limit: int | None = max_tokens
-    if trained is None:
-        sentences = [s for d in documents for s in d.sentences]
-        tokenizer = make_tokenizer(vocabulary, vocab_size, sentences, encoder)
-        shares = vocabulary == "encoder"
+    how: dict[str, Any] = {
+        "dtype": options.encoder_dtype,
+        "device": device if world == 1 else state.device,
+        "tokens_per_batch": options.encoder_batch,
+    }
+    documents = read_documents(options.text, options.split, options.detokenize)
+    limit: int | None = None
+    if options.model is not None:
+        model, tokenizer = load_model(options.model)
+        planner = load_planner(
+            model.config, tokenizer, options.model, encoder=options.encoder, **how
+        )
     else:
-        tokenizer, shares, limit = trained[1], config.shares_vocabulary, None
+        assert options.encoder is not None
+        pooling, policy = _of_view(options.view, options.pooling, options.policy)
+        encoder = load_encoder(options.encoder, pooling, policy=policy, **how)
+        limit = options.max_tokens
+        sentences = [s for d in documents for s in d.sentences]
+        tokenizer = make_tokenizer(options.vocabulary, options.vocab_size, sentences, encoder)
+        shares = options.vocabulary == "encoder"
+        planner = PrefixPlanner(encoder, tokenizer, options.view, shares)
     corpus = Corpus.from_documents(documents, tokenizer, limit)
-    planner = PrefixPlanner(encoder, tokenizer, view, shares)
-    with shared_encoding(encoder, rank, world) as encode:
+    with shared_encoding(planner.encoder, rank, world) as encode:
         if rank:
             return None
-        with EmbeddingStore(
-            out, encoder.fingerprint, view, encoder.dim, policy=encoder.policy, dtype=store_dtype
-        ) as store:
-            with progress.track("prefix embeddings", sum(corpus.positions)) as update:
-                embed_corpus(corpus, planner, store, update, encode)
+        with (
+            planner.open_store(out, options.store_dtype) as store,
+            progress.track("prefix embeddings", sum(corpus.positions)) as update,
+        ):
+            embed_corpus(corpus, planner, store, update, encode)
             return len(store), sum(corpus.positions)

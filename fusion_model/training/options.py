@@ -17,6 +17,7 @@ from fusion_model.schema import Count, Layers, Range, Share, Size, check
 
 SCHEDULES = ("constant", "rising", "falling")
 PRECISIONS = ("float32", "bfloat16")
+AS_IN_TRAIN = "as in train"
 Dropout = Annotated[float, Range(0, 1, "[)")]
 Above0 = Annotated[float, Range(0, math.inf, "()")]
 RunSeed = Annotated[int, Range(0, 2**23 - 1)]  # with a step beside it, a seed of PyTorch
@@ -89,29 +90,11 @@ class TrainingOptions:
         choices = {
             "fusion": FUSIONS,
             "shuffle": SHUFFLES,
-            "split": SPLITS,
-            "vocabulary": ("bpe", "encoder"),
             "prefix_dropout_schedule": SCHEDULES,
             "precision": PRECISIONS,
-            "encoder_dtype": DTYPES,
             "backend": BACKENDS,
         }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise FusionLMError(
-                    f"unknown {name.replace('_', ' ')} {getattr(self, name)!r}: choose one of "
-                    f"{', '.join(allowed)}"
-                )
-        for option in dataclasses.fields(self):
-            try:
-                check(getattr(self, option.name), option.type, option.name.replace("_", " "))
-            except ValueError as error:
-                raise FusionLMError(str(error)) from None
-        parse_view(self.view)
-        if self.policy != AUTO:
-            parse_policy(self.policy)
-        if self.vocabulary == "encoder" and self.encoder in (*BAGS, "zeros"):
-            raise FusionLMError(f"the encoder {self.encoder!r} has no vocabulary: use bpe")
+        _check(self, choices)
 
     def prefix_dropout_at(self, epoch: int) -> float:
         """Probability in an epoch, counted from 0: constant, rising 0 to 1, or falling 1 to 0."""
@@ -119,3 +102,68 @@ class TrainingOptions:
             return self.prefix_dropout
         share = epoch / max(self.epochs - 1, 1)
         return share if self.prefix_dropout_schedule == "rising" else 1 - share
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Settings of `fusion_model.training.data.embed_text`, most as in `TrainingOptions`.
+
+    Raises:
+        FusionLMError: a value that makes no sense, by name; one that a trained model has settled.
+    """
+
+    text: tuple[str, ...] = _option(
+        "text file (-: standard input), folder of .txt files, or hf:NAME; repeatable"
+    )
+    encoder: str | None = _option("as in train (default: that of --model)", None)
+    model: str | None = _option(
+        "embed for this trained model, as it was trained (default: for training on the text)", None
+    )
+    pooling: str = _option(AS_IN_TRAIN, AUTO)
+    view: str = _option(AS_IN_TRAIN, "prefix")
+    policy: str = _option(AS_IN_TRAIN, AUTO)
+    split: str = _option(AS_IN_TRAIN, "sentences")
+    detokenize: bool = _option(AS_IN_TRAIN, False)
+    max_tokens: Size = _option(AS_IN_TRAIN, 128)
+    vocabulary: str = _option(AS_IN_TRAIN, "bpe")
+    vocab_size: Size = _option(AS_IN_TRAIN, 8192)
+    encoder_dtype: str = _option(AS_IN_TRAIN, "float32")
+    store_dtype: str | None = _option("on disk: float16, float32 (default: float16)", None)
+    device: str = _option("cpu, cuda, …; auto: a GPU if there is one", AUTO)
+    encoder_batch: Size | None = _option("most encoder tokens at once (default: by device)", None)
+
+    def __post_init__(self) -> None:
+        _check(self, {})
+        settled = ("pooling", "view", "policy", "max_tokens", "vocabulary", "vocab_size")
+        for option in dataclasses.fields(self):
+            given = getattr(self, option.name) != option.default
+            if given and self.model is not None and option.name in settled:
+                raise FusionLMError(
+                    f"--{option.name.replace('_', '-')} does not go with --model: it was settled "
+                    "in training"
+                )
+        if self.encoder is None and self.model is None:
+            raise FusionLMError("name an --encoder, or the --model whose encoder it is")
+
+
+def _check(options: Any, choices: dict[str, tuple[str, ...]]) -> None:
+    """Hold every option to its type and its range, or to its choices."""
+    choices = choices | {
+        "split": SPLITS,
+        "vocabulary": ("bpe", "encoder"),
+        "encoder_dtype": DTYPES,
+    }
+    for option in dataclasses.fields(options):
+        name, value = option.name.replace("_", " "), getattr(options, option.name)
+        allowed = choices.get(option.name, (value,))
+        if value not in allowed:
+            raise FusionLMError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
+        try:
+            check(value, option.type, name)
+        except ValueError as error:
+            raise FusionLMError(str(error)) from None
+    parse_view(options.view)
+    if options.policy != AUTO:
+        parse_policy(options.policy)
+    if options.vocabulary == "encoder" and options.encoder in (*BAGS, "zeros"):
+        raise FusionLMError(f"the encoder {options.encoder!r} has no vocabulary: use bpe")
