@@ -75,6 +75,12 @@ def load_model(
     """Weights in float32 and tokenizer, without the encoder; `name` and errors as in `load`."""
     source = str(SHIPPED / name) if (SHIPPED / name).is_dir() else name
     path = Path(source)
+    if not path.exists() and len(path.parts) == 1:
+        shipped = ", ".join(sorted(p.name for p in SHIPPED.iterdir()))
+        raise CheckpointError(
+            f"there is no model {name!r}: name a folder, OWNER/NAME on the hub, or one that ships "
+            f"({shipped})"
+        )
     if path.is_dir() and not (path / "model.safetensors").exists():
         if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pkl")):
             raise CheckpointError(

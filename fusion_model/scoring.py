@@ -18,6 +18,7 @@ from fusion_model import progress
 from fusion_model.data.batches import Batches, Vectors
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document, split_sentences
+from fusion_model.data.tokenizer import AS_TEXT
 from fusion_model.errors import FusionLMError
 from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner
@@ -33,6 +34,8 @@ from fusion_model.surprisal import (
 )
 
 Array = np.ndarray
+Text = str | Sequence[str | Document]
+"""Plain text, which is split into sentences, several such texts, or documents."""
 LogProbs = tuple[np.ndarray, np.ndarray | None, Any]
 """Of the targets [N], of a boundary token [N] (None where not asked for), and the state after."""
 
@@ -86,8 +89,9 @@ class TextModel(ABC):
             return nullcontext()
         return self.planner.open_store(path, writable=writable)
 
-    def perplexity(self, documents: Sequence[Document], store: Vectors | None = None) -> Perplexity:
-        """How well the model predicts these documents, sentence by sentence."""
+    def perplexity(self, text: Text, store: Vectors | None = None) -> Perplexity:
+        """How well the model predicts a text, sentence by sentence."""
+        documents = to_documents(text)
         corpus = Corpus.from_documents(documents, self.tokenizer)
         if not corpus.sentences:
             raise FusionLMError("there is no sentence to score: give some text")
@@ -101,16 +105,15 @@ class TextModel(ABC):
 
     def score(
         self,
-        text: str | Sequence[Document],
+        text: Text,
         *,
         context: str = "sentence",
         whitespace_correction: bool = False,
         store: Vectors | None = None,
     ) -> list[WordScore]:
-        """Surprisal of every word, the first too, and of every sentence end.
+        """Surprisal of every word of a text, the first too, and of every sentence end.
 
         Args:
-            text: plain text, split into sentences here, or documents.
             context: `sentence`, as the model is trained, or `article`: the LSTM's state goes
                 on through each document.
             whitespace_correction: see `fusion_model.surprisal.sum_words`.
@@ -121,23 +124,30 @@ class TextModel(ABC):
         """
         if context not in CONTEXTS:
             raise FusionLMError(f"unknown context {context!r}: choose one of {', '.join(CONTEXTS)}")
-        if isinstance(text, str):
-            text = [Document("text", split_sentences(text), text)]
         boundary = np.array(boundary_ids(self.tokenizer)) if whitespace_correction else None
-        corpus = Corpus.from_documents(text, self.tokenizer)
+        documents = to_documents(text)
+        corpus = Corpus.from_documents(documents, self.tokenizer)
         batches = self.encode_corpus(corpus, store)
         if context == "sentence":
             scores = score_sentences(self, batches, boundary)
         else:
             scores = list(score_articles(self, batches, boundary))
-        return word_scores(self.tokenizer, text, scores)
+        return word_scores(self.tokenizer, documents, scores)
 
     def prompt_row(self, prompt: str) -> list[int]:
         """BOS and the prompt's tokens."""
-        text = " ".join(prompt.split())
-        options = {"add_special_tokens": False, "split_special_tokens": True}
-        ids = self.tokenizer(text, **options)["input_ids"]
+        ids = self.tokenizer(" ".join(prompt.split()), **AS_TEXT)["input_ids"]
         return [self.tokenizer.bos_token_id or 0, *ids]
+
+
+def to_documents(text: Text) -> list[Document]:
+    """One for each text; several have their number, from 1, as name."""
+    if isinstance(text, str):
+        return [Document("text", split_sentences(text), text)]
+    return [
+        Document(str(i), split_sentences(t), t) if isinstance(t, str) else t
+        for i, t in enumerate(text, start=1)
+    ]
 
 
 def note_outgrown(planner: PrefixPlanner) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusion_model.data.text import Document
+from fusion_model.data.tokenizer import AS_TEXT
 from fusion_model.errors import FusionLMError
 
 CONTEXTS = ("sentence", "article")
@@ -171,8 +172,7 @@ def word_scores(
     for document in documents:
         end = 0
         for number, sentence in enumerate(document.sentences, start=1):
-            options = {"add_special_tokens": False, "split_special_tokens": True}
-            encoding = tokenizer(sentence, **options, return_offsets_mapping=True)
+            encoding = tokenizer(sentence, **AS_TEXT, return_offsets_mapping=True)
             words = sum_words(sentence.split(), encoding["offset_mapping"], next(remaining))
             ids = iter(encoding["input_ids"])
             for place, (word, nats, tokens) in enumerate(words, start=1):

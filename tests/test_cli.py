@@ -161,6 +161,7 @@ def test_bad_models(trained: Path, tmp_path: Path, bert_folder: Path) -> None:
         return fails("score", model, "--text", text, *more)
 
     assert "no such folder" in attempt(tmp_path / "nowhere")
+    assert "one that ships (fusion-lm-small, fusion-lm-small-unfused)" in attempt("fusion-lm-smal")
     (tmp_path / "empty").mkdir()
     assert "holds no model.safetensors" in attempt(tmp_path / "empty")
     pickled = tmp_path / "pickled"

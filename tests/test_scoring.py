@@ -243,3 +243,14 @@ def test_long_work_says_a_line_now_and_then_where_there_is_no_terminal(monkeypat
         "work: 2,000 of 4,000, busy; 1 min, 2 min left",
         "work: 3,000 of 4,000, busy; 2 h 3 min, 1 h 2 min left",
     ]
+
+
+def test_texts_may_be_plain_or_several(bpe, bert_folder: Path) -> None:
+    lm = make(bpe, bert_folder)
+    texts = ["The cat sat. It ran.", "A dog."]
+    words = lm.score(texts)
+    assert [w.document for w in words if w.word == 1] == ["1", "1", "2"]
+    apart = [w for text in texts for w in lm.score(text)]
+    assert [w.nats for w in words] == pytest.approx([w.nats for w in apart], abs=1e-5)
+    assert lm.perplexity(texts).nats == pytest.approx(sum(w.nats for w in words), rel=1e-6)
+    assert lm.perplexity(texts[1]).tokens == sum(w.tokens for w in lm.score(texts[1]))

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,10 +30,17 @@ COLUMNS = (
     *("document", "sentence", "word", "text", "bits", "nats", "tokens"),
     *("start", "end", "unknown"),
 )
-MEASURES = (
-    *("perplexity", "word_perplexity", "nats_per_token", "bits_per_token"),
-    *("bits_per_character", "paper_perplexity"),
-)
+MEASURES = {
+    "perplexity": ("perplexity per token", ".3f"),
+    "word_perplexity": ("perplexity per word", ".3f"),
+    "nats_per_token": ("nats per token", ".4f"),
+    "bits_per_token": ("bits per token", ".4f"),
+    "bits_per_character": ("bits per character", ".4f"),
+    "paper_perplexity": ("2**nats (what the paper calls perplexity)", ".3f"),
+    "tokens": ("tokens, sentence ends included", ",d"),
+    "words": ("words", ",d"),
+    "characters": ("characters", ",d"),
+}
 
 
 @contextmanager
@@ -113,24 +119,15 @@ def evaluate(
         return
     result = sum_perplexity([part for part in parts if part is not None])
     name = chosen.model or chosen.onnx
+    measures = {measure: getattr(result, measure) for measure in MEASURES}
     if as_json:
-        measures = {m: getattr(result, m) for m in MEASURES}
-        print(json.dumps({"model": str(name), "text": text} | measures | asdict(result), indent=1))
+        known = {"model": str(name), "text": text, **measures, "nats": result.nats}
+        print(json.dumps(known, indent=1))
         return
     table = Table("measure", "value", title=f"{name} on {', '.join(text)}")
     table.columns[1].justify = "right"
-    for name, value in (
-        ("perplexity per token", f"{result.perplexity:.3f}"),
-        ("perplexity per word", f"{result.word_perplexity:.3f}"),
-        ("nats per token", f"{result.nats_per_token:.4f}"),
-        ("bits per token", f"{result.bits_per_token:.4f}"),
-        ("bits per character", f"{result.bits_per_character:.4f}"),
-        ("2**nats (what the paper calls perplexity)", f"{result.paper_perplexity:.3f}"),
-        ("tokens, sentence ends included", f"{result.tokens:,}"),
-        ("words", f"{result.words:,}"),
-        ("characters", f"{result.characters:,}"),
-    ):
-        table.add_row(name, value)
+    for measure, (label, form) in MEASURES.items():
+        table.add_row(label, format(measures[measure], form))
     Console().print(table)
 
 

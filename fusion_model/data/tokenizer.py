@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 LARGEST = 2**24  # tokens of a vocabulary: the trainer takes memory for them all
 CHUNK = 1000  # sentences tokenised at once
+AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True}  # `</s>` is text
 SPECIALS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
 
 
@@ -119,8 +120,7 @@ def encode_sentences(
     encoded = []
     for start in range(0, len(sentences), CHUNK):
         chunk = list(sentences[start : start + CHUNK])
-        options = {"add_special_tokens": False, "split_special_tokens": True}  # `</s>` is text
-        for ids in tokenizer(chunk, **options)["input_ids"]:
+        for ids in tokenizer(chunk, **AS_TEXT)["input_ids"]:
             step = max_tokens or max(len(ids), 1)
             for first in range(0, max(len(ids), 1), step):
                 piece = ids[first : first + step]
