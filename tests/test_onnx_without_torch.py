@@ -1,5 +1,6 @@
 """An export needs neither PyTorch nor transformers: text to surprisal in an environment without."""
 
+import csv
 import json
 import os
 import subprocess
@@ -55,7 +56,7 @@ def said(command: list[str], *arguments: object) -> str:
 
 def scores(command: list[str], export: Path, text: Path, out: Path) -> list[tuple[str, float]]:
     said(command, "score", "--onnx", export, "--text", text, "--out", out, "--threads", 1)
-    rows = [line.split("\t") for line in out.read_text().splitlines()]
+    rows = list(csv.reader(out.read_text().splitlines(), delimiter="\t"))
     assert rows[0][3:5] == ["text", "bits"]
     return [(row[3], float(row[4])) for row in rows[1:]]
 
