@@ -209,10 +209,20 @@ def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
         results.read(bad)
 
 
+def test_speeds_are_compared_item_by_item() -> None:
+    """The plain way may be called with a part of the text only."""
+    eager, ours = (Case("embedding", name) for name in ("eager", "fusion-lm/every"))
+    records = [
+        eager.facts() | {"p50_ms": 2.0, "items": 4},
+        ours.facts() | {"p50_ms": 5.0, "items": 20},
+    ]
+    assert [r["speedup"] for r in suite.with_speedups(records)] == [1, 2]
+
+
 def test_gate_sees_ratios_not_times(tmp_path: Path, capsys) -> None:
     run = {"kind": "run", "run": "1", "machine": describe("cpu")}
     timed = [
-        c.facts() | {"kind": "case", "p50_ms": i + 1.0, "p90_ms": i + 1.5}
+        c.facts() | {"kind": "case", "p50_ms": i + 1.0, "p90_ms": i + 1.5, "items": 2}
         for i, c in enumerate(cases("tiny", ["step"]))
     ]
     list(results.append(tmp_path, run, suite.with_speedups(timed)))

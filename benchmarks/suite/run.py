@@ -110,9 +110,15 @@ def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: s
 
 
 def with_speedups(records: Sequence[Record]) -> list[Record]:
-    """The records of a run, each with its speed relative to the eager one of its group."""
-    eager = {r["group"]: r["p50_ms"] for r in records if r["backend"] == EAGER}
+    """The records of a run, each with its rate relative to the eager one of its group, which may
+    have fewer items a call."""
+    eager = {r["group"]: r["p50_ms"] / r["items"] for r in records if r["backend"] == EAGER}
     return [
-        r | ({"speedup": round(eager[r["group"]] / r["p50_ms"], 4)} if r["group"] in eager else {})
+        r
+        | (
+            {"speedup": round(eager[r["group"]] / (r["p50_ms"] / r["items"]), 4)}
+            if r["group"] in eager
+            else {}
+        )
         for r in records
     ]
