@@ -202,7 +202,6 @@ def test_a_vocabulary_has_an_end(text_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["embed", "--text", "TEXT", "--encoder", "zeros", "--out", "OUT", "--max-tokens", "0"],
         ["score", "--onnx", "OUT", "--text", "TEXT", "--threads", "100000"],
         ["generate", "MODEL", "--seed", "-1"],
         ["generate", "MODEL", "--seed", str(2**40)],
@@ -235,6 +234,10 @@ def test_numbers_out_of_range_are_refused(
         (["profile", "MODEL", "--text", "TEXT", "--json", "OUT", "--trace", "OUT"], "named twice"),
         (["profile", "MODEL", "--text", "TEXT", "--json", "/proc/x.json"], "No such file"),
         (["bench", "--report", "/proc/report.html"], "No such file"),
+        (
+            ["embed", "--text", "TEXT", "--encoder", "zeros", "--out", "OUT", "--max-tokens", "0"],
+            "max tokens must be at least 1",
+        ),
     ],
     ids=lambda a: " ".join(a) if isinstance(a, list) else "",
 )
