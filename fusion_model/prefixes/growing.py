@@ -43,6 +43,8 @@ class GrowingInputs:
         if token in self._special:
             return text
         longer = self._longer(text, token)
+        if self._has_room(longer):
+            return longer
         with suppress(TooLong):
             self.input(longer)
             if len(longer.tokens) <= self._planner.most:
@@ -51,6 +53,12 @@ class GrowingInputs:
         with suppress(TooLong):
             return self._anew(longer.tokens[-1 - len(text.tokens) // 2 :])
         return self._anew((token,))
+
+    def _has_room(self, text: Grown) -> bool:
+        """Surely, without looking closer: a byte makes two of the encoder's tokens at most."""
+        encoder, word = self._encoder, len(self._decoded(text.word).encode()) if text.word else 0
+        size = len(text.ids) // 4 + 2 * word + len(encoder.specials) + 1
+        return size <= encoder.window and len(text.tokens) <= self._planner.most
 
     def _anew(self, tokens: tuple[int, ...]) -> Grown:
         """A text that fits the encoder's window all along; `TooLong` where it does not."""
