@@ -140,12 +140,12 @@ def _add_trend(findings: Findings, losses: Mapping[int, Losses]) -> None:
             continue
         x = np.log2(sizes) - np.mean(np.log2(sizes))
         slope = estimate(x @ np.stack(gains) / (x @ x))
-        kind = "rises" if slope.low > 0 else "falls"
+        kind = "more text leaves less of a gain" if slope.low > 0 else "more text, larger gain"
         if slope.low <= 0 <= slope.high:
-            kind = "is not shown to change"
+            kind = "no change is shown"
         findings.answer.append(
             f"{name} − {UNFUSED}, for each doubling of the text: {interval(slope, 3, True)} nats a "
-            f"token over {len(sizes)} sizes: it {kind}."
+            f"token over {len(sizes)} sizes: {kind}."
         )
     findings.figures["gain"] = curves(
         {name: [(n, e.value) for n, e in found] for name, found in points.items()},
