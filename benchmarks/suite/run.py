@@ -112,13 +112,10 @@ def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: s
 def with_speedups(records: Sequence[Record]) -> list[Record]:
     """The records of a run, each with its rate relative to the eager one of its group, which may
     have fewer items a call."""
-    eager = {r["group"]: r["p50_ms"] / r["items"] for r in records if r["backend"] == EAGER}
+    rates = [r["items"] / r["p50_ms"] for r in records]
+    pairs = list(zip(records, rates, strict=True))
+    eager = {r["group"]: rate for r, rate in pairs if r["backend"] == EAGER}
     return [
-        r
-        | (
-            {"speedup": round(eager[r["group"]] / (r["p50_ms"] / r["items"]), 4)}
-            if r["group"] in eager
-            else {}
-        )
-        for r in records
+        r | ({"speedup": round(rate / eager[r["group"]], 4)} if r["group"] in eager else {})
+        for r, rate in pairs
     ]

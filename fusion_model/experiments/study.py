@@ -271,7 +271,8 @@ class Study:
         """The run with its losses on all tests, and its surprisals of what was read: the only
         place where test texts are opened, for runs that dev has chosen."""
         losses = run.result["losses"]
-        missing = [path for path in self.texts.tests.values() if run.key(path) not in losses]
+        own_test, *_ = tests = list(self.texts.tests.values())
+        missing = [path for path in tests if run.key(path) not in losses]
         counts = run.arm.model in NGRAMS
         unread = bool(self.read) and not counts and "read" not in run.result
         if not missing and not unread:
@@ -290,7 +291,7 @@ class Study:
                     with lm.open_store(self.store(run.options)) as store:
                         batches = lm.encode_corpus(corpus, store)
                         scores = score_sentences(lm, batches)
-                        if not run.arm.misled:
+                        if path == own_test and not run.arm.misled:
                             run.result["cosine"] = successive_cosine(batches)
                     nats = [s.tokens for s in scores]
                     losses[run.key(path)] = by_document(documents, corpus, nats)
