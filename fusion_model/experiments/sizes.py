@@ -43,7 +43,7 @@ class Size:
         }
 
 
-FAST = {"precision": "bfloat16", "encoder_dtype": "auto"}
+FAST = {"precision": "auto", "encoder_dtype": "auto"}
 SIZES = {
     "small": Size(
         "small",

@@ -8,7 +8,9 @@ not train that arm again.
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ import torch
 from fusion_model import progress
 from fusion_model.data.text import Document, read_documents
 from fusion_model.data.tokenizer import encode_sentences, train_bpe
-from fusion_model.devices import resolve_device
+from fusion_model.devices import resolve_device, resolve_dtype
 from fusion_model.encoders.controls import BAGS
+from fusion_model.encoders.policies import AUTO
 from fusion_model.errors import CheckpointError
 from fusion_model.experiments.arms import NGRAMS, Arm
 from fusion_model.experiments.baselines import MODELS, DroppingLM
@@ -41,6 +44,7 @@ from fusion_model.training.run import Epoch, autocast, train
 
 # Of `TrainingOptions`, when the first results were kept.
 ONCE_DEFAULT = {"policy": "every", "pooling": "static+mean"}
+WHOLE = 4  # grids of no more points in all are searched whole
 
 
 class Unfinished(Exception):
@@ -166,13 +170,19 @@ class Study:
 
         From the middle of every grid, one field after the other: a step up while dev gains by
         it, or else down. So a chosen value is better than both its neighbours, unless it lies
-        at the edge of its grid.
+        at the edge of its grid. Of few settings, all are tried.
         """
         settings = {name: grid[(len(grid) - 1) // 2] for name, grid in self.size.grids.items()}
         if self.tuner is not None and arm.model not in NGRAMS:
             return self.run(arm, self.settings(self.tuner.tuned(arm.like or arm)), 0)
+        fields = self.tuned_fields(arm)
+        grids = [self.size.grids[name] for name in fields]
+        if fields and math.prod(map(len, grids)) <= WHOLE:
+            points = [dict(zip(fields, point, strict=True)) for point in itertools.product(*grids)]
+            runs = [self.run(arm, settings | point, 0) for point in points]
+            return min(runs, key=lambda run: run.dev_loss)
         best = self.run(arm, settings, 0)
-        for name in self.tuned_fields(arm):
+        for name in fields:
             grid = self.size.grids[name]
             start = grid.index(settings[name])
             for step in (1, -1):
@@ -208,6 +218,8 @@ class Study:
             and getattr(options, f.name) not in (f.default, ONCE_DEFAULT.get(f.name))
         }
         texts = [p.name for p in (self.texts.train, self.texts.dev, self.texts.vocabulary)]
+        if own.get("precision") == AUTO:  # as it was called then; what it came to is in the result
+            own["precision"] = "bfloat16"
         if arm.model in NGRAMS:
             own = {name: own.get(name) for name in ("vocab_size", "max_tokens")}
         definition = {"model": arm.model, **own, "texts": texts}
@@ -250,6 +262,7 @@ class Study:
         metrics = read_lines(folder / "metrics.jsonl", Epoch)
         names = ("epoch", "train_loss", "dev_loss", "prefix_dropout")
         run.result["parameters"] = sum(p.numel() for p in model.parameters())
+        run.result["precision"] = str(resolve_dtype(options.precision, model.device))[6:]
         run.result["epochs"] = [{name: m[name] for name in names} for m in metrics]
         self._keep(run)
         for checkpoint in folder.glob("checkpoint-*"):  # nothing is left to go on with

@@ -16,7 +16,7 @@ from fusion_model.prefixes.views import SHUFFLES, VIEWS, parse_view
 from fusion_model.schema import Count, Layers, Range, Share, Size, check
 
 SCHEDULES = ("constant", "rising", "falling")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", AUTO)
 AS_IN_TRAIN = "as in train"
 Dropout = Annotated[float, Range(0, 1, "[)")]
 Above0 = Annotated[float, Range(0, math.inf, "()")]
@@ -75,7 +75,9 @@ class TrainingOptions:
     learning_rate: Above0 = _option("Adam's, after warm-up", 1e-3)
     warmup: Share = _option("share of the run in which the learning rate rises", 0.02)
     max_grad_norm: Above0 = _option("gradients are clipped to this norm", 1.0)
-    precision: str = _option(f"of the LSTM: {', '.join(PRECISIONS)}", "float32")
+    precision: str = _option(
+        f"of the LSTM: {', '.join(PRECISIONS)} (auto: bfloat16 where it is fast)", "float32"
+    )
     encoder_dtype: str = _option(
         f"of the encoder: {', '.join(DTYPES)} (auto: bfloat16 where it is fast)", "float32"
     )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fusion_model import progress
 from fusion_model.config import FusionLMConfig
 from fusion_model.data.batches import Batch, Batches
+from fusion_model.devices import resolve_dtype
 from fusion_model.errors import CheckpointError, FusionLMError
 from fusion_model.files import locked, replace_files, write_text
 from fusion_model.language_model import to_tensors
@@ -341,8 +342,9 @@ def evaluate_loss(
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Mixed precision for `bfloat16`, nothing for `float32`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """Mixed precision for `bfloat16`, nothing for `float32`; `auto` as in `resolve_dtype`."""
+    enabled = resolve_dtype(precision, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def _lr_scale(step: int, total: int, warmup: float) -> float:
