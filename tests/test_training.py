@@ -379,3 +379,14 @@ def test_a_training_step_waits_for_nothing() -> None:
     with _Waits() as waits:
         bool(loss > 0)
     assert waits.seen
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_precision_is_bfloat16_only_where_it_is_fast(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor without bfloat16 takes a hundred times as long for it."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    with training.autocast("auto", torch.device("cpu")):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if fast else torch.float32)

@@ -20,7 +20,7 @@ class Arm:
     Attributes:
         options: fields of `TrainingOptions` that set it apart.
         model: one of `baselines.MODELS`, or of `NGRAMS`.
-        like: the arm whose settings it takes, where settings are frozen; itself by default.
+        like: the arm whose settings it takes, where a smaller text tuned them; none: its own.
         most: not trained on more sentences than so many; 0: on all.
         misled: tested with the embeddings of other positions, though trained with its own.
     """

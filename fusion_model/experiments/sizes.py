@@ -15,9 +15,10 @@ class Size:
         sentences, dev, test: sentences to train on, to choose by, and most of each test text.
         training: fields of `TrainingOptions`.
         learning_rates, dropouts, prefix_dropouts: grids that each arm alike climbs on dev, see
-            `Study.tuned`; the last is of dropout on e.
+            `tuning.search`; the last is of dropout on e.
         data_sizes: epochs by number of sentences, of each step of the experiment `data-size`.
-        tuned_at: sentences at which settings are chosen, for all sizes; 0: at each size anew.
+        tuned_at: sentences at which the grids are searched; at other sizes, dev chooses among what
+            it chose there. 0: they are searched at each size.
         mixed: trained on Brown and prose together, see `corpora.write_texts`.
     """
 

@@ -8,11 +8,10 @@ not train that arm again.
 import base64
 import dataclasses
 import hashlib
-import itertools
 import json
-import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +33,7 @@ from fusion_model.experiments.corpora import Texts
 from fusion_model.experiments.losses import by_document, read_test, successive_cosine, word_bits
 from fusion_model.experiments.ngrams import KneserNey
 from fusion_model.experiments.sizes import Size
+from fusion_model.experiments.tuning import Settings, Unfinished, best_of, search
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load
 from fusion_model.schema import read_json, read_lines, write_json
@@ -44,11 +44,6 @@ from fusion_model.training.run import Epoch, autocast, train
 
 # Of `TrainingOptions`, when the first results were kept.
 ONCE_DEFAULT = {"policy": "every", "pooling": "static+mean"}
-WHOLE = 4  # grids of no more points in all are searched whole
-
-
-class Unfinished(Exception):
-    """A run that only a report was wanted of has not been made."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ class Study:
                 if (seed and arm.model in NGRAMS) or 0 < arm.most < self.size.sentences:
                     continue
                 try:
-                    run = self.tuned(arm)
+                    run = self.tuned(arm, arms)
                     if seed:
                         run = self.run(arm, self.settings(run), seed)
                     run = self.scored(run)
@@ -150,14 +145,12 @@ class Study:
                 found.setdefault(arm.name, []).append(run)
         return found
 
-    def settings(self, run: Run) -> dict[str, float]:
+    def settings(self, run: Run) -> Settings:
         """Of the grids, what the run was made with."""
         return {name: getattr(run.options, name) for name in self.size.grids}
 
     def tuned_fields(self, arm: Arm) -> list[str]:
         """Which of `Size.grids` matter to the arm, and have more than one value."""
-        if arm.model in NGRAMS:
-            return []
         options = self.options(arm, {}, 0)
         fields = [name for name, grid in self.size.grids.items() if len(grid) > 1]
         sees_e = options.fusion != "none" and options.encoder != "zeros"
@@ -165,37 +158,38 @@ class Study:
             fields = [name for name in fields if name != "prefix_dropout"]
         return fields
 
-    def tuned(self, arm: Arm) -> Run:
+    def tuned(self, arm: Arm, arms: Sequence[Arm] = ()) -> Run:
         """The arm with seed 0 and the settings that are best on dev.
 
-        From the middle of every grid, one field after the other: a step up while dev gains by
-        it, or else down. So a chosen value is better than both its neighbours, unless it lies
-        at the edge of its grid. Of few settings, all are tried.
+        With a tuner, the settings that it chose for any of the arms are tried for each of them:
+        which are best depends on how much text there is, and so would a comparison whose settings
+        were frozen.
+
+        Args:
+            arms: of the comparison.
         """
-        settings = {name: grid[(len(grid) - 1) // 2] for name, grid in self.size.grids.items()}
-        if self.tuner is not None and arm.model not in NGRAMS:
-            return self.run(arm, self.settings(self.tuner.tuned(arm.like or arm)), 0)
-        fields = self.tuned_fields(arm)
-        grids = [self.size.grids[name] for name in fields]
-        if fields and math.prod(map(len, grids)) <= WHOLE:
-            points = [dict(zip(fields, point, strict=True)) for point in itertools.product(*grids)]
-            runs = [self.run(arm, settings | point, 0) for point in points]
-            return min(runs, key=lambda run: run.dev_loss)
-        best = self.run(arm, settings, 0)
-        for name in fields:
-            grid = self.size.grids[name]
-            start = grid.index(settings[name])
-            for step in (1, -1):
-                at = start + step
-                while 0 <= at < len(grid):
-                    run = self.run(arm, settings | {name: grid[at]}, 0)
-                    if run.dev_loss >= best.dev_loss:
-                        break
-                    best, at = run, at + step
-                settings[name] = getattr(best.options, name)
-                if settings[name] != grid[start]:
-                    break
-        return best
+        middle = {name: grid[(len(grid) - 1) // 2] for name, grid in self.size.grids.items()}
+        if arm.model in NGRAMS:
+            return self.run(arm, middle, 0)
+
+        def run(settings: Settings) -> Run:
+            return self.run(arm, settings, 0)
+
+        if self.tuner is None:
+            return search(run, middle, {n: self.size.grids[n] for n in self.tuned_fields(arm)})
+        if arm.like is not None:
+            return run(self.settings(self.tuned(arm.like, arms)))
+        return best_of(run, self.tuner.chosen([arm, *arms]))
+
+    def chosen(self, arms: Sequence[Arm]) -> list[Settings]:
+        """What dev chose for these arms, each once; of those that are there."""
+        found: list[Settings] = []
+        for arm in arms:
+            if arm.model not in NGRAMS and arm.like is None:
+                with suppress(Unfinished):
+                    settings = self.settings(self.tuned(arm))
+                    found += [settings] * (settings not in found)
+        return found
 
     def options(self, arm: Arm, settings: Mapping[str, float], seed: int) -> TrainingOptions:
         """The training of an arm; `settings` by field of `TrainingOptions`."""

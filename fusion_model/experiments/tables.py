@@ -11,6 +11,7 @@ from fusion_model.experiments.arms import COUNTED, FUSED, STATIC, UNFUSED
 from fusion_model.experiments.report import Findings, interval, p_value
 from fusion_model.experiments.statistics import Estimate, estimate, holm, resampled_means
 from fusion_model.experiments.study import Run, Study
+from fusion_model.experiments.tuning import WHOLE
 
 Results = Mapping[str, Sequence[Run]]
 Losses = Mapping[str, np.ndarray]
@@ -30,12 +31,15 @@ def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
         for name, grid in size.grids.items()
     )
     at = f" at {size.tuned_at:,} sentences" if size.tuned_at else ""
+    few = math.prod(map(len, size.grids.values())) <= WHOLE
+    how = "of all settings" if few else "one after the other from the middle of the grid"
+    later = ", and at other sizes among what it chose there for any arm" if size.tuned_at else ""
     return (
         f"Size `{size.name}`: {trained} training, {size.dev:,} dev and at most {size.test:,} test "
         f"sentences, {study.texts.name}; V ≤ {fields['vocab_size']:,}, the same for all sizes, D = "
         f"{fields['embedding_size']}, H = {fields['hidden_size']} in concat and so fitted in the "
         f"others that all have its parameters; up to {study.seeds} seeds. For each arm alike, dev "
-        f"chose with seed 0{at}, one after the other from the middle of the grid: {grids}. {note}"
+        f"chose with seed 0{at}, {how}{later}: {grids}. {note}"
     )
 
 
