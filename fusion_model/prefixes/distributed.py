@@ -7,14 +7,19 @@ with `accelerate launch -m fusion_model.cli train …`, or `embed`, `score`, `ev
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from fusion_model import progress
+from fusion_model.data.corpus import Corpus
 from fusion_model.encoders import TextEncoder
 from fusion_model.encoders.inputs import EncoderInput, OnProgress
 from fusion_model.errors import EncoderError
+from fusion_model.prefixes.embed import embed_corpus
+from fusion_model.prefixes.planner import PrefixPlanner
 
 Encode = Callable[..., Any]
 
@@ -53,6 +58,30 @@ def shared_encoding(encoder: TextEncoder, rank: int, world: int) -> Iterator[Enc
     finally:
         _broadcast(None)
         dist.barrier()  # whoever ends first would take the connection down
+
+
+def fill_store(
+    corpus: Corpus,
+    planner: PrefixPlanner,
+    path: Path,
+    rank: int,
+    world: int,
+    dtype: str | None = None,
+) -> int | None:
+    """All processes encode a corpus for the store at `path`, which the main one writes.
+
+    Returns how many vectors the store then has; in the other processes None.
+    """
+    with shared_encoding(planner.encoder, rank, world) as encode:
+        if encode is None:
+            return None
+        size = sum(corpus.positions)
+        with (
+            planner.open_store(path, dtype) as store,
+            progress.track("prefix embeddings", size) as update,
+        ):
+            embed_corpus(corpus, planner, store, update, encode)
+            return len(store)
 
 
 def _encoded(

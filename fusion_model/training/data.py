@@ -25,7 +25,7 @@ from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import EncoderError, FusionLMError
 from fusion_model.files import replace_files
 from fusion_model.loading import load_model, load_tokenizer
-from fusion_model.prefixes.distributed import Encode, shared_encoding
+from fusion_model.prefixes.distributed import Encode, fill_store, shared_encoding
 from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.store import EmbeddingStore
@@ -199,12 +199,5 @@ def embed_text(options: EmbedOptions, out: Path) -> tuple[int, int] | None:
         shares = options.vocabulary == "encoder"
         planner = PrefixPlanner(encoder, tokenizer, options.view, shares)
     corpus = Corpus.from_documents(documents, tokenizer, limit)
-    with shared_encoding(planner.encoder, rank, world) as encode:
-        if rank:
-            return None
-        with (
-            planner.open_store(out, options.store_dtype) as store,
-            progress.track("prefix embeddings", sum(corpus.positions)) as update,
-        ):
-            embed_corpus(corpus, planner, store, update, encode)
-            return len(store), sum(corpus.positions)
+    vectors = fill_store(corpus, planner, out, rank, world, options.store_dtype)
+    return None if vectors is None else (vectors, sum(corpus.positions))
