@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from fusion_model.encoders.inputs import EncoderInput, OnProgress
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.errors import EncoderError
 from fusion_model.schema import Count, read_json, write_json
 
@@ -38,9 +38,7 @@ class ZeroEncoder:
     def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
         return [EncoderInput()] * len(texts)
 
-    def encode(
-        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
-    ) -> np.ndarray:
+    def encode(self, inputs: Sequence[EncoderInput]) -> np.ndarray:
         return np.zeros((len(inputs), self.dim), dtype=np.float32)
 
     def save(self, directory: Path) -> None:
@@ -105,9 +103,7 @@ class BagEncoder:
     def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
         return [EncoderInput(text=text) for text in texts]
 
-    def encode(
-        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
-    ) -> np.ndarray:
+    def encode(self, inputs: Sequence[EncoderInput]) -> np.ndarray:
         vocabulary, out = self._saved["vocabulary"], np.zeros((len(inputs), self.dim))
         for row, given in enumerate(inputs):
             for word in self._words.findall(given.text.lower()):

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -12,9 +12,6 @@ from fusion_model.encoders.incremental.trees import Query
 from fusion_model.encoders.policies import HOLDING, parse_policy
 from fusion_model.encoders.pooling import Pooling, parse_pooling
 from fusion_model.errors import EncoderError, TooLong
-
-OnProgress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 TRIED = 256  # texts of a call
 ENOUGH = 8  # of the first calls together

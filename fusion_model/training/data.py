@@ -1,7 +1,5 @@
 """From training options to data: tokenizer, encoder, and both corpora with their embeddings."""
 
-import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +67,7 @@ def prepare(
     assert encoder is not None
     shares = options.vocabulary == "encoder"
     planner = PrefixPlanner(encoder, tokenizer, options.view, shares)
-    store, rows = _embed(options, corpora, planner, store_path, out, accelerator)
+    store, rows = _embed(options, corpora, planner, store_path, accelerator)
     train, dev = (Batches(c, r, store, pad) for c, r in zip(corpora, rows, strict=True))
     return TrainingData(tokenizer, encoder, train, dev)
 
@@ -136,29 +134,19 @@ def _embed(
     corpora: list[Corpus],
     planner: PrefixPlanner,
     path: Path,
-    out: Path,
     accelerator: Accelerator,
 ) -> tuple[EmbeddingStore, list[np.ndarray]]:
     """The store of all vectors, which can be read, and the row of every position, [P] each."""
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def embed(encode: Encode | None) -> tuple[EmbeddingStore, list[np.ndarray]]:
-        rows, began = [], time.monotonic()
+        rows = []
         with planner.open_store(path, writable=rank == 0) as store:
-            before = len(store)
-            try:
-                for name, corpus in zip(("train", "dev"), corpora, strict=True):
-                    size = sum(corpus.positions)
-                    with progress.track(f"prefix embeddings, {name}", size) as update:
-                        found = embed_corpus(corpus, planner, store, update, encode)
-                    shuffled = shuffle_rows(found, corpus.positions, options.shuffle, options.seed)
-                    rows.append(shuffled)
-            finally:
-                if len(store) > before:  # what encoding cost, a line each time
-                    seconds = round(time.monotonic() - began, 3)
-                    note = json.dumps({"vectors": len(store) - before, "seconds": seconds})
-                    with open(out / "encoding.jsonl", "a", encoding="utf-8") as file:
-                        file.write(note + "\n")
+            for name, corpus in zip(("train", "dev"), corpora, strict=True):
+                size = sum(corpus.positions)
+                with progress.track(f"prefix embeddings, {name}", size) as update:
+                    found = embed_corpus(corpus, planner, store, update, encode)
+                rows.append(shuffle_rows(found, corpus.positions, options.shuffle, options.seed))
         return store, rows
 
     with shared_encoding(planner.encoder, rank, world) as encode:
