@@ -69,9 +69,7 @@ class BagEncoder:
         self.content_sha256 = hashlib.sha256(json.dumps(self._saved).encode()).hexdigest()
 
     @classmethod
-    def fit(
-        cls, name: str, sentences: Sequence[str], dim: int = 768, policy: str = "every"
-    ) -> "BagEncoder":
+    def fit(cls, name: str, sentences: Sequence[str], dim: int = 768) -> "BagEncoder":
         """Learn vocabulary and document frequencies from the training sentences."""
         from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
@@ -82,7 +80,7 @@ class BagEncoder:
         except ValueError as error:
             raise EncoderError(f"cannot fit {name} on this text: {error}") from error
         vocabulary = {word: int(i) for word, i in vectorizer.vocabulary_.items()}
-        return cls(name, vocabulary, vectorizer.idf_.tolist() if tfidf else None, policy)
+        return cls(name, vocabulary, vectorizer.idf_.tolist() if tfidf else None)
 
     @classmethod
     def load(cls, name: str, directory: Path, policy: str = "every") -> "BagEncoder":

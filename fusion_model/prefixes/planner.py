@@ -156,7 +156,9 @@ class PrefixPlanner:
     def _of_lengths(self, content: list[int], lengths: Sequence[int]) -> Sequence[EncoderInput]:
         """Exact inputs of a text's first tokens, so many each time."""
         if self.to_encoder is not None:
-            return self._from_ids([self.to_encoder[content[:t]].tolist() for t in lengths])
+            assert isinstance(self.encoder, TokenInputs)
+            ids = self.to_encoder[content].tolist()
+            return self.encoder.inputs_from_ids([ids[:t] for t in lengths])
         texts = [str(self.tokenizer.decode(content[:t])).rstrip("�").strip() for t in lengths]
         return self.encoder.inputs_from_texts(texts)
 
@@ -194,7 +196,7 @@ class PrefixPlanner:
                 ids = to_encoder[now].tolist()
                 prefixes, earlier = [ids[:t] for t in range(len(ids) + 1)], to_encoder[before]
                 of_texts += shown(prefixes, view, earlier.tolist(), lambda a, b: [*a, mask, *b])
-            return self._from_ids(of_texts)
+            return self.encoder.inputs_from_ids(of_texts)
         texts: list[str] = []
         for now, before in pairs:
             earlier_text = str(self.tokenizer.decode(before)) if view == "previous" else ""
@@ -207,10 +209,6 @@ class PrefixPlanner:
 
     def _masked(self, before: str, after: str) -> str:
         return f"{before.strip()} {self.encoder.mask_token}{after}"
-
-    def _from_ids(self, sequences: Sequence[list[int]]) -> list[EncoderInput]:
-        assert isinstance(self.encoder, TokenInputs)  # it shares its vocabulary
-        return self.encoder.inputs_from_ids(sequences)
 
     def _content(self, ids: Sequence[int]) -> list[int]:
         return [int(i) for i in ids if int(i) not in self.special_ids]

@@ -75,20 +75,12 @@ def prepare(
 def _encoder(
     options: TrainingOptions, out: Path, sentences: list[str], accelerator: Accelerator
 ) -> Encoder:
-    if options.encoder in BAGS:
-        policy = "every" if options.policy == AUTO else options.policy
-        bag = BagEncoder.fit(options.encoder, sentences, policy=policy)
-        if accelerator.is_main_process:
-            bag.save(out)
-        return bag
+    if options.encoder in BAGS and accelerator.is_main_process:
+        BagEncoder.fit(options.encoder, sentences).save(out)
+    accelerator.wait_for_everyone()
     pooling, policy = _of_view(options.view, options.pooling, options.policy)
-    return load_encoder(
-        options.encoder,
-        pooling,
-        dtype=options.encoder_dtype,
-        device=accelerator.device,
-        policy=policy,
-    )
+    how: dict[str, Any] = {"dtype": options.encoder_dtype, "device": accelerator.device}
+    return load_encoder(options.encoder, pooling, policy=policy, directory=out, **how)
 
 
 def _of_view(view: str, pooling: str, policy: str) -> tuple[str, str]:
