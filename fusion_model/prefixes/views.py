@@ -68,7 +68,7 @@ def shown(prefixes: Sequence[T], view: str, previous: T, masked: Callable[[T, T]
     name, k = parse_view(view)
     n, whole = len(prefixes) - 1, prefixes[-1]
     if name == "masked":
-        next_ends = [len(prefix) for prefix in [*prefixes[1:], whole]]
+        next_ends = [len(prefix) for prefix in prefixes[1:]] + [len(whole)]
         return [masked(p, whole[end:]) for p, end in zip(prefixes, next_ends, strict=True)]
     if name in ("sentence", "previous"):
         return [whole if name == "sentence" else previous] * (n + 1)
