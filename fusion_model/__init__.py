@@ -7,38 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusion_model.config import FusionLMConfig
-    from fusion_model.encoders import load_encoder
-    from fusion_model.language_model import FusionLM
-    from fusion_model.loading import load
-    from fusion_model.model import FusionLMForCausalLM, FusionLMOutput
-    from fusion_model.names import FUSIONS
-    from fusion_model.prefixes.planner import PrefixPlanner
-    from fusion_model.prefixes.stream import PrefixStream
+    from fusion_model.config import FusionLMConfig as FusionLMConfig
+    from fusion_model.encoders import load_encoder as load_encoder
+    from fusion_model.language_model import FusionLM as FusionLM
+    from fusion_model.loading import load as load
+    from fusion_model.model import FusionLMForCausalLM as FusionLMForCausalLM
+    from fusion_model.model import FusionLMOutput as FusionLMOutput
+    from fusion_model.names import FUSIONS as FUSIONS
+    from fusion_model.prefixes.planner import PrefixPlanner as PrefixPlanner
+    from fusion_model.prefixes.stream import PrefixStream as PrefixStream
 
 __version__ = "0.1.0"
-__all__ = [
-    "FUSIONS",
-    "FusionLM",
-    "FusionLMConfig",
-    "FusionLMForCausalLM",
-    "FusionLMOutput",
-    "PrefixPlanner",
-    "PrefixStream",
-    "load",
-    "load_encoder",
-]
 _HOMES = {
     "FUSIONS": "names",
-    "FusionLMConfig": "config",
     "FusionLM": "language_model",
-    "load": "loading",
+    "FusionLMConfig": "config",
     "FusionLMForCausalLM": "model",
     "FusionLMOutput": "model",
     "PrefixPlanner": "prefixes.planner",
     "PrefixStream": "prefixes.stream",
+    "load": "loading",
     "load_encoder": "encoders",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

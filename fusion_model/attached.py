@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,21 +73,68 @@ def load_planner(
     return PrefixPlanner(found, tokenizer, config.view, config.shares_vocabulary)
 
 
-def own_encoder(
-    config: FusionLMConfig, name: str | None, device: str | torch.device
-) -> PrefixEncoder | None:
-    """The encoder of the model that was loaded from `name`, in float32.
+class WithEncoder:
+    """The part of a model that takes prefix embeddings, or has its own encoder make them."""
 
-    None where there is none that generates: a model that was never saved, or was trained with
-    vectors of a caller, or whose view sees the future.
+    config: FusionLMConfig
+    name_or_path: Any
+    device: torch.device
+    _prefix_encoder: PrefixEncoder | None = None
 
-    Raises:
-        EncoderError: as `load_planner`; the model's tokenizer is missing.
-    """
-    if not name or config.encoder is None or config.view not in CAUSAL_VIEWS:
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{name} lacks its tokenizer ({first_line(error)})") from error
-    return PrefixCache(load_planner(config, tokenizer, name, device=device))
+    @property
+    def prefix_encoder(self) -> PrefixEncoder | None:
+        """What encodes prefixes that nobody passes.
+
+        `fusion_model.load` attaches it; to a model that was loaded by its class or an Auto class
+        it is attached, in float32, when it is first needed. None where there is none that
+        generates: a model that was never saved, or was trained with vectors of a caller, or whose
+        view sees the future.
+
+        Raises:
+            EncoderError: as `load_planner`; the model's tokenizer is missing.
+        """
+        config, name, found = self.config, self.name_or_path, self._prefix_encoder
+        if found is None and name and config.encoder and config.view in CAUSAL_VIEWS:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                raise EncoderError(f"{name} lacks its tokenizer ({first_line(error)})") from error
+            planner = load_planner(config, tokenizer, name, device=self.device)
+            found = self._prefix_encoder = PrefixCache(planner)
+        return found
+
+    @prefix_encoder.setter
+    def prefix_encoder(self, encoder: PrefixEncoder | None) -> None:
+        self._prefix_encoder = encoder
+
+    def _check_prefix_embeds(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        e: Tensor | None,
+        state: tuple[Tensor, Tensor] | None,
+    ) -> Tensor | None:
+        fusion, size = self.config.fusion, self.config.prefix_size
+        if fusion == "none":
+            return None
+        if e is None:
+            encoder = None if state is not None else self.prefix_encoder
+            if encoder is None:
+                raise ValueError(
+                    f"fusion={fusion!r} needs prefix_embeds, [B, T, {size}] or [B, {size}]: pass "
+                    "them, or load the model with fusion_model.load, which attaches its encoder"
+                )
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            e = encoder(input_ids, mask, 0)
+        batch, length = input_ids.shape
+        if tuple(e.shape) not in ((batch, length, size), (batch, size)):
+            raise ValueError(
+                f"prefix_embeds has shape {list(e.shape)}: expected {[batch, length, size]}, one "
+                f"a position, or {[batch, size]}, one a sequence"
+            )
+        # One pass over finite ones; not on a GPU, where it would wait for the result.
+        suspicious = e.device.type == "cpu" and not bool(torch.isfinite(e.sum()))
+        if suspicious and not bool(torch.isfinite(e).all()):
+            where = (~torch.isfinite(e)).nonzero()[0].tolist()
+            raise ValueError(f"prefix_embeds holds NaN or infinity, first at {where}")
+        return e

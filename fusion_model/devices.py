@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fusion_model.errors import EncoderError, FusionLMError
+from fusion_model.errors import EncoderError, FusionLMError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,8 @@ def resolve_device(name: str) -> str:
     try:
         on = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise FusionLMError(f"the device {name!r} cannot be used here: {reason}") from None
+        why = first_line(error)
+        raise FusionLMError(f"the device {name!r} cannot be used here: {why}") from None
     if on.type == "meta":
         raise FusionLMError("the device 'meta' holds no numbers: choose cpu or cuda")
     return name

@@ -59,20 +59,18 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, kind: type[FusionLMError] = FusionLMError) -> Iterator[None]:
     """Nobody else is in such a block of the same file, which goes with the block.
 
     Raises:
-        FusionLMError: somebody is.
+        FusionLMError: somebody is; of this kind.
         OSError: the folder of the file cannot be written to.
     """
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise FusionLMError(
-            f"{what} is in use by another process: wait, or choose another"
-        ) from None
+        raise kind(f"{what} is in use by another process: wait, or choose another") from None
     try:
         yield
     finally:

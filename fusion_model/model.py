@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
-from fusion_model.attached import PrefixEncoder, own_encoder
+from fusion_model.attached import WithEncoder
 from fusion_model.config import FusionLMConfig
 from fusion_model.fusion import first_state, fuse, start
 from fusion_model.generation import StatefulGenerationMixin
 from fusion_model.kernels import (
     LayerWeights,
+    compute_dtype,
     dropout,
     lstm_sequence,
     lstm_tokens,
@@ -50,7 +51,7 @@ class FusionLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
+class FusionLMForCausalLM(WithEncoder, PreTrainedModel, StatefulGenerationMixin):
     """LSTM language model that fuses prefix embeddings (arXiv 2208.02402, section 3).
 
     The published input layer is a table plus a bias; the bias is part of the table here, since
@@ -68,7 +69,6 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
         super().__init__(config)
         size, hidden, fusion = config.embedding_size, config.hidden_size, config.fusion
         self.backend = "auto"
-        self._prefix_encoder: PrefixEncoder | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.lstm = nn.LSTM(
             size + (config.prefix_size if fusion == "input" else 0),
@@ -109,21 +109,6 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(*args, **kwargs)
 
-    @property
-    def prefix_encoder(self) -> PrefixEncoder | None:
-        """What encodes prefixes that nobody passes.
-
-        It is attached by `fusion_model.load`; to a model that was loaded by its class or an Auto
-        class, when it is first needed.
-        """
-        if self._prefix_encoder is None:
-            self._prefix_encoder = own_encoder(self.config, self.name_or_path, self.device)
-        return self._prefix_encoder
-
-    @prefix_encoder.setter
-    def prefix_encoder(self, encoder: PrefixEncoder | None) -> None:
-        self._prefix_encoder = encoder
-
     def set_backend(self, backend: str) -> None:
         """Choose how the recurrence runs: one of `fusion_model.kernels.BACKENDS`."""
         resolve_backend(backend, self.device)
@@ -159,51 +144,14 @@ class FusionLMForCausalLM(PreTrainedModel, StatefulGenerationMixin):
             holds = not use_cache and bool((mask[:, 1:] <= mask[:, :-1]).all())
             step_mask = None if holds or bool(mask.all()) else mask
         if e is not None:
-            e = dropout(e.to(self._compute_dtype()), self.config.prefix_dropout, self.training)
+            e = e.to(compute_dtype(self.embed_tokens.weight))
+            e = dropout(e, self.config.prefix_dropout, self.training)
         if per_prefix:
             assert e is not None
             hidden, new_state = self._run_prefixes(input_ids, mask, step_mask is not None, e, state)
         else:
             hidden, new_state = self._run_sequence(input_ids, step_mask, e, state)
         return hidden, e, new_state if use_cache else None
-
-    def _compute_dtype(self) -> torch.dtype:
-        device = self.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return self.dtype
-
-    def _check_prefix_embeds(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        e: Tensor | None,
-        state: tuple[Tensor, Tensor] | None,
-    ) -> Tensor | None:
-        fusion, size = self.config.fusion, self.config.prefix_size
-        if fusion == "none":
-            return None
-        if e is None:
-            encoder = None if state is not None else self.prefix_encoder
-            if encoder is None:
-                raise ValueError(
-                    f"fusion={fusion!r} needs prefix_embeds, [B, T, {size}] or [B, {size}]: pass "
-                    "them, or load the model with fusion_model.load, which attaches its encoder"
-                )
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            e = encoder(input_ids, mask, 0)
-        batch, length = input_ids.shape
-        if tuple(e.shape) not in ((batch, length, size), (batch, size)):
-            raise ValueError(
-                f"prefix_embeds has shape {list(e.shape)}: expected {[batch, length, size]}, one "
-                f"a position, or {[batch, size]}, one a sequence"
-            )
-        # One pass over finite ones; not on a GPU, where it would wait for the result.
-        suspicious = e.device.type == "cpu" and not bool(torch.isfinite(e.sum()))
-        if suspicious and not bool(torch.isfinite(e).all()):
-            where = (~torch.isfinite(e)).nonzero()[0].tolist()
-            raise ValueError(f"prefix_embeds holds NaN or infinity, first at {where}")
-        return e
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         return self._drop(self.embed_tokens(input_ids))

@@ -7,7 +7,7 @@ word's is the sum over its tokens; words are what whitespace separates. Nothing 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -141,26 +141,19 @@ def sum_words(
         words: the sentence is these, joined by single spaces.
         offsets: (start, end) of every token in that sentence, spaces included or not.
     """
-    starts = list(accumulate((len(word) + 1 for word in words), initial=0))
-    nats, counts = [0.0] * (len(words) + 1), [0] * (len(words) + 1)
-    first_token = [len(offsets)] * (len(words) + 1)
-    at = 0
-    for token, (start, _) in enumerate(offsets):
-        while at + 1 < len(words) and start >= starts[at + 1] - 1:
-            at += 1
-        nats[at] += float(scores.tokens[token])
-        counts[at] += 1
-        first_token[at] = min(first_token[at], token)
-    nats[-1], counts[-1] = float(scores.tokens[-1]), 1
-    total = math.fsum(scores.tokens.tolist())
+    spaces = np.cumsum([len(word) + 1 for word in words])[:-1] - 1  # before all but the first word
+    of_token = np.searchsorted(spaces, [start for start, _ in offsets], side="right")
+    nats = np.append(np.bincount(of_token, scores.tokens[:-1], len(words)), scores.tokens[-1])
+    counts = np.append(np.bincount(of_token, minlength=len(words)), 1)
     if scores.boundary is not None:
-        for i in range(1, len(nats)):
-            space = float(scores.boundary[first_token[i]])
-            nats[i] -= space
-            nats[i - 1] += space
+        first_tokens = np.searchsorted(of_token, np.arange(1, len(nats)))
+        of_space = scores.boundary[first_tokens].astype(float)
+        nats[1:] -= of_space
+        nats[:-1] += of_space
+    total = math.fsum(scores.tokens.tolist())
     if not math.isclose(math.fsum(nats), total, rel_tol=1e-6, abs_tol=1e-4):
         raise AssertionError(f"word sums {math.fsum(nats)} differ from token sums {total}")
-    return list(zip([*words, "</s>"], nats, counts, strict=True))
+    return list(zip([*words, "</s>"], nats.tolist(), counts.tolist(), strict=True))
 
 
 def word_scores(

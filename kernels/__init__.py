@@ -7,7 +7,7 @@ L layers. Gates are in PyTorch's order: input, forget, cell, output.
 # Python run in the repository's root finds this folder as `kernels`, too, and transformers then
 # imports it, taking it for the PyPI package of that name: under that name it is empty.
 if __name__ != "kernels":
-    from fusion_model.kernels.backend import BACKENDS, resolve_backend
+    from fusion_model.kernels.backend import BACKENDS, compute_dtype, resolve_backend
     from fusion_model.kernels.dropout import dropout
     from fusion_model.kernels.linear_cross_entropy import target_log_probs
     from fusion_model.kernels.lstm import LayerWeights, State, lstm_sequence, lstm_tokens
@@ -17,6 +17,7 @@ __all__ = [
     "BACKENDS",
     "LayerWeights",
     "State",
+    "compute_dtype",
     "dropout",
     "lstm_sequence",
     "lstm_tokens",

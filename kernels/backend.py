@@ -4,7 +4,6 @@ import torch
 from fusion_model.kernels.triton.configs import DTYPES, HAS_TRITON, chip_of, interpreting
 
 BACKENDS = ("auto", "torch", "cudnn", "triton", "reference")
-OPERATIONS = ("sequence", "prefix", "surprisal", "decode")
 
 
 def choose(
@@ -24,7 +23,7 @@ def choose(
     shown on such a device which is faster.
 
     Args:
-        operation: one of `OPERATIONS`.
+        operation: `sequence`, `prefix`, `surprisal` or `decode`.
         device: type of the device.
         capability: 10 * major + minor of a GPU's compute capability, 0 for a CPU.
         dtype: of the products, where it is known.
@@ -74,7 +73,7 @@ def resolve_backend(
         backend: one of `BACKENDS`.
         device: where the tensors are.
         steps: length of the sequence, where it is known.
-        operation: one of `OPERATIONS`.
+        operation: as in `choose`.
         dtype: of the products, where it is known.
 
     Raises:
@@ -90,3 +89,9 @@ def resolve_backend(
     if reason := obstacle(backend, device.type, capability, dtype, HAS_TRITON):
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of products: that of autocast where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

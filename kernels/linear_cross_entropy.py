@@ -10,7 +10,7 @@ Notation: N positions, D features, V vocabulary.
 from typing import Any
 
 import torch
-from fusion_model.kernels.backend import resolve_backend
+from fusion_model.kernels.backend import compute_dtype, resolve_backend
 from torch import Tensor
 
 CHUNK = 1024  # positions a product: large enough to be efficient
@@ -129,12 +129,9 @@ def target_log_probs(
     Raises:
         ValueError: the backend cannot run here.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    inputs = (x, weight, bias)
-    if resolve_backend(backend, x.device, operation="surprisal", dtype=x.dtype) == "triton":
+    device, dtype = x.device.type, compute_dtype(x)
+    inputs = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if resolve_backend(backend, x.device, operation="surprisal", dtype=dtype) == "triton":
         from fusion_model.kernels.triton import linear_cross_entropy
 
         with torch.autocast(device, enabled=False):

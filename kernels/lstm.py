@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels.backend import resolve_backend
+from fusion_model.kernels.backend import compute_dtype, resolve_backend
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -28,6 +28,14 @@ def lstm_cell(gates: Tensor, c: Tensor) -> State:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
+def held(mask: Tensor | None, new: State, old: State) -> State:
+    """The new (h, c), but the old where a mask [B] is false: over padding the state is held."""
+    if mask is None:
+        return new
+    keep = mask[:, None].bool()
+    return torch.where(keep, new[0], old[0]), torch.where(keep, new[1], old[1])
+
+
 def lstm_sequence_reference(
     x: Tensor,
     state: State,
@@ -44,12 +52,8 @@ def lstm_sequence_reference(
         gates = F.linear(x, w_ih, b_ih + b_hh)
         outputs = []
         for t in range(x.shape[1]):
-            h_next, c_next = lstm_cell(gates[:, t] + F.linear(h, w_hh), c)
-            if mask is None:
-                h, c = h_next, c_next
-            else:  # hold the state over padding
-                keep = mask[:, t, None].bool()
-                h, c = torch.where(keep, h_next, h), torch.where(keep, c_next, c)
+            new = lstm_cell(gates[:, t] + F.linear(h, w_hh), c)
+            h, c = held(None if mask is None else mask[:, t], new, (h, c))
             outputs.append(h)
         x = torch.stack(outputs, dim=1)
         finals.append((h, c))
@@ -142,12 +146,6 @@ def lstm_tokens(
         if lstm.can_be_tabled(embedding, weights[0]):
             return lstm.lstm_tokens(ids, embedding, state, weights, mask)
     return lstm_sequence(F.embedding(ids, embedding), state, weights, mask=mask, backend=backend)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Of products: that of autocast where it is on, else that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def cast(

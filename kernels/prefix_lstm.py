@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from fusion_model.kernels.backend import resolve_backend
-from fusion_model.kernels.lstm import LayerWeights, cast, compute_dtype, lstm_cell
+from fusion_model.kernels.backend import compute_dtype, resolve_backend
+from fusion_model.kernels.lstm import LayerWeights, cast, held, lstm_cell
 from torch import Tensor
 
 
@@ -54,19 +54,16 @@ def prefix_lstm(
     c = [c0.transpose(0, 1)] * len(weights)
     finished = []
     for t in range(x.shape[1]):
-        keep = None if mask is None else mask[:, t, None].bool()
+        real = None if mask is None else mask[:, t]
         below = h[0]
         for layer, (w_ih, w_hh, b_ih, b_hh) in enumerate(weights):
             if layer == 0:
                 gates = shared_gates[:, t]
             else:
                 gates = F.linear(F.dropout(below, dropout, dropout > 0), w_ih, b_ih + b_hh)
-            h_next, c_next = lstm_cell(gates + F.linear(h[layer], w_hh), c[layer])
-            if keep is not None:
-                h_next = torch.where(keep, h_next, h[layer])
-                c_next = torch.where(keep, c_next, c[layer])
-            h[layer], c[layer] = h_next, c_next
-            below = h_next
+            new = lstm_cell(gates + F.linear(h[layer], w_hh), c[layer])
+            below, c[layer] = held(real, new, (h[layer], c[layer]))
+            h[layer] = below
         if t >= start:
             finished.append(below[0])
             h, c = [s[1:] for s in h], [s[1:] for s in c]

@@ -85,15 +85,6 @@ def test_duplicates_run_once(bert_folder: Path) -> None:
     assert len(set(inputs)) < len(inputs)
 
 
-def test_progress_reaches_the_end(bert_folder: Path) -> None:
-    encoder = load_encoder(str(bert_folder), "mean")
-    calls = []
-    inputs = encoder.inputs_from_texts(TEXTS)
-    encoder.encode(inputs, lambda done, total: calls.append((done, total)))
-    unique = len(set(inputs))
-    assert calls[-1] == (unique, unique)
-
-
 def test_bfloat16_is_close_and_has_its_own_fingerprint(bert_folder: Path) -> None:
     exact, rounded = (
         load_encoder(str(bert_folder), "mean", dtype=d) for d in ("float32", "bfloat16")

@@ -294,7 +294,8 @@ def test_a_growing_text_has_the_inputs_of_the_whole(
 
 def test_stride_of_words_counts(small_bpe) -> None:
     """A policy works for any encoder; an incremental one needs tokens."""
-    encoder = BagEncoder.fit("counts", SENTENCES, policy="stride:2")
+    encoder = BagEncoder.fit("counts", SENTENCES)
+    encoder.policy = "stride:2"
     ids = small_bpe("The cat sat on the mat.")["input_ids"]
     inputs = PrefixPlanner(encoder, small_bpe).inputs([ids])
     assert inputs[1] == inputs[0] == EncoderInput()

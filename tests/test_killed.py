@@ -87,7 +87,7 @@ def contents(folder: Path, *leave: str) -> dict[str, bytes]:
 
 def of_training(out: Path) -> Any:
     """All but what depends on time."""
-    timed = ("metrics.jsonl", "training.png", "README.md", ".lock", "encoding.jsonl")
+    timed = ("metrics.jsonl", "training.png", "README.md", ".lock")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     volatile = ("tokens_per_second", "seconds")
     state = json.loads(next(out.glob("checkpoint-*/state.json")).read_text())

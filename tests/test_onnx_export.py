@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,10 @@ from fusion_model.export.runtime.model import open_encoder
 from fusion_model.export.runtime.tokenizer import TextTokenizer, describe_tokenizer
 from onnx_cases import one_thread as one_thread
 from onnx_cases import saved_model, session
-from rich.console import Console
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from test_cli import fails, run
 
 import fusion_model
-from fusion_model.commands.demo import _show_export as show_export
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders.controls import BagEncoder
 from fusion_model.errors import ExportError
@@ -222,12 +219,3 @@ def test_tokenizer_is_the_same_without_transformers(bpe, tmp_path: Path) -> None
     assert len(light) == len(bpe)
     assert light.get_vocab() == bpe.get_vocab()
     assert (light.bos_token_id, light.eos_token_id, light.pad_token_id) == (1, 2, 0)
-
-
-def test_the_demo_shows_an_export(model_folder: Path, capsys) -> None:
-    show_export(fusion_model.load(str(model_folder)), Console())
-    shown = capsys.readouterr().out
-    bits = dict(re.findall(r"^ (PyTorch|ONNX \w+) +([\d.]+) +[\d.]+ ", shown, re.MULTILINE))
-    assert bits["ONNX fp32"] == bits["PyTorch"]
-    assert float(bits["ONNX int8"]) == pytest.approx(float(bits["PyTorch"]), rel=0.02)
-    assert "PyTorch fp32" in shown

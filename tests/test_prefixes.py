@@ -19,7 +19,7 @@ from fusion_model.errors import FusionLMError
 from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.store import MemoryStore
-from fusion_model.prefixes.views import parse_view, prefix_texts, shuffle_rows, view_ids, view_texts
+from fusion_model.prefixes.views import parse_view, prefix_texts, shown, shuffle_rows
 
 WORDS = ["", "The", "The cat", "The cat sat", "The cat sat down"]
 
@@ -47,8 +47,11 @@ WORDS = ["", "The", "The cat", "The cat sat", "The cat sat down"]
     ],
 )
 def test_views(view: str, expected: list[str]) -> None:
-    assert view_texts(WORDS, view, "[MASK]", "It slept.") == expected
-    ids = view_ids([11, 12, 13, 14], view, 99, [7])
+    texts = shown(WORDS, view, "It slept.", lambda a, b: f"{a.strip()} [MASK]{b}")
+    assert [text.strip() for text in texts] == expected
+    whole = [11, 12, 13, 14]
+    prefixes = [whole[:t] for t in range(5)]
+    ids = shown(prefixes, view, [7], lambda a, b: [*a, 99, *b])
     named = {11: "The", 12: "cat", 13: "sat", 14: "down", 99: "[MASK]", 7: "It slept."}
     assert [" ".join(named[i] for i in row) for row in ids] == expected
 

@@ -99,7 +99,7 @@ rank = dist.get_rank()
 encoder = ZeroEncoder(4)
 asked = []
 plain = encoder.encode
-def encode(inputs, progress=None):
+def encode(inputs):
     asked.append(len(inputs))
     if rank and EncoderInput(text="bad") in inputs:
         raise EncoderError("gave NaN")

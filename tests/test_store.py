@@ -156,11 +156,11 @@ def test_interrupted_job_goes_on(
     encoded = []
     original = encoder.encode
 
-    def counting(items, progress=None):
+    def counting(items):
         if len(encoded) == 3:
             raise KeyboardInterrupt
         encoded.append(len(items))
-        return original(items, progress)
+        return original(items)
 
     def store() -> EmbeddingStore:
         return open_store(tmp_path, fingerprint=encoder.fingerprint, dim=encoder.dim)
@@ -171,7 +171,7 @@ def test_interrupted_job_goes_on(
     kept = sum(encoded)
     encoded.clear()
     monkeypatch.setattr(
-        encoder, "encode", lambda items, p=None: (encoded.append(len(items)), original(items))[1]
+        encoder, "encode", lambda items: (encoded.append(len(items)), original(items))[1]
     )
     with store() as second:
         assert len(second) == kept > 0

@@ -201,7 +201,7 @@ def test_shared_store_is_encoded_once(
     monkeypatch.setattr(
         HFEncoder,
         "encode",
-        lambda self, items, progress=None: (calls.append(1), original(self, items, progress))[1],
+        lambda self, items: (calls.append(1), original(self, items))[1],
     )
     train(options(epochs=1), tmp_path / "a", store=tmp_path / "store")
     assert calls

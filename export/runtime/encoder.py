@@ -10,7 +10,7 @@ from fusion_model.export.runtime.session import open_session
 from fusion_model.export.runtime.tokenizer import TextTokenizer
 
 from fusion_model.encoders.batching import equal_lengths
-from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
+from fusion_model.encoders.inputs import EncoderInput, TokenInputs
 from fusion_model.errors import EncoderError
 
 Rows = Iterator[tuple[list[int], np.ndarray]]
@@ -44,9 +44,7 @@ class OnnxEncoder(TokenInputs):
         dtype = {"fp32": "float32"}.get(self.precision, self.precision)
         return f"hf:{self.content_sha256}:{self.pooling}:{dtype}"
 
-    def encode(
-        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
-    ) -> np.ndarray:
+    def encode(self, inputs: Sequence[EncoderInput]) -> np.ndarray:
         """Vectors, [N, dim] float32, in the order of `inputs`; duplicates run once.
 
         Raises:
@@ -54,12 +52,8 @@ class OnnxEncoder(TokenInputs):
         """
         places = {given: i for i, given in enumerate(dict.fromkeys(inputs))}
         read = np.empty((len(places), self._read_width), dtype=np.float32)
-        done = 0
         for rows, found in self._batches(list(places)):
             read[rows] = found
-            done += len(rows)
-            if progress:
-                progress(done, len(places))
         out = self.with_static(list(places), read)
         if not np.isfinite(out).all():
             raise EncoderError(f"{self.name} gave NaN or infinity: export its model again")

@@ -1,16 +1,14 @@
 """`fusion-lm demo`: the main job in small, on a text that the shipped model never saw."""
 
-import math
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from fusion_model.commands.app import command, installed
+from fusion_model.commands.app import command
 
 if TYPE_CHECKING:
     from fusion_model.language_model import FusionLM
@@ -66,10 +64,8 @@ def demo() -> None:
         table.add_row(name, *_latency(lm))
     console.print(table)
     console.print("   every: each prefix encoded anew; the model itself goes on from the last one")
-    if installed("onnxruntime") and installed("onnx"):
-        console.print("\n[bold]5. Exported to ONNX, one thread, embeddings already computed[/]")
-        _show_export(fused, console)
     print(f"\nNext: fusion-lm score {MODEL} --text YOUR.txt, or fusion-lm train --help")
+    print(f"Without PyTorch: fusion-lm export {MODEL} OUT --encoder")
 
 
 def _table(*columns: str) -> Table:
@@ -90,55 +86,3 @@ def _latency(lm: "FusionLM") -> Sequence[str]:
     parts, spread = figures["token_parts_ms"], figures["token_ms"]
     times = spread["p50"], spread["p99"], parts[ENCODER], parts[LSTM] + parts[VOCABULARY]
     return f"{figures['tokens_per_second']:,.0f}", *(f"{ms:.2f}" for ms in times)
-
-
-def _show_export(lm: "FusionLM", console: Console) -> None:
-    """The model exported to a temporary folder in float32 and int8, and run by ONNX Runtime."""
-    import torch
-
-    from fusion_model.benchmarks.measure.timing import measure_in_turns
-    from fusion_model.data.corpus import Corpus
-    from fusion_model.data.text import Document
-    from fusion_model.export.exporter import export_model, report
-    from fusion_model.export.manifest import SEQUENCE, STEP, WEIGHTS
-    from fusion_model.export.runtime.model import OnnxFusionLM
-    from fusion_model.scoring import score_sentences
-
-    source = lm.encode_corpus(Corpus.from_documents([Document("demo", [SENTENCE])], lm.tokenizer))
-    first = source.batch([0]).prefix_embeds
-    assert first is not None
-    model, ids, vector = lm.model, torch.tensor([[5]]), first[0, 0]
-    one = torch.from_numpy(vector)[None]
-    sizes = {"PyTorch": ""}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        nats = {"PyTorch": score_sentences(lm, source)[0].tokens.sum()}
-        state = model(ids, prefix_embeds=one).state
-        runs: dict[str, Any] = {"PyTorch": lambda: model(ids, prefix_embeds=one, state=state)}
-        for precision in ("int8", "fp32"):
-            out, name = Path(folder) / precision, f"ONNX {precision}"
-            checks = report(export_model(lm, out, precision=precision))
-            exported = OnnxFusionLM(out, device="cpu", threads=1)
-            nats[name] = score_sentences(exported, source)[0].tokens.sum()
-            files = (out / SEQUENCE, out / STEP, out / WEIGHTS)
-            sizes[name] = f"{sum(path.stat().st_size for path in files) / 1e6:.1f}"
-            steps = exported.steps(vector)
-            steps.start([[5]])
-            runs[name] = lambda steps=steps: steps.advance([5], [0])
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            times = measure_in_turns(runs, "cpu", 0.1, least=TOKENS)
-        finally:
-            torch.set_num_threads(threads)
-    table = _table("engine", "bits, one sentence", "LSTM p50 ms/token", "MB")
-    for name in ("PyTorch", "ONNX fp32", "ONNX int8"):
-        p50 = 1e3 * times[name].percentile(50)
-        table.add_row(name, f"{nats[name] / math.log(2):.2f}", f"{p50:.2f}", sizes[name])
-    console.print(table)
-    for line in checks:  # of fp32
-        console.print(f"   {line}")
-    console.print(
-        "   with its encoder, for text to surprisal without PyTorch: "
-        f"fusion-lm export {MODEL} OUT --encoder",
-        soft_wrap=True,
-    )

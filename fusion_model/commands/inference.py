@@ -66,34 +66,18 @@ def _share(
         return
     from torch import distributed
 
-    from fusion_model.prefixes.distributed import cut, gathered
+    from fusion_model.data.corpus import Corpus
+    from fusion_model.prefixes.distributed import cut, fill_store, gathered
 
     if lm.shuffle != "none":
         raise FusionLMError("a control with shuffled embeddings is scored by one process")
     if path is not None and lm.planner is not None:
-        _fill(lm, documents, path, rank, world)
+        corpus = Corpus.from_documents(documents, lm.tokenizer)
+        fill_store(corpus, lm.planner, path, rank, world)
     first, last = cut([len(d.text) for d in documents], rank, world)
     with lm.open_store(path, writable=False) as vectors:
         yield lm, documents[first:last], vectors, lambda part: gathered(part, rank, world)
     distributed.barrier()  # whoever ends first would take the connection down
-
-
-def _fill(lm: Any, documents: "Sequence[Document]", path: Path, rank: int, world: int) -> None:
-    """All processes encode for the store, which the main one writes."""
-    from fusion_model import progress
-    from fusion_model.data.corpus import Corpus
-    from fusion_model.prefixes.distributed import shared_encoding
-    from fusion_model.prefixes.embed import embed_corpus
-
-    corpus = Corpus.from_documents(documents, lm.tokenizer)
-    with shared_encoding(lm.planner.encoder, rank, world) as encode:
-        if rank == 0:
-            size = sum(corpus.positions)
-            with (
-                lm.open_store(path) as store,
-                progress.track("prefix embeddings", size) as update,
-            ):
-                embed_corpus(corpus, lm.planner, store, update, encode)
 
 
 @command

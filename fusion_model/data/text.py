@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencex
 
-from fusion_model.errors import TextError
+from fusion_model.errors import TextError, first_line
 
 SPLITS = ("sentences", "lines")
 
@@ -115,8 +115,7 @@ def _read_dataset(spec: str) -> str:
     try:
         data = load_dataset(owner_name, config, split=split or "train")
     except Exception as error:  # the library raises a dozen kinds
-        reason = str(error).splitlines()[0]
-        raise TextError(f"cannot load the dataset {name!r}: {reason}") from error
+        raise TextError(f"cannot load the dataset {name!r}: {first_line(error)}") from error
     if "text" not in data.column_names:
         raise TextError(f"the dataset {name!r} has no column 'text', only {data.column_names}")
     text = "\n\n".join(data["text"])

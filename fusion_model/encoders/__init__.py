@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fusion_model.encoders.controls import BAGS, BagEncoder, ZeroEncoder
-from fusion_model.encoders.inputs import EncoderInput, OnProgress
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.encoders.policies import AUTO, parse_policy
 from fusion_model.errors import EncoderError
 
@@ -32,7 +32,7 @@ class TextEncoder(Protocol):
     def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
         """One input a text."""
 
-    def encode(self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None) -> Any:
+    def encode(self, inputs: Sequence[EncoderInput]) -> Any:
         """Vectors, [len(inputs), dim] float32 on the CPU, a tensor or an array."""
 
 

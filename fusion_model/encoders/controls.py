@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from fusion_model.encoders.inputs import EncoderInput, OnProgress
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.errors import EncoderError
 from fusion_model.schema import Count, read_json, write_json
 
@@ -38,9 +38,7 @@ class ZeroEncoder:
     def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
         return [EncoderInput()] * len(texts)
 
-    def encode(
-        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
-    ) -> np.ndarray:
+    def encode(self, inputs: Sequence[EncoderInput]) -> np.ndarray:
         return np.zeros((len(inputs), self.dim), dtype=np.float32)
 
     def save(self, directory: Path) -> None:
@@ -71,9 +69,7 @@ class BagEncoder:
         self.content_sha256 = hashlib.sha256(json.dumps(self._saved).encode()).hexdigest()
 
     @classmethod
-    def fit(
-        cls, name: str, sentences: Sequence[str], dim: int = 768, policy: str = "every"
-    ) -> "BagEncoder":
+    def fit(cls, name: str, sentences: Sequence[str], dim: int = 768) -> "BagEncoder":
         """Learn vocabulary and document frequencies from the training sentences."""
         from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
@@ -84,7 +80,7 @@ class BagEncoder:
         except ValueError as error:
             raise EncoderError(f"cannot fit {name} on this text: {error}") from error
         vocabulary = {word: int(i) for word, i in vectorizer.vocabulary_.items()}
-        return cls(name, vocabulary, vectorizer.idf_.tolist() if tfidf else None, policy)
+        return cls(name, vocabulary, vectorizer.idf_.tolist() if tfidf else None)
 
     @classmethod
     def load(cls, name: str, directory: Path, policy: str = "every") -> "BagEncoder":
@@ -105,9 +101,7 @@ class BagEncoder:
     def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
         return [EncoderInput(text=text) for text in texts]
 
-    def encode(
-        self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None
-    ) -> np.ndarray:
+    def encode(self, inputs: Sequence[EncoderInput]) -> np.ndarray:
         vocabulary, out = self._saved["vocabulary"], np.zeros((len(inputs), self.dim))
         for row, given in enumerate(inputs):
             for word in self._words.findall(given.text.lower()):

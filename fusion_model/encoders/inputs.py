@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -13,11 +13,7 @@ from fusion_model.encoders.policies import HOLDING, parse_policy
 from fusion_model.encoders.pooling import Pooling, parse_pooling
 from fusion_model.errors import EncoderError, TooLong
 
-OnProgress = Callable[[int, int], None]
-"""Called with (done, total)."""
-
-TRIED = 256  # texts of a call
-ENOUGH = 8  # of the first calls together
+TRIED = 256  # texts, and these
 ODD = tuple(f"{a} {b}" for a in ("It's", "ünïted", "co-op.", "3.14%") for b in ("wasn't", "漢字"))
 WORD = re.compile(r"\s*\S+")
 
@@ -84,7 +80,6 @@ class TokenInputs:
             )
         self._pieces: dict[str, bytes] = {}  # ids of words
         self._by_word: bool | None = None  # until it was tried
-        self._agreed = 0  # texts of more than a word, so far
 
     def inputs_from_texts(self, texts: Sequence[str]) -> list[EncoderInput]:
         """Tokenise; a text longer than the encoder's window is refused."""
@@ -96,25 +91,20 @@ class TokenInputs:
         """Ids of texts, special tokens included; each word is tokenised once, where that is all
         the tokenizer does: some of the first texts are tried both ways."""
         if self._by_word is None:
-            some = texts[:: max(len(texts) // TRIED, 1)]
-            whole = self._tokenized(some)
-            agrees = self._joined(some) == whole
-            self._agreed += sum(len(WORD.findall(text)) > 1 for text in some)
-            if not agrees:
-                self._by_word = False
+            some = [*ODD, *texts[:: max(len(texts) // TRIED, 1)]]
+            self._by_word = self._joined(some) == self._tokenized(some)
+            if not self._by_word:
                 warnings.warn(
                     f"the tokenizer of {self.name} does not go word by word: texts are tokenised "
                     "whole, which takes longer",
                     stacklevel=2,
                 )
-            elif self._agreed >= ENOUGH:
-                self._by_word = True
         return self._joined(texts) if self._by_word else self._tokenized(texts)
 
     def goes_by_word(self) -> bool:
         """Whether a text's ids are those of its words, one after the other."""
         if self._by_word is None:
-            self._ids(ODD)
+            self._ids([])
         return bool(self._by_word)
 
     def pieces(self, text: str) -> bytes:

@@ -13,6 +13,7 @@ d; N texts of L nodes. Layer 0 is the embeddings' output, layer i that of the i-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -159,7 +160,7 @@ class EncoderLayers:
 
 
 def _layer(module: Any, names: Sequence[str], is_gelu: bool) -> Layer:
-    parts = [_attribute(module, name) for name in names]
+    parts = attrgetter(*names)(module)
     query, key, value, out, attention_norm, up, activation, down, norm = parts
     qkv = Linear(
         torch.cat([part.weight for part in (query, key, value)]),
@@ -185,12 +186,6 @@ def _norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
         bias=bias,
         eps=module.eps,
     )
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def padded(nodes: Tensor) -> Tensor:

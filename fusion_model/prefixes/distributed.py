@@ -7,16 +7,21 @@ with `accelerate launch -m fusion_model.cli train …`, or `embed`, `score`, `ev
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from fusion_model import progress
+from fusion_model.data.corpus import Corpus
 from fusion_model.encoders import TextEncoder
-from fusion_model.encoders.inputs import EncoderInput, OnProgress
+from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.errors import EncoderError
+from fusion_model.prefixes.embed import embed_corpus
+from fusion_model.prefixes.planner import PrefixPlanner
 
-Encode = Callable[..., Any]
+Encode = Callable[[Sequence[EncoderInput]], Any]
 
 
 @contextmanager
@@ -40,9 +45,9 @@ def shared_encoding(encoder: TextEncoder, rank: int, world: int) -> Iterator[Enc
         yield None
         return
 
-    def encode(inputs: Sequence[EncoderInput], progress: OnProgress | None = None) -> np.ndarray:
+    def encode(inputs: Sequence[EncoderInput]) -> np.ndarray:
         _broadcast(list(inputs))
-        parts = gathered(_encoded(encoder, inputs, rank, world, progress), rank, world)
+        parts = gathered(_encoded(encoder, inputs, rank, world), rank, world)
         for part in parts:
             if isinstance(part, str):
                 raise EncoderError(part)
@@ -55,19 +60,37 @@ def shared_encoding(encoder: TextEncoder, rank: int, world: int) -> Iterator[Enc
         dist.barrier()  # whoever ends first would take the connection down
 
 
-def _encoded(
-    encoder: TextEncoder,
-    inputs: Sequence[EncoderInput],
+def fill_store(
+    corpus: Corpus,
+    planner: PrefixPlanner,
+    path: Path,
     rank: int,
     world: int,
-    progress: OnProgress | None = None,
+    dtype: str | None = None,
+) -> int | None:
+    """All processes encode a corpus for the store at `path`, which the main one writes.
+
+    Returns how many vectors the store then has; in the other processes None.
+    """
+    with shared_encoding(planner.encoder, rank, world) as encode:
+        if encode is None:
+            return None
+        size = sum(corpus.positions)
+        with (
+            planner.open_store(path, dtype) as store,
+            progress.track("prefix embeddings", size) as update,
+        ):
+            embed_corpus(corpus, planner, store, update, encode)
+            return len(store)
+
+
+def _encoded(
+    encoder: TextEncoder, inputs: Sequence[EncoderInput], rank: int, world: int
 ) -> np.ndarray | str:
     """Vectors of this process's share, or what went wrong: the others must not wait for ever."""
     start, end = share_of(inputs, rank, world)
     try:
-        total = len(inputs)
-        report = progress and (lambda done, of: progress(total * done // max(of, 1), total))
-        return np.asarray(encoder.encode(inputs[start:end], report))
+        return np.asarray(encoder.encode(inputs[start:end]))
     except (EncoderError, RuntimeError) as error:
         return f"process {rank}: {error}"
 

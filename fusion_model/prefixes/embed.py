@@ -7,19 +7,18 @@ import numpy as np
 
 from fusion_model.data.batches import Vectors
 from fusion_model.data.corpus import Corpus
-from fusion_model.encoders.inputs import OnProgress
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.store import digest
 
-POSITIONS_PER_CHUNK = 8192  # encoded and committed at once; seconds on two cores
-ON_GPU = 8  # times as many
+POSITIONS_PER_CHUNK = 2048  # encoded and committed at once; seconds on two cores
+ON_GPU = 32  # times as many
 
 
 def embed_corpus(
     corpus: Corpus,
     planner: PrefixPlanner,
     store: Vectors,
-    progress: OnProgress | None = None,
+    progress: Callable[[int, int], Any] | None = None,
     encode: Callable[..., Any] | None = None,
 ) -> np.ndarray:
     """Encode what the store lacks, and return the store row of every position, [P] int64.
@@ -28,6 +27,7 @@ def embed_corpus(
     interrupted job goes on where it stopped.
 
     Args:
+        progress: called with the positions that are done, and all.
         encode: in place of the encoder's own, see `fusion_model.prefixes.distributed`.
     """
     encode = encode or planner.encoder.encode
@@ -49,13 +49,7 @@ def embed_corpus(
         keys = [digest(given.to_bytes()) for given in inputs]
         new = {k: given for k, given in zip(keys, inputs, strict=True) if store.row(k) < 0}
         if new:
-            base = done
-
-            def report(encoded: int, of: int, base: int = base, size: int = size) -> None:
-                if progress:
-                    progress(base + size * encoded // of, total)
-
-            store.append(list(new), encode(list(new.values()), report))
+            store.append(list(new), encode(list(new.values())))
         rows[done : done + size] = [store.row(key) for key in keys]
         done, first = done + size, last
         if progress:

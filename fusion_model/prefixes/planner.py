@@ -20,7 +20,7 @@ from fusion_model.encoders.inputs import EncoderInput, TokenInputs
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.errors import FusionLMError, TooLong
 from fusion_model.prefixes.store import EmbeddingStore
-from fusion_model.prefixes.views import CAUSAL_VIEWS, prefix_texts, view_ids, view_texts
+from fusion_model.prefixes.views import CAUSAL_VIEWS, prefix_texts, shown
 
 LARGEST = 4  # tokens of the language model that a token of the encoder's window may stand for
 
@@ -156,7 +156,9 @@ class PrefixPlanner:
     def _of_lengths(self, content: list[int], lengths: Sequence[int]) -> Sequence[EncoderInput]:
         """Exact inputs of a text's first tokens, so many each time."""
         if self.to_encoder is not None:
-            return self._from_ids([self.to_encoder[content[:t]].tolist() for t in lengths])
+            assert isinstance(self.encoder, TokenInputs)
+            ids = self.to_encoder[content].tolist()
+            return self.encoder.inputs_from_ids([ids[:t] for t in lengths])
         texts = [str(self.tokenizer.decode(content[:t])).rstrip("�").strip() for t in lengths]
         return self.encoder.inputs_from_texts(texts)
 
@@ -183,27 +185,30 @@ class PrefixPlanner:
         self, contents: Sequence[list[int]], previous: Sequence[list[int]], view: str
     ) -> list[EncoderInput]:
         """Inputs of each position's own text under a view."""
-        pairs = list(zip(contents, previous, strict=True))
+        pairs = zip(contents, previous, strict=True)
         if (to_encoder := self.to_encoder) is not None:
             assert isinstance(self.encoder, TokenInputs)
             mask = self.encoder.tokenizer.mask_token_id
-            shown = (
-                view_ids(to_encoder[now].tolist(), view, mask, to_encoder[before].tolist())
-                for now, before in pairs
-            )
-            return self._from_ids(list(chain.from_iterable(shown)))
-        texts = []
+            if view == "masked" and mask is None:
+                raise FusionLMError("view 'masked' needs an encoder with a mask token")
+            of_texts: list[list[int]] = []
+            for now, before in pairs:
+                ids = to_encoder[now].tolist()
+                prefixes, earlier = [ids[:t] for t in range(len(ids) + 1)], to_encoder[before]
+                of_texts += shown(prefixes, view, earlier.tolist(), lambda a, b: [*a, mask, *b])
+            return self.encoder.inputs_from_ids(of_texts)
+        texts: list[str] = []
         for now, before in pairs:
-            earlier = str(self.tokenizer.decode(before)) if view == "previous" else ""
+            earlier_text = str(self.tokenizer.decode(before)) if view == "previous" else ""
             own = prefix_texts(self.tokenizer, now)
-            texts += view_texts(own, view, self.encoder.mask_token, earlier)
+            texts += shown(own, view, earlier_text, self._masked)
+        texts = [text.strip() for text in texts]
         unique = list(dict.fromkeys(texts))
         known = dict(zip(unique, self.encoder.inputs_from_texts(unique), strict=True))
         return [known[text] for text in texts]
 
-    def _from_ids(self, sequences: Sequence[list[int]]) -> list[EncoderInput]:
-        assert isinstance(self.encoder, TokenInputs)  # it shares its vocabulary
-        return self.encoder.inputs_from_ids(sequences)
+    def _masked(self, before: str, after: str) -> str:
+        return f"{before.strip()} {self.encoder.mask_token}{after}"
 
     def _content(self, ids: Sequence[int]) -> list[int]:
         return [int(i) for i in ids if int(i) not in self.special_ids]

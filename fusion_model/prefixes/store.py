@@ -10,14 +10,14 @@ import hashlib
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from fusion_model.errors import StoreError
-from fusion_model.files import why_not_written
+from fusion_model.files import locked, why_not_written
 from fusion_model.schema import Count, Size, read_json, write_json
 
 FORMAT = 1
@@ -102,14 +102,11 @@ class EmbeddingStore:
         }
         if dtype is not None:
             self._meta["dtype"] = dtype
-        self._lock: FileLock | None = None
+        self._writable, self._held = writable, ExitStack()
         if writable:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / ".lock", timeout=0)
-            try:
-                self._lock.acquire()
-            except Timeout:
-                raise StoreError(f"the store {self.path} is in use by another process") from None
+            lock = locked(self.path / ".lock", f"the store {self.path}", StoreError)
+            self._held.enter_context(lock)
         try:
             self._chunks = self._read_manifest()
             self.dtype: np.dtype[Any] = np.dtype(str(self._meta["dtype"]))
@@ -124,7 +121,7 @@ class EmbeddingStore:
         """The committed chunks: rows, and the checksum of each file's part."""
         path = self.path / "manifest.json"
         if not path.exists():
-            if self._lock is None:
+            if not self._writable:
                 raise StoreError(f"there is no store at {self.path}: make one with fusion-lm embed")
             if [p for p in self.path.iterdir() if p.name != ".lock"]:
                 raise StoreError(
@@ -161,7 +158,7 @@ class EmbeddingStore:
                                 raise _damaged(path, "a checksum differs")
                 except OSError as error:
                     raise _damaged(path, error) from None
-            if self._lock is not None:
+            if self._writable:
                 with open(path, "ab") as file:
                     file.truncate(len(self) * width)
         data = (self.path / "keys.bin").read_bytes() if self._chunks else b""
@@ -179,7 +176,7 @@ class EmbeddingStore:
         Raises:
             StoreError: NaN among the vectors, or the disk is full; nothing is added then.
         """
-        if self._lock is None:
+        if not self._writable:
             raise StoreError(f"the store {self.path} was opened for reading")
         added = np.asarray(vectors)
         if not np.isfinite(added).all():
@@ -215,10 +212,9 @@ class EmbeddingStore:
         return self._vectors[rows].astype(np.float32, copy=False)
 
     def close(self) -> None:
-        """Give up the lock."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        """Give up the lock: nothing is added from then on."""
+        self._writable = False
+        self._held.close()
 
     def __enter__(self) -> "EmbeddingStore":
         return self

@@ -7,8 +7,8 @@ only, and serve as bounds and controls.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
@@ -18,6 +18,7 @@ from fusion_model.errors import FusionLMError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T", str, list[int])
 VIEWS = ("prefix", "sentence", "left:K", "right:K", "masked", "previous")
 CAUSAL_VIEWS = ("prefix", "previous")
 ENDS_IN_FUTURE = ("sentence", "masked")
@@ -53,46 +54,27 @@ def prefix_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> li
     return texts
 
 
-def view_texts(
-    texts: Sequence[str], view: str, mask_token: str = "[MASK]", previous: str = ""
-) -> list[str]:
-    """What the encoder is shown at each position of one sentence.
+def shown(prefixes: Sequence[T], view: str, previous: T, masked: Callable[[T, T], T]) -> list[T]:
+    """What the encoder is shown at each position of one sentence, as text or as token ids.
 
     Args:
-        texts: `prefix_texts` of the sentence.
+        prefixes: the first t tokens for t = 0..n.
         view: one of `VIEWS`. `left:K` is the prefix up to the first K of the sentence's tokens,
             `right:K` what of the prefix follows them, `masked` the sentence with the next token
             masked, `previous` the sentence before.
-        mask_token: the encoder's.
-        previous: text of the sentence before.
+        previous: the sentence before.
+        masked: a mask between what is before it and what is after.
     """
     name, k = parse_view(view)
-    n, whole = len(texts) - 1, texts[-1]
+    n, whole = len(prefixes) - 1, prefixes[-1]
     if name == "masked":
-        after = [whole[len(texts[min(t + 1, n)]) :] for t in range(n + 1)]
-        return [f"{texts[t].strip()} {mask_token}{after[t]}".strip() for t in range(n + 1)]
+        next_ends = [len(prefix) for prefix in prefixes[1:]] + [len(whole)]
+        return [masked(p, whole[end:]) for p, end in zip(prefixes, next_ends, strict=True)]
     if name in ("sentence", "previous"):
-        return [(whole if name == "sentence" else previous).strip()] * (n + 1)
-    cut = len(texts[math.ceil(k * n)]) if name != "prefix" else 0
+        return [whole if name == "sentence" else previous] * (n + 1)
+    cut = len(prefixes[math.ceil(k * n)]) if name != "prefix" else 0
     parts = slice(cut) if name == "left" else slice(cut, None)
-    return [text[parts].strip() for text in texts]
-
-
-def view_ids(
-    ids: Sequence[int], view: str, mask_id: int | None, previous: Sequence[int] = ()
-) -> list[list[int]]:
-    """As `view_texts`, for tokens that are pieces of the encoder's vocabulary."""
-    name, k = parse_view(view)
-    whole, n = list(ids), len(ids)
-    if name == "masked":
-        if mask_id is None:
-            raise FusionLMError("view 'masked' needs an encoder with a mask token")
-        return [[*whole[:t], mask_id, *whole[t + 1 :]] for t in range(n + 1)]
-    if name in ("sentence", "previous"):
-        return [whole if name == "sentence" else list(previous)] * (n + 1)
-    cut = math.ceil(k * n) if name != "prefix" else 0
-    parts = slice(cut) if name == "left" else slice(cut, None)
-    return [whole[:t][parts] for t in range(n + 1)]
+    return [prefix[parts] for prefix in prefixes]
 
 
 def shuffle_rows(

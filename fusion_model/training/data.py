@@ -1,7 +1,5 @@
 """From training options to data: tokenizer, encoder, and both corpora with their embeddings."""
 
-import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import EncoderError, FusionLMError
 from fusion_model.files import replace_files
 from fusion_model.loading import load_model, load_tokenizer
-from fusion_model.prefixes.distributed import Encode, shared_encoding
+from fusion_model.prefixes.distributed import Encode, fill_store, shared_encoding
 from fusion_model.prefixes.embed import embed_corpus
 from fusion_model.prefixes.planner import PrefixPlanner
 from fusion_model.prefixes.store import EmbeddingStore
@@ -69,7 +67,7 @@ def prepare(
     assert encoder is not None
     shares = options.vocabulary == "encoder"
     planner = PrefixPlanner(encoder, tokenizer, options.view, shares)
-    store, rows = _embed(options, corpora, planner, store_path, out, accelerator)
+    store, rows = _embed(options, corpora, planner, store_path, accelerator)
     train, dev = (Batches(c, r, store, pad) for c, r in zip(corpora, rows, strict=True))
     return TrainingData(tokenizer, encoder, train, dev)
 
@@ -77,20 +75,12 @@ def prepare(
 def _encoder(
     options: TrainingOptions, out: Path, sentences: list[str], accelerator: Accelerator
 ) -> Encoder:
-    if options.encoder in BAGS:
-        policy = "every" if options.policy == AUTO else options.policy
-        bag = BagEncoder.fit(options.encoder, sentences, policy=policy)
-        if accelerator.is_main_process:
-            bag.save(out)
-        return bag
+    if options.encoder in BAGS and accelerator.is_main_process:
+        BagEncoder.fit(options.encoder, sentences).save(out)
+    accelerator.wait_for_everyone()
     pooling, policy = _of_view(options.view, options.pooling, options.policy)
-    return load_encoder(
-        options.encoder,
-        pooling,
-        dtype=options.encoder_dtype,
-        device=accelerator.device,
-        policy=policy,
-    )
+    how: dict[str, Any] = {"dtype": options.encoder_dtype, "device": accelerator.device}
+    return load_encoder(options.encoder, pooling, policy=policy, directory=out, **how)
 
 
 def _of_view(view: str, pooling: str, policy: str) -> tuple[str, str]:
@@ -136,29 +126,19 @@ def _embed(
     corpora: list[Corpus],
     planner: PrefixPlanner,
     path: Path,
-    out: Path,
     accelerator: Accelerator,
 ) -> tuple[EmbeddingStore, list[np.ndarray]]:
     """The store of all vectors, which can be read, and the row of every position, [P] each."""
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def embed(encode: Encode | None) -> tuple[EmbeddingStore, list[np.ndarray]]:
-        rows, began = [], time.monotonic()
+        rows = []
         with planner.open_store(path, writable=rank == 0) as store:
-            before = len(store)
-            try:
-                for name, corpus in zip(("train", "dev"), corpora, strict=True):
-                    size = sum(corpus.positions)
-                    with progress.track(f"prefix embeddings, {name}", size) as update:
-                        found = embed_corpus(corpus, planner, store, update, encode)
-                    shuffled = shuffle_rows(found, corpus.positions, options.shuffle, options.seed)
-                    rows.append(shuffled)
-            finally:
-                if len(store) > before:  # what encoding cost, a line each time
-                    seconds = round(time.monotonic() - began, 3)
-                    note = json.dumps({"vectors": len(store) - before, "seconds": seconds})
-                    with open(out / "encoding.jsonl", "a", encoding="utf-8") as file:
-                        file.write(note + "\n")
+            for name, corpus in zip(("train", "dev"), corpora, strict=True):
+                size = sum(corpus.positions)
+                with progress.track(f"prefix embeddings, {name}", size) as update:
+                    found = embed_corpus(corpus, planner, store, update, encode)
+                rows.append(shuffle_rows(found, corpus.positions, options.shuffle, options.seed))
         return store, rows
 
     with shared_encoding(planner.encoder, rank, world) as encode:
@@ -199,12 +179,5 @@ def embed_text(options: EmbedOptions, out: Path) -> tuple[int, int] | None:
         shares = options.vocabulary == "encoder"
         planner = PrefixPlanner(encoder, tokenizer, options.view, shares)
     corpus = Corpus.from_documents(documents, tokenizer, limit)
-    with shared_encoding(planner.encoder, rank, world) as encode:
-        if rank:
-            return None
-        with (
-            planner.open_store(out, options.store_dtype) as store,
-            progress.track("prefix embeddings", sum(corpus.positions)) as update,
-        ):
-            embed_corpus(corpus, planner, store, update, encode)
-            return len(store), sum(corpus.positions)
+    vectors = fill_store(corpus, planner, out, rank, world, options.store_dtype)
+    return None if vectors is None else (vectors, sum(corpus.positions))
