@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import tokenizers
 import torch
@@ -14,7 +13,6 @@ import transformers
 from fusion_model.export.graphs.encoder import export_encoder
 from fusion_model.export.graphs.incremental import WORDS, incremental_graph
 from fusion_model.export.graphs.language import sequence_graph, step_graph
-from fusion_model.export.graphs.quantize import quantize
 from fusion_model.export.graphs.weights import save_graphs
 from fusion_model.export.manifest import (
     ENCODER,
@@ -155,11 +153,9 @@ def _write_graphs(
     precision: str,
     opset: int,
 ) -> dict[str, Any]:
-    dtype = np.float16 if precision == "fp16" else np.float32
     graphs = {}
     for name, build in ((SEQUENCE, sequence_graph), (STEP, step_graph)):
-        graph = build(lm.model, opset, dtype)
-        graph = quantize(graph) if precision == "int8" else graph
+        graph = build(lm.model, opset, precision)
         graph.doc_string = inspect.cleandoc(build.__doc__ or "")
         graph.producer_version = fusion_model.__version__
         onnx.helper.set_model_props(graph, {n: str(facts[n]) for n in FACTS})
@@ -189,10 +185,10 @@ def _write_encoder(encoder: Any, folder: Path, precision: str, opset: int) -> di
         encoder = load_encoder(encoder.name, encoder.pooling, policy=encoder.policy)
     incremental = parse_policy(encoder.policy).name == "incremental"
     names = {p.name for p in encoder.read}
-    graph = None
+    graph, own = None, "int8" if precision == "int8" else "fp32"
     if incremental or "mask" not in names:  # of an exact text, the mask is a second pass
         layers = sorted({p.layer for p in encoder.read})
-        graph = incremental_graph(encoder.model, layers, "pooler" in names, opset)
+        graph = incremental_graph(encoder.model, layers, "pooler" in names, opset, own)
     if graph is None:
         if incremental:
             raise ExportError(
@@ -202,7 +198,6 @@ def _write_encoder(encoder: Any, folder: Path, precision: str, opset: int) -> di
         export_encoder(encoder, folder / ENCODER, opset)
         words = None
     else:
-        graph = quantize(graph) if precision == "int8" else graph
         words = save_graphs({folder / ENCODER: graph}, folder / ENCODER_WEIGHTS)[WORDS]
     onnx.checker.check_model(str(folder / ENCODER), full_check=True)
     tokenizer = encoder.tokenizer
@@ -213,7 +208,7 @@ def _write_encoder(encoder: Any, folder: Path, precision: str, opset: int) -> di
         "depth": encoder.depth,
         "vocabulary": len(encoder.model.get_input_embeddings().weight),
         "words": words,  # where their table begins in the file of weights
-        "precision": "int8" if graph is not None and precision == "int8" else "fp32",
+        "precision": "fp32" if graph is None else own,
         "tokenizer": describe_tokenizer(tokenizer),
     }
     exported = open_encoder(folder, {"encoder": described, "model": {}}, "cpu", 1)

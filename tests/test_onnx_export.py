@@ -96,11 +96,8 @@ def test_an_export_that_disagrees_with_pytorch_is_not_kept(
 ) -> None:
     right = graphs_module._Parts._layer
 
-    def gates_in_pytorchs_order(self, k: int) -> list[str]:
-        names = right(self, k)
-        w = self._weights[f"lstm.weight_ih_l{k}"][None]
-        self.graph.weight(names[0], w)
-        return names
+    def gates_in_pytorchs_order(self, k: int) -> list[np.ndarray]:
+        return [self._weights[f"lstm.weight_ih_l{k}"][None], *right(self, k)[1:]]
 
     monkeypatch.setattr(graphs_module._Parts, "_layer", gates_in_pytorchs_order)
     line = fails("export", model_folder, tmp_path / "out")

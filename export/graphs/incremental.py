@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 from fusion_model.export.graphs.builder import Graph
-from onnx import TensorProto, helper
+from fusion_model.export.graphs.quantize import graph_of
+from onnx import TensorProto
 from torch import nn
 
 from fusion_model.encoders.layers import ARCHITECTURES, check_architecture
@@ -33,7 +34,7 @@ HIDDEN = -1e30  # added to the scores of what a node does not see
 
 
 def incremental_graph(
-    model: Any, wanted: Sequence[int], with_pooler: bool, opset: int
+    model: Any, wanted: Sequence[int], with_pooler: bool, opset: int, precision: str = "fp32"
 ) -> onnx.ModelProto | None:
     """The layers that poolings read, of all nodes.
 
@@ -60,18 +61,18 @@ def incremental_graph(
     kinds = {type(_attribute(layer, activation)).__name__ for layer in model.get_submodule(where)}
     if kinds - set(ACTIVATIONS):
         return None
-    return _Encoder(model, opset).build(list(wanted), with_pooler)
+    return _Encoder(model, precision).build(list(wanted), with_pooler).model(opset)
 
 
 class _Encoder:
-    def __init__(self, model: Any, opset: int) -> None:
-        self.graph, self._model, self._opset = Graph("fusion_lm_encoder"), model, opset
+    def __init__(self, model: Any, precision: str) -> None:
+        self.graph, self._model = graph_of("fusion_lm_encoder", precision), model
         where, self._names = ARCHITECTURES[model.config.model_type]
         self._layers = list(model.get_submodule(where))
         self._heads: int = model.config.num_attention_heads
         self._width: int = model.config.hidden_size
 
-    def build(self, wanted: list[int], with_pooler: bool) -> onnx.ModelProto:
+    def build(self, wanted: list[int], with_pooler: bool) -> Graph:
         g, width, depth = self.graph, self._width, wanted[-1] if wanted else 0
         ids = g.input("input_ids", ["trees", "nodes"], INT)
         positions = g.input("positions", ["trees", "nodes"], INT)
@@ -100,9 +101,7 @@ class _Encoder:
         if with_pooler:
             pooled = g.op("Tanh", self._linear(hidden, "pooler", self._model.pooler.dense))
             g.output(pooled, "pooled", ["trees", "nodes", width])
-        model = g.model(self._opset)
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-        return model
+        return g
 
     @staticmethod
     def _array(parameter: Any) -> np.ndarray:
@@ -111,7 +110,7 @@ class _Encoder:
 
     def _linear(self, x: str, name: str, layer: nn.Linear) -> str:
         weight, bias = self._array(layer.weight), self._array(layer.bias)
-        return self.graph.linear(x, name, weight, bias)
+        return self.graph.linear([x], name, [weight], bias)
 
     def _norm(self, x: str, name: str, layer: nn.LayerNorm) -> str:
         g = self.graph
