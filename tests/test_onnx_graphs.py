@@ -12,7 +12,7 @@ from conftest import small_model
 from fusion_model.export.graphs.language import sequence_graph, step_graph
 from fusion_model.export.runtime import sequences as sequences_module
 from fusion_model.export.verify import check_graph, step_log_probs
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 from onnx_cases import EARLY, NO_BOUNDARY, inputs, pytorch_log_probs, sequences, steps
 from onnx_cases import one_thread as one_thread
@@ -136,10 +136,10 @@ def test_graphs_are_sound_and_int8_is_int8(fusion: str, opset: int, build, tmp_p
     graph = build(model, opset)
     assert [(i.domain, i.version) for i in graph.opset_import] == [("", opset)]
     onnx.save(graph, tmp_path / "fp32.onnx")
-    nodes = check_graph(tmp_path / "fp32.onnx", "fp32", layers=2)
+    nodes = check_graph(tmp_path / "fp32.onnx")
     assert nodes["LSTM"] == 2
     onnx.save(build(model, opset, "int8"), tmp_path / "int8.onnx")
-    small = check_graph(tmp_path / "int8.onnx", "int8", layers=2)
+    small = check_graph(tmp_path / "int8.onnx")
     assert small["Scan"] == 2
     joined = fusion in (
         "concat",
@@ -163,31 +163,9 @@ def test_fp16_keeps_its_weights_and_state_in_half_precision(build) -> None:
     assert state == [TensorProto.FLOAT16] * 2
 
 
-def broken(model: onnx.ModelProto, how: str) -> onnx.ModelProto:
-    nodes = model.graph.node
-    if how == "frozen":
-        next(i for i in model.graph.input if i.name == "input_ids").type.tensor_type.shape.dim[
-            1
-        ].dim_value = 7
-    elif how == "strange":
-        nodes.append(helper.make_node("Erf", ["c0"], ["unused"], name="strange"))
-    elif how == "unsound":
-        nodes[-1].input[0] = "nothing"
-    return model
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [("frozen", "fixed batch or length"), ("strange", "Erf"), ("unsound", "not sound")],
-)
-def test_a_wrong_graph_is_refused(how: str, message: str, tmp_path: Path) -> None:
-    graph = broken(sequence_graph(small_model(fusion="none"), OPSET), how)
+def test_an_unsound_graph_is_refused(tmp_path: Path) -> None:
+    graph = sequence_graph(small_model(fusion="none"), OPSET)
+    graph.graph.node[-1].input[0] = "nothing"
     onnx.save(graph, tmp_path / "graph.onnx")
-    with pytest.raises(ExportError, match=message):
-        check_graph(tmp_path / "graph.onnx", "fp32", layers=1)
-
-
-def test_a_graph_that_was_not_quantised_is_refused(tmp_path: Path) -> None:
-    onnx.save(sequence_graph(small_model(fusion="none"), OPSET), tmp_path / "graph.onnx")
-    with pytest.raises(ExportError, match="1 nodes Scan expected, found 0"):
-        check_graph(tmp_path / "graph.onnx", "int8", layers=1)
+    with pytest.raises(ExportError, match="not sound"):
+        check_graph(tmp_path / "graph.onnx")
