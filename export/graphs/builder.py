@@ -1,9 +1,6 @@
 """A small notation for ONNX graphs: nodes by name of operator, weights by array."""
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,20 +11,6 @@ IR_VERSION = 9  # what opset 20 came with; later ones shut out older runtimes fo
 
 Dims = Sequence[int | str]
 """Axes of an input or output; a name is an axis of any length."""
-
-
-@contextmanager
-def quiet(logger: str | None) -> Iterator[None]:
-    """Other libraries' notes about their own insides: errors only, while the block runs."""
-    found = logging.getLogger(logger)
-    level = found.level
-    found.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        found.setLevel(level)
 
 
 class Graph:
