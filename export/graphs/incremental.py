@@ -13,12 +13,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from fusion_model.export.graphs.builder import Graph
 from fusion_model.export.graphs.quantize import graph_of
 from onnx import TensorProto
 from torch import nn
 
-from fusion_model.encoders.layers import ARCHITECTURES, check_architecture
+from fusion_model.encoders.layers import (
+    ARCHITECTURES,
+    attribute,
+    check_architecture,
+    positions_of,
+)
 
 INT, BOOL = TensorProto.INT64, TensorProto.BOOL
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,7 +64,7 @@ def incremental_graph(
         return None
     where, names = ARCHITECTURES[model.config.model_type]
     activation = names[ACTIVATION]
-    kinds = {type(_attribute(layer, activation)).__name__ for layer in model.get_submodule(where)}
+    kinds = {type(attribute(layer, activation)).__name__ for layer in model.get_submodule(where)}
     if kinds - set(ACTIVATIONS):
         return None
     return _Encoder(model, precision).build(list(wanted), with_pooler).model(opset)
@@ -120,13 +126,8 @@ class _Encoder:
 
     def _embed(self, words: str, ids: str, positions: str) -> str:
         g, module = self.graph, self._model.embeddings
-        places = module.position_embeddings
-        first = 0 if places.padding_idx is None else places.padding_idx + 1
-        table = self._array(places.weight)[first:]
-        kinds = getattr(module, "token_type_embeddings", None)
-        if kinds is not None:
-            table = table + self._array(kinds.weight)[0]
-        at = g.op("Gather", g.weight("places", table), positions)
+        places = g.weight("places", self._array(positions_of(module)))
+        at = g.op("Gather", places, positions)
         return self._norm(g.op("Add", g.op("Gather", words, ids), at), "norm", module.LayerNorm)
 
     def _bias(self, sees: str, positions: str, seen_positions: str) -> str:
@@ -146,8 +147,6 @@ class _Encoder:
 
     def _relative(self, window: int) -> np.ndarray:
         """MPNet's bias of each distance from 1 - window to window - 1, [2 window - 1, A]."""
-        import torch
-
         encoder = self._model.encoder
         distances = torch.arange(1 - window, window)
         count = encoder.config.relative_attention_num_buckets
@@ -160,7 +159,7 @@ class _Encoder:
         """A layer's output [N, L, E], and its keys and values, each [N, L, E]."""
         g, name = self.graph, f"layer{number + 1}"
         query, key, value, out, attention_norm, up, activation, down, norm = (
-            _attribute(layer, path) for path in self._names
+            attribute(layer, path) for path in self._names
         )
         own = {
             what: self._linear(hidden, f"{name}.{what}", part)
@@ -175,7 +174,8 @@ class _Encoder:
         )
         attended = self._linear(attended, f"{name}.out", out)
         hidden = self._norm(g.op("Add", attended, hidden), f"{name}.norm1", attention_norm)
-        inner = self._activation(self._linear(hidden, f"{name}.up", up), activation)
+        operator, options = ACTIVATIONS[type(activation).__name__]
+        inner = g.op(operator, self._linear(hidden, f"{name}.up", up), **options)
         inner = self._linear(inner, f"{name}.down", down)
         hidden = self._norm(g.op("Add", inner, hidden), f"{name}.norm2", norm)
         return hidden, [own["key"], own["value"]]
@@ -184,13 +184,3 @@ class _Encoder:
         """[N, P, E] -> [N, A, P, d]."""
         shape = self.graph.ints(0, 0, self._heads, self._width // self._heads)
         return self.graph.op("Transpose", self.graph.op("Reshape", past, shape), perm=[0, 2, 1, 3])
-
-    def _activation(self, x: str, activation: Any) -> str:
-        operator, attributes = ACTIVATIONS[type(activation).__name__]
-        return self.graph.op(operator, x, **attributes)
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module

@@ -82,13 +82,12 @@ def step_graph(model: FusionLMForCausalLM, opset: int, precision: str = "fp32") 
     e = parts.prefix_input(["batch", *(["length"] if per_token else []), model.config.prefix_size])
     rows = g.input("rows", ["batch"], INT)
     h0, c0 = (g.op("Gather", s, rows, axis=1) for s in parts.state_inputs("states"))
-    state = h0, c0
     if fusion in EARLY:
-        fresh = g.input("fresh", [], TensorProto.BOOL)
-        state = parts.start(e, state, fresh)
+        fresh, starts = g.input("fresh", [], TensorProto.BOOL), parts.initial(e)
+        h0, c0 = (g.op("Where", fresh, *pair) for pair in zip(starts, (h0, c0), strict=True))
     if per_token:
         e = g.op("Transpose", e, perm=[1, 0, 2])
-    _, last, after = parts.recurrence(parts.inputs(ids, e), state, only_last=True)
+    _, last, after = parts.recurrence(parts.inputs(ids, e), (h0, c0), only_last=True)
     hidden = parts.late(g.op("Squeeze", last, g.ints(0)), e)
     g.output(parts.logits(hidden), "logits", ["batch", model.config.vocab_size])
     parts.state_outputs(after)
@@ -188,14 +187,6 @@ class _Parts:
         h = g.op("Concat", *[h] * layers, axis=0) if layers > 1 else h
         zeros = g.op("Sub", h, h)
         return initial_state(fusion, h, zeros)
-
-    def start(self, e: str, state: tuple[str, str], fresh: str) -> tuple[str, str]:
-        """The state to go on from: from e [B, E] where `fresh`, else the given one."""
-        first, second = (
-            self.graph.op("Where", fresh, new, old)
-            for new, old in zip(self.initial(e), state, strict=True)
-        )
-        return first, second
 
     def prefixes(self, ids: str, e: str) -> str:
         """h at the end of each prefix, [R * B, H], from ids [B, T] and e [B, R, E].

@@ -107,12 +107,8 @@ class EncoderLayers:
         self.device, self.dtype = model.device, model.dtype
         self.pooler: Any = getattr(model, "pooler", None)
         embeddings = model.embeddings
-        padding = embeddings.position_embeddings.padding_idx
         self._words = embeddings.word_embeddings.weight.detach()
-        self._places = embeddings.position_embeddings.weight.detach()
-        self._places = self._places[0 if padding is None else padding + 1 :]
-        if (kinds := getattr(embeddings, "token_type_embeddings", None)) is not None:
-            self._places = self._places + kinds.weight.detach()[0]
+        self._places = positions_of(embeddings)
         self._norm = _norm(embeddings.LayerNorm)
         self.relative = model.encoder if config.model_type == "mpnet" else None
 
@@ -159,7 +155,7 @@ class EncoderLayers:
 
 
 def _layer(module: Any, names: Sequence[str], is_gelu: bool) -> Layer:
-    parts = [_attribute(module, name) for name in names]
+    parts = [attribute(module, name) for name in names]
     query, key, value, out, attention_norm, up, activation, down, norm = parts
     qkv = Linear(
         torch.cat([part.weight for part in (query, key, value)]),
@@ -175,6 +171,16 @@ def _layer(module: Any, names: Sequence[str], is_gelu: bool) -> Layer:
     )
 
 
+def positions_of(embeddings: Any) -> Tensor:
+    """What is added to a token's embedding at each position from 0 on, [window, E]."""
+    table = embeddings.position_embeddings
+    found: Tensor = table.weight.detach()[
+        0 if table.padding_idx is None else table.padding_idx + 1 :
+    ]
+    kinds = getattr(embeddings, "token_type_embeddings", None)
+    return found if kinds is None else found + kinds.weight.detach()[0]
+
+
 def _norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     """The same without the cost of calling a module."""
     weight, bias = module.weight.detach(), module.bias.detach()
@@ -187,7 +193,8 @@ def _norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     )
 
 
-def _attribute(module: Any, path: str) -> Any:
+def attribute(module: Any, path: str) -> Any:
+    """What dotted names lead to."""
     for name in path.split("."):
         module = getattr(module, name)
     return module
