@@ -27,7 +27,6 @@ from fusion_model.benchmarks.measure.records import home
 from fusion_model.benchmarks.measure.timing import measure_in_turns
 from fusion_model.export import OnnxFusionLM, export_model
 from fusion_model.export.graphs.language import sequence_graph, step_graph
-from fusion_model.export.graphs.quantize import quantize
 from fusion_model.export.manifest import PRECISIONS
 from fusion_model.export.runtime.sequences import Sequences
 from fusion_model.export.runtime.session import default_threads, open_session
@@ -84,9 +83,8 @@ def latencies(
     for precision in PRECISIONS:
         opened = []
         for build in (sequence_graph, step_graph):
-            graph = build(model, OPSET, np.float16 if precision == "fp16" else np.float32)
             path = folder / f"{build.__name__}-{precision}.onnx"
-            onnx.save(quantize(graph) if precision == "int8" else graph, path)
+            onnx.save(build(model, OPSET, precision), path)
             opened.append(open_session(path, "cpu", threads))
         sequences = Sequences(opened[0], facts)
         steps = Steps(opened[1], facts, "cpu", lambda rows, last: e[:1, :1])

@@ -132,7 +132,7 @@ class Landscape(Study):
 
     def __init__(self, size: Size, out: Path, best: dict[str, float]) -> None:
         texts = Texts("made", out / "train", out / "train", out / "dev", {})
-        super().__init__(size, texts, out, "minilm", 1)
+        super().__init__(size, texts, out, "minilm", 1, out / "results")
         self.best, self.tried = best, []
 
     def run(self, arm: Arm, settings: Mapping[str, float], seed: int) -> Run:
@@ -174,7 +174,7 @@ def test_dev_chooses_and_only_the_chosen_are_scored(data: Path, tmp_path: Path) 
     assert chosen[0].dropout == points[int(np.argmin(losses))]["dropout"]
     assert runs[0].dev_loss == min(m["dev_loss"] for m in runs[0].metrics) == min(losses)
     kept = [json.loads(path.read_text()) for path in study.kept.iterdir()]
-    assert len(kept) == 4 + 1
+    assert len(kept) == 4 + 1  # the whole grid, and the second seed
     assert sum(bool(run["losses"]) for run in kept) == 2
 
 
@@ -194,8 +194,10 @@ def test_a_fused_model_is_also_tested_on_embeddings_of_other_positions(
     batches = lm.encode_corpus(corpus)
     for run, shuffle in ((own, "none"), (misled, "corpus")):
         lm.shuffle = shuffle
-        assert run.scores(test).nats.sum() == pytest.approx(lm.perplexity(documents).nats, abs=0.01)
-    assert own.scores(test).nats.sum() != misled.scores(test).nats.sum()
+        assert run.scores(test)["nats"].sum() == pytest.approx(
+            lm.perplexity(documents).nats, abs=0.01
+        )
+    assert own.scores(test)["nats"].sum() != misled.scores(test)["nats"].sum()
     cosines = []
     for index in range(len(batches.lengths)):
         e = torch.from_numpy(batches.batch([index]).prefix_embeds[0])
@@ -221,11 +223,11 @@ def test_losses_of_another_test_text_are_not_taken(data: Path, tmp_path: Path) -
     other = tmp_path / "other" / "o.txt"
     other.parent.mkdir()
     other.write_text("Another text altogether.\nIt is short.\n")
-    assert run.scores(study.texts.tests["test"]).words.sum() != 6
+    assert run.scores(study.texts.tests["test"])["words"].sum() != 6
     study.texts = dataclasses.replace(study.texts, tests={"test": other.parent})
     [again] = study.results([arm])[arm.name]
     assert again.path == run.path
-    assert again.scores(other.parent).words.sum() == 6
+    assert again.scores(other.parent)["words"].sum() == 6
 
 
 def test_all_leaves_out_what_the_data_lack(data: Path, tmp_path: Path) -> None:

@@ -148,7 +148,14 @@ def files(
     BagEncoder.fit("tfidf", SENTENCES, dim=12).save(bag)
     found["tfidf.json"] = bag / "tfidf.json", lambda: BagEncoder.load("tfidf", bag).content_sha256
 
-    study = Study(TOY, Texts("made", root / "a", root / "a", root / "b", {}), root, "minilm", 1)
+    study = Study(
+        TOY,
+        Texts("made", root / "a", root / "a", root / "b", {}),
+        root,
+        "minilm",
+        1,
+        root / "results",
+    )
     arm = Arm("trigram", {"fusion": "none"}, "trigram")
     finished = study.run(arm, {}, 0)
     finished.result["losses"] = {"b": {"nats": [70.25, 8.5], "tokens": [14, 3], "words": [9, 2]}}

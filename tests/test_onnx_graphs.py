@@ -1,5 +1,6 @@
 """The exported graphs against float64 computations of their own, PyTorch, and one another."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,9 @@ import onnx
 import pytest
 from conftest import small_model
 from fusion_model.export.graphs.language import sequence_graph, step_graph
-from fusion_model.export.graphs.quantize import quantize
 from fusion_model.export.runtime import sequences as sequences_module
 from fusion_model.export.verify import check_graph, step_log_probs
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 from onnx_cases import EARLY, NO_BOUNDARY, inputs, pytorch_log_probs, sequences, steps
 from onnx_cases import one_thread as one_thread
@@ -136,10 +136,10 @@ def test_graphs_are_sound_and_int8_is_int8(fusion: str, opset: int, build, tmp_p
     graph = build(model, opset)
     assert [(i.domain, i.version) for i in graph.opset_import] == [("", opset)]
     onnx.save(graph, tmp_path / "fp32.onnx")
-    nodes = check_graph(tmp_path / "fp32.onnx", "fp32", layers=2)
+    nodes = check_graph(tmp_path / "fp32.onnx")
     assert nodes["LSTM"] == 2
-    onnx.save(quantize(graph), tmp_path / "int8.onnx")
-    small = check_graph(tmp_path / "int8.onnx", "int8", layers=2)
+    onnx.save(build(model, opset, "int8"), tmp_path / "int8.onnx")
+    small = check_graph(tmp_path / "int8.onnx")
     assert small["Scan"] == 2
     joined = fusion in (
         "concat",
@@ -148,7 +148,7 @@ def test_graphs_are_sound_and_int8_is_int8(fusion: str, opset: int, build, tmp_p
     assert small["MatMulIntegerToFloat"] == nodes["MatMul"] + joined + 2  # and each LSTM one
     assert not {"LSTM", "MatMul"} & set(small)
     weights = onnx.load(tmp_path / "int8.onnx").graph.initializer
-    matrices = [w for w in weights if len(w.dims) > 1 and not w.name.startswith("lstm.B")]
+    matrices = [w for w in weights if len(w.dims) > 1 and not re.match(r"lstm\d+\.B", w.name)]
     floats = {w.name for w in matrices if w.data_type == TensorProto.FLOAT and w.dims[-2] > 1}
     assert floats == {"embed_tokens.weight"}
 
@@ -156,38 +156,16 @@ def test_graphs_are_sound_and_int8_is_int8(fusion: str, opset: int, build, tmp_p
 @pytest.mark.parametrize("build", [sequence_graph, step_graph])
 def test_fp16_keeps_its_weights_and_state_in_half_precision(build) -> None:
     model = small_model(fusion="concat")
-    graph = build(model, OPSET, np.float16).graph
+    graph = build(model, OPSET, "fp16").graph
     weights = Counter(w.data_type for w in graph.initializer if w.data_type != TensorProto.INT64)
     assert set(weights) == {TensorProto.FLOAT16}
     state = [v.type.tensor_type.elem_type for v in graph.input if v.name in ("h0", "c0")]
     assert state == [TensorProto.FLOAT16] * 2
 
 
-def broken(model: onnx.ModelProto, how: str) -> onnx.ModelProto:
-    nodes = model.graph.node
-    if how == "frozen":
-        next(i for i in model.graph.input if i.name == "input_ids").type.tensor_type.shape.dim[
-            1
-        ].dim_value = 7
-    elif how == "strange":
-        nodes.append(helper.make_node("Erf", ["c0"], ["unused"], name="strange"))
-    elif how == "unsound":
-        nodes[-1].input[0] = "nothing"
-    return model
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [("frozen", "fixed batch or length"), ("strange", "Erf"), ("unsound", "not sound")],
-)
-def test_a_wrong_graph_is_refused(how: str, message: str, tmp_path: Path) -> None:
-    graph = broken(sequence_graph(small_model(fusion="none"), OPSET), how)
+def test_an_unsound_graph_is_refused(tmp_path: Path) -> None:
+    graph = sequence_graph(small_model(fusion="none"), OPSET)
+    graph.graph.node[-1].input[0] = "nothing"
     onnx.save(graph, tmp_path / "graph.onnx")
-    with pytest.raises(ExportError, match=message):
-        check_graph(tmp_path / "graph.onnx", "fp32", layers=1)
-
-
-def test_a_graph_that_was_not_quantised_is_refused(tmp_path: Path) -> None:
-    onnx.save(sequence_graph(small_model(fusion="none"), OPSET), tmp_path / "graph.onnx")
-    with pytest.raises(ExportError, match="1 nodes Scan expected, found 0"):
-        check_graph(tmp_path / "graph.onnx", "int8", layers=1)
+    with pytest.raises(ExportError, match="not sound"):
+        check_graph(tmp_path / "graph.onnx")

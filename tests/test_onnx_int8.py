@@ -10,7 +10,6 @@ import torch
 from conftest import small_model
 from fusion_model.export import OnnxFusionLM, export_model
 from fusion_model.export.graphs.language import sequence_graph
-from fusion_model.export.graphs.quantize import quantize
 from onnx_cases import one_thread as one_thread
 
 from fusion_model import FUSIONS, FusionLM
@@ -75,8 +74,7 @@ PARTS = ("input_ids", "targets", "prefix_embeds")
 def test_no_score_depends_on_later_words_or_on_its_batch(fusion: str, precision: str) -> None:
     """Within 1e-4 bits; later words and batch-mates are such as change a shared scale."""
     model = small_model(fusion=fusion, num_layers=2)
-    graph = sequence_graph(model, 20)
-    session = open_graph(quantize(graph) if precision == "int8" else graph)
+    session = open_graph(sequence_graph(model, 20, precision))
     generator = np.random.default_rng(0)
     batch, length, early = 3, 9, fusion in EARLY
     size = (batch, length, model.config.prefix_size)
@@ -110,7 +108,7 @@ def test_no_score_depends_on_later_words_or_on_its_batch(fusion: str, precision:
 def test_int8_is_near_float32_where_h_and_e_differ_in_size(fusion: str) -> None:
     """e a hundred times as large as h: with one scale for both, h would have no digit left."""
     model = small_model(fusion=fusion)
-    graph = sequence_graph(model, 20)
+    graphs = [sequence_graph(model, 20, precision) for precision in ("fp32", "int8")]
     generator = np.random.default_rng(1)
     feed = {
         "input_ids": generator.integers(30, size=(4, 12)),
@@ -122,7 +120,7 @@ def test_int8_is_near_float32_where_h_and_e_differ_in_size(fusion: str) -> None:
         feed["prefix_embeds"] = e.astype(np.float32)
     if fusion not in EARLY:
         feed |= {n: np.zeros((1, 4, 8), dtype=np.float32) for n in ("h0", "c0")}
-    exact, found = (open_graph(g).run(None, feed)[0] for g in (graph, quantize(graph)))
+    exact, found = (open_graph(g).run(None, feed)[0] for g in graphs)
     error = np.abs(found - exact) / np.maximum(1, np.abs(exact))
     assert 0 < error.mean() < 0.02
     assert error.max() < 0.15

@@ -3,10 +3,11 @@
 The graph is traced from `HFEncoder` itself, so that it pools as the encoder does in PyTorch.
 """
 
+import logging
+import warnings
 from pathlib import Path
 
 import torch
-from fusion_model.export.graphs.builder import quiet
 from torch import Tensor, nn
 
 from fusion_model.encoders.pretrained import HFEncoder
@@ -42,8 +43,11 @@ def export_encoder(encoder: HFEncoder, path: Path, opset: int) -> None:
     if not static:
         most = encoder.window - any(p.name == "mask" for p in encoder.poolings)
         axes[1] = torch.export.Dim("length", min=len(encoder.specials), max=most)
+    log = logging.getLogger("torch.onnx")  # it warns of operators that no encoder has
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
-        with torch.inference_mode(), quiet("torch.onnx"):
+        with torch.inference_mode(), warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
                 _Pooled(encoder),
                 (example,),
@@ -62,3 +66,5 @@ def export_encoder(encoder: HFEncoder, path: Path, opset: int) -> None:
             f"the encoder {encoder.name} cannot be exported to ONNX: {first_line(error)}; export "
             "without --encoder, and pass prefix embeddings yourself"
         ) from error
+    finally:
+        log.setLevel(level)

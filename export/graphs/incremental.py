@@ -9,15 +9,18 @@ counted from 1; layer 0 is the embeddings.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from fusion_model.export.graphs.builder import Graph
-from onnx import TensorProto, helper
+from fusion_model.export.graphs.quantize import graph_of
+from onnx import TensorProto
 from torch import nn
 
-from fusion_model.encoders.layers import ARCHITECTURES, check_architecture
+from fusion_model.encoders.layers import ARCHITECTURES, check_architecture, positions_of
 
 INT, BOOL = TensorProto.INT64, TensorProto.BOOL
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,7 +36,7 @@ HIDDEN = -1e30  # added to the scores of what a node does not see
 
 
 def incremental_graph(
-    model: Any, wanted: Sequence[int], with_pooler: bool, opset: int
+    model: Any, wanted: Sequence[int], with_pooler: bool, opset: int, precision: str = "fp32"
 ) -> onnx.ModelProto | None:
     """The layers that poolings read, of all nodes.
 
@@ -56,22 +59,22 @@ def incremental_graph(
     except ValueError:
         return None
     where, names = ARCHITECTURES[model.config.model_type]
-    activation = names[ACTIVATION]
-    kinds = {type(_attribute(layer, activation)).__name__ for layer in model.get_submodule(where)}
+    activation = attrgetter(names[ACTIVATION])
+    kinds = {type(activation(layer)).__name__ for layer in model.get_submodule(where)}
     if kinds - set(ACTIVATIONS):
         return None
-    return _Encoder(model, opset).build(list(wanted), with_pooler)
+    return _Encoder(model, precision).build(list(wanted), with_pooler).model(opset)
 
 
 class _Encoder:
-    def __init__(self, model: Any, opset: int) -> None:
-        self.graph, self._model, self._opset = Graph("fusion_lm_encoder"), model, opset
+    def __init__(self, model: Any, precision: str) -> None:
+        self.graph, self._model = graph_of("fusion_lm_encoder", precision), model
         where, self._names = ARCHITECTURES[model.config.model_type]
         self._layers = list(model.get_submodule(where))
         self._heads: int = model.config.num_attention_heads
         self._width: int = model.config.hidden_size
 
-    def build(self, wanted: list[int], with_pooler: bool) -> onnx.ModelProto:
+    def build(self, wanted: list[int], with_pooler: bool) -> Graph:
         g, width, depth = self.graph, self._width, wanted[-1] if wanted else 0
         ids = g.input("input_ids", ["trees", "nodes"], INT)
         positions = g.input("positions", ["trees", "nodes"], INT)
@@ -100,9 +103,7 @@ class _Encoder:
         if with_pooler:
             pooled = g.op("Tanh", self._linear(hidden, "pooler", self._model.pooler.dense))
             g.output(pooled, "pooled", ["trees", "nodes", width])
-        model = g.model(self._opset)
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-        return model
+        return g
 
     @staticmethod
     def _array(parameter: Any) -> np.ndarray:
@@ -111,7 +112,7 @@ class _Encoder:
 
     def _linear(self, x: str, name: str, layer: nn.Linear) -> str:
         weight, bias = self._array(layer.weight), self._array(layer.bias)
-        return self.graph.linear(x, name, weight, bias)
+        return self.graph.linear([x], name, [weight], bias)
 
     def _norm(self, x: str, name: str, layer: nn.LayerNorm) -> str:
         g = self.graph
@@ -121,13 +122,8 @@ class _Encoder:
 
     def _embed(self, words: str, ids: str, positions: str) -> str:
         g, module = self.graph, self._model.embeddings
-        places = module.position_embeddings
-        first = 0 if places.padding_idx is None else places.padding_idx + 1
-        table = self._array(places.weight)[first:]
-        kinds = getattr(module, "token_type_embeddings", None)
-        if kinds is not None:
-            table = table + self._array(kinds.weight)[0]
-        at = g.op("Gather", g.weight("places", table), positions)
+        places = g.weight("places", self._array(positions_of(module)))
+        at = g.op("Gather", places, positions)
         return self._norm(g.op("Add", g.op("Gather", words, ids), at), "norm", module.LayerNorm)
 
     def _bias(self, sees: str, positions: str, seen_positions: str) -> str:
@@ -147,8 +143,6 @@ class _Encoder:
 
     def _relative(self, window: int) -> np.ndarray:
         """MPNet's bias of each distance from 1 - window to window - 1, [2 window - 1, A]."""
-        import torch
-
         encoder = self._model.encoder
         distances = torch.arange(1 - window, window)
         count = encoder.config.relative_attention_num_buckets
@@ -160,9 +154,8 @@ class _Encoder:
     ) -> tuple[str, list[str]]:
         """A layer's output [N, L, E], and its keys and values, each [N, L, E]."""
         g, name = self.graph, f"layer{number + 1}"
-        query, key, value, out, attention_norm, up, activation, down, norm = (
-            _attribute(layer, path) for path in self._names
-        )
+        parts = attrgetter(*self._names)(layer)
+        query, key, value, out, attention_norm, up, activation, down, norm = parts
         own = {
             what: self._linear(hidden, f"{name}.{what}", part)
             for what, part in (("query", query), ("key", key), ("value", value))
@@ -176,7 +169,8 @@ class _Encoder:
         )
         attended = self._linear(attended, f"{name}.out", out)
         hidden = self._norm(g.op("Add", attended, hidden), f"{name}.norm1", attention_norm)
-        inner = self._activation(self._linear(hidden, f"{name}.up", up), activation)
+        operator, options = ACTIVATIONS[type(activation).__name__]
+        inner = g.op(operator, self._linear(hidden, f"{name}.up", up), **options)
         inner = self._linear(inner, f"{name}.down", down)
         hidden = self._norm(g.op("Add", inner, hidden), f"{name}.norm2", norm)
         return hidden, [own["key"], own["value"]]
@@ -185,13 +179,3 @@ class _Encoder:
         """[N, P, E] -> [N, A, P, d]."""
         shape = self.graph.ints(0, 0, self._heads, self._width // self._heads)
         return self.graph.op("Transpose", self.graph.op("Reshape", past, shape), perm=[0, 2, 1, 3])
-
-    def _activation(self, x: str, activation: Any) -> str:
-        operator, attributes = ACTIVATIONS[type(activation).__name__]
-        return self.graph.op(operator, x, **attributes)
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module

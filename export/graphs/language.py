@@ -12,6 +12,7 @@ runs all R prefixes as rows of one batch, each with its own initial state and le
 import numpy as np
 import onnx
 from fusion_model.export.graphs.builder import Graph
+from fusion_model.export.graphs.quantize import graph_of
 from onnx import TensorProto
 
 from fusion_model.fusion import initial_state
@@ -22,7 +23,7 @@ INT, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 
 
 def sequence_graph(
-    model: FusionLMForCausalLM, opset: int, dtype: type = np.float32
+    model: FusionLMForCausalLM, opset: int, precision: str = "fp32"
 ) -> onnx.ModelProto:
     """Log-probabilities of given targets, in nats.
 
@@ -34,7 +35,7 @@ def sequence_graph(
     Outputs: `target_log_probs` and `boundary_log_probs`, float32 of the targets' shape; the state
     after, `h` and `c`, but for early fusion.
     """
-    parts = _Parts(model, Graph("fusion_lm_sequence", dtype))
+    parts = _Parts(model, graph_of("fusion_lm_sequence", precision))
     g, config, early = parts.graph, model.config, model.config.fusion in EARLY
     rows = "rows" if early else "length"
     ids = g.input("input_ids", ["batch", "length"], INT)
@@ -42,14 +43,14 @@ def sequence_graph(
     boundary = g.input("boundary_ids", ["boundaries"], INT)
     e = parts.prefix_input(["batch", rows, config.prefix_size])
     if early:
-        hidden = parts.prefixes(ids, e)  # [R * B, H]
+        hidden = [parts.prefixes(ids, e)]  # [R * B, H]
     else:
         state = parts.state_inputs()
         e = e and g.op("Transpose", e, perm=[1, 0, 2])
         steps, _, after = parts.recurrence(parts.inputs(ids, e), state)
         # Two axes from here on: ONNX Runtime adds a bias inside the product only then.
-        hidden = g.op("Reshape", steps, g.ints(-1, config.hidden_size))
-        hidden = parts.late(hidden, e and g.op("Reshape", e, g.ints(-1, config.prefix_size)))
+        last = g.op("Reshape", steps, g.ints(-1, config.hidden_size))
+        hidden = parts.late(last, e and g.op("Reshape", e, g.ints(-1, config.prefix_size)))
     # Not ReduceLogSumExp: ONNX Runtime's takes four times as long on a CPU.
     log_probs = g.op("LogSoftmax", parts.logits(hidden), axis=-1)  # [T * B, V]
     of_target = g.op("GatherElements", log_probs, g.op("Reshape", targets, g.ints(-1, 1)), axis=1)
@@ -64,7 +65,7 @@ def sequence_graph(
     return g.model(opset)
 
 
-def step_graph(model: FusionLMForCausalLM, opset: int, dtype: type = np.float32) -> onnx.ModelProto:
+def step_graph(model: FusionLMForCausalLM, opset: int, precision: str = "fp32") -> onnx.ModelProto:
     """Scores of the token after those given; any number of tokens goes in at once.
 
     Inputs: `input_ids` [B, T] int64, the tokens since the state; `h0` and `c0` [L, S, H], the
@@ -74,20 +75,19 @@ def step_graph(model: FusionLMForCausalLM, opset: int, dtype: type = np.float32)
     initial state from `prefix_embeds` where `fresh` [] bool is true, and from `h0`, `c0` elsewhere.
     Outputs: `logits` [B, V] float32 after the last token, and the state after, `h` and `c`.
     """
-    parts = _Parts(model, Graph("fusion_lm_step", dtype))
+    parts = _Parts(model, graph_of("fusion_lm_step", precision))
     g, fusion = parts.graph, model.config.fusion
     ids = g.input("input_ids", ["batch", "length"], INT)
     per_token = fusion == "input"
     e = parts.prefix_input(["batch", *(["length"] if per_token else []), model.config.prefix_size])
     rows = g.input("rows", ["batch"], INT)
     h0, c0 = (g.op("Gather", s, rows, axis=1) for s in parts.state_inputs("states"))
-    state = h0, c0
     if fusion in EARLY:
-        fresh = g.input("fresh", [], TensorProto.BOOL)
-        state = parts.start(e, state, fresh)
+        fresh, starts = g.input("fresh", [], TensorProto.BOOL), parts.initial(e)
+        h0, c0 = (g.op("Where", fresh, *pair) for pair in zip(starts, (h0, c0), strict=True))
     if per_token:
         e = g.op("Transpose", e, perm=[1, 0, 2])
-    _, last, after = parts.recurrence(parts.inputs(ids, e), state, only_last=True)
+    _, last, after = parts.recurrence(parts.inputs(ids, e), (h0, c0), only_last=True)
     hidden = parts.late(g.op("Squeeze", last, g.ints(0)), e)
     g.output(parts.logits(hidden), "logits", ["batch", model.config.vocab_size])
     parts.state_outputs(after)
@@ -128,7 +128,7 @@ class _Parts:
         """Embeddings of the tokens, [V, D]."""
         return self.graph.weight("embed_tokens.weight", self._weights["embed_tokens.weight"])
 
-    def _layer(self, k: int) -> list[str]:
+    def _layer(self, k: int) -> list[np.ndarray]:
         """W [1, 4H, in], R [1, 4H, H] and B [1, 8H] of a layer, as the LSTM operator wants."""
 
         def reordered(name: str) -> np.ndarray:
@@ -136,8 +136,7 @@ class _Parts:
             return np.concatenate([i, o, f, g])
 
         biases = np.concatenate([reordered("bias_ih"), reordered("bias_hh")])
-        arrays = {"W": reordered("weight_ih"), "R": reordered("weight_hh"), "B": biases}
-        return [self.graph.weight(f"lstm.{n}{k}", a[None]) for n, a in arrays.items()]
+        return [a[None] for a in (reordered("weight_ih"), reordered("weight_hh"), biases)]
 
     def recurrence(
         self, x: str, state: tuple[str, str], lengths: str = "", only_last: bool = False
@@ -153,8 +152,7 @@ class _Parts:
         for k in range(layers):
             all_steps = "" if only_last and k == layers - 1 else f"lstm{k}.Y"
             outs = [all_steps, f"lstm{k}.Y_h", f"lstm{k}.Y_c"]
-            inputs = [x, *self._layer(k), lengths, starts[0][k], starts[1][k]]
-            g.op_several("LSTM", *inputs, outs=outs, hidden_size=self.config.hidden_size)
+            g.lstm(x, f"lstm{k}", self._layer(k), [lengths, starts[0][k], starts[1][k]], outs)
             x = all_steps and g.op("Squeeze", all_steps, g.ints(1))
             h_last.append(outs[1])
             c_last.append(outs[2])
@@ -174,11 +172,13 @@ class _Parts:
         """e at the hidden width, where the model has a projection for it."""
         if "prefix_projection.weight" not in self._weights:
             return e
-        return self._linear(e, "prefix_projection")
+        return self._linear([e], "prefix_projection")
 
-    def _linear(self, x: str, name: str) -> str:
-        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-        return self.graph.linear(x, name, weight, bias)
+    def _linear(self, parts: list[str], name: str, kept: str = "") -> str:
+        """An affine layer of one value, or of h and another; `kept`: see `Graph.linear`."""
+        ends = [self.config.hidden_size][: len(parts) - 1]
+        weights = np.split(self._weights[f"{name}.weight"], ends, axis=1)
+        return self.graph.linear(parts, name, weights, self._weights[f"{name}.bias"], kept)
 
     def initial(self, e: str) -> tuple[str, str]:
         """Early fusion's initial state of every layer, [L, N, H] each, from e [N, E]."""
@@ -187,14 +187,6 @@ class _Parts:
         h = g.op("Concat", *[h] * layers, axis=0) if layers > 1 else h
         zeros = g.op("Sub", h, h)
         return initial_state(fusion, h, zeros)
-
-    def start(self, e: str, state: tuple[str, str], fresh: str) -> tuple[str, str]:
-        """The state to go on from: from e [B, E] where `fresh`, else the given one."""
-        first, second = (
-            self.graph.op("Where", fresh, new, old)
-            for new, old in zip(self.initial(e), state, strict=True)
-        )
-        return first, second
 
     def prefixes(self, ids: str, e: str) -> str:
         """h at the end of each prefix, [R * B, H], from ids [B, T] and e [B, R, E].
@@ -217,27 +209,24 @@ class _Parts:
         _, last, _ = self.recurrence(x, state, lengths, only_last=True)  # [1, R * B, H]
         return g.op("Squeeze", last, g.ints(0))
 
-    def late(self, hidden: str, e: str) -> str:
-        """hidden [N, H] fused with e [N, E]; hidden itself for the other fusions."""
+    def late(self, hidden: str, e: str) -> list[str]:
+        """hidden [N, H] fused with e [N, E], side by side for `concat`; hidden itself for the
+        other fusions."""
         g, fusion = self.graph, self.config.fusion
         if fusion not in LATE:
-            return hidden
+            return [hidden]
         if fusion == "concat":
-            return g.op("Concat", hidden, e, axis=1)
+            return [hidden, e]
         e = self.projected(e)
         if fusion != "gate":
-            return g.op({"add": "Add", "multiply": "Mul"}[fusion], hidden, e)
-        gate = g.op("Sigmoid", self._linear(g.op("Concat", hidden, e, axis=1), "gate"))
+            return [g.op({"add": "Add", "multiply": "Mul"}[fusion], hidden, e)]
+        gate = g.op("Sigmoid", self._linear([hidden, e], "gate"))
         # gate * hidden + (1 - gate) * e, with one product fewer
-        return g.op("Add", e, g.op("Mul", gate, g.op("Sub", hidden, e)))
+        return [g.op("Add", e, g.op("Mul", gate, g.op("Sub", hidden, e)))]
 
-    def logits(self, hidden: str) -> str:
-        """Scores in float32, [N, V], from hidden [N, H] or [N, H + E]."""
+    def logits(self, hidden: list[str]) -> str:
+        """Scores in float32, [N, V], from what `late` gives."""
         features = self._linear(hidden, "projection")
-        if self.config.tie_weights:  # one matrix, kept once
-            table = self.graph.op("Transpose", self._table(), perm=[1, 0])
-            bias = self.graph.weight("lm_head.bias", self._weights["lm_head.bias"])
-            scores = self.graph.op("Add", self.graph.op("MatMul", features, table), bias)
-        else:
-            scores = self._linear(features, "lm_head")
+        kept = self._table() if self.config.tie_weights else ""  # one matrix, kept once
+        scores = self._linear([features], "lm_head", kept)
         return self.graph.cast(scores, np.dtype(np.float32))

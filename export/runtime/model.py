@@ -26,7 +26,7 @@ from fusion_model.encoders.controls import BagEncoder, ZeroEncoder
 from fusion_model.errors import ExportError
 from fusion_model.prefixes.planner import PrefixPlanner, check_causal
 from fusion_model.prefixes.stream import PrefixStream
-from fusion_model.scoring import Array, LogProbs, TextModel, next_tokens
+from fusion_model.scoring import Array, LogProbs, TextModel
 
 
 class OnnxFusionLM(TextModel):
@@ -44,7 +44,7 @@ class OnnxFusionLM(TextModel):
 
     Raises:
         ExportError: no export, or not the files that were exported; ONNX Runtime missing or too
-            old; the device is not there, or nodes fell from it to the CPU.
+            old; the device is not there, or not for int8.
     """
 
     tokens_per_batch = 2048
@@ -131,15 +131,14 @@ class OnnxFusionLM(TextModel):
             ExportError: ids or embeddings of the wrong width, shape or type.
         """
         ids = np.asarray(input_ids)
+        ends = ids.shape[-1] if lengths is None else np.asarray(lengths)[:, None]
+        real = np.arange(ids.shape[-1]) < ends
+        self._sequences.check_ids(np.where(real, ids, 0))  # the last ones, too, which are targets
         e = None if prefix_embeds is None else np.asarray(prefix_embeds)
         if e is not None and e.ndim == 2:
             e = np.repeat(e[:, None], ids.shape[-1] - 1, axis=1)
-        self._sequences.check(ids[..., :-1], e)
-        ends = np.full(len(ids), ids.shape[1]) if lengths is None else np.asarray(lengths)
-        real = np.arange(ids.shape[1]) < ends[:, None]
-        self._sequences.check_ids(np.where(real, ids, 0))  # the last ones, too, which are targets
-        ids = ids.astype(np.int64, copy=False)
-        return self.log_probs(ids[:, :-1], next_tokens(ids, ends), e, None, None)[0]
+        targets = np.where(real, ids, -1)[:, 1:]
+        return self.log_probs(ids[:, :-1].astype(np.int64), targets, e, None, None)[0]
 
     def generate(
         self,

@@ -81,52 +81,50 @@ class Sequences:
 
         Args:
             ids: [B, T] int64.
-            targets: [B, T] int64.
+            targets: [B, T] int64, tokens of the vocabulary.
             e: [B, T, E] float32, or None.
             boundary: [K] int64, K at least 1.
             state: of an earlier call: (h, c), [L, B, H] each; of early fusion, where every
                 prefix starts anew, the tokens before, [B, S].
 
         Raises:
-            ExportError: see `check`; targets outside the vocabulary, or of another shape.
+            ExportError: see `check`.
         """
         self.check(ids, e)
-        vocabulary = self._model["vocab_size"]
-        if (
-            targets.shape != ids.shape
-            or not 0 <= targets.min(initial=0) <= targets.max(initial=0) < vocabulary
-        ):
-            raise ExportError(
-                f"targets of shape {list(targets.shape)} must be {list(ids.shape)}, and hold "
-                f"tokens 0..{vocabulary - 1}"
-            )
         if not ids.size:
             empty = np.zeros(ids.shape, dtype=np.float32)
             return empty, empty, state
-        feed = {"targets": targets, "boundary_ids": boundary}
+        feed = {"targets": targets, "boundary_ids": boundary, "input_ids": ids}
         if "prefix_embeds" in self._inputs and e is not None:
             feed["prefix_embeds"] = e.astype(np.float32, copy=False)
-        if "h0" not in self._inputs:
+        names = ["target_log_probs", "boundary_log_probs"]
+        early, steps, whole = "h0" not in self._inputs, ids.shape[1], ids
+        if early:  # some prefixes at a time: the first ones are short, and so is their run
             whole = ids if state is None else np.concatenate([state, ids], axis=1)
-            return *self._run_prefixes(feed | {"input_ids": whole}), whole
-        if state is None:
-            shape = (self._model["num_layers"], len(ids), self._model["hidden_size"])
-            zeros = np.zeros(shape, np.float16 if "float16" in self._inputs["h0"] else np.float32)
-            state = zeros, zeros
-        names = ["target_log_probs", "boundary_log_probs", "h", "c"]
-        feed["input_ids"] = ids
-        steps = ids.shape[1]
-        if self._on_cpu:
-            steps = max(1, SCORES // (vocabulary * len(ids)))
+            steps = int(np.clip(CELLS // whole.size, 1, ROWS))
+        else:
+            names += ["h", "c"]
+            state = self._zeros(len(ids)) if state is None else state
+            if self._on_cpu:
+                steps = max(1, SCORES // (self._model["vocab_size"] * len(ids)))
         pieces = []
         for at in range(0, ids.shape[1], steps):
-            some = {n: v if n == "boundary_ids" else v[:, at : at + steps] for n, v in feed.items()}
-            some |= {"h0": state[0], "c0": state[1]}
-            *piece, h, c = self._session.run(names, some)
-            pieces.append(piece)
-            state = h, c
+            end = min(at + steps, ids.shape[1])
+            some = {n: v if n == "boundary_ids" else v[:, at:end] for n, v in feed.items()}
+            if early:
+                some["input_ids"] = whole[:, : whole.shape[1] - ids.shape[1] + end]
+            else:
+                some |= zip(("h0", "c0"), state, strict=True)
+            target, edge, *state = self._session.run(names, some)
+            pieces.append((target, edge))
         target, edge = (np.concatenate(piece, axis=1) for piece in zip(*pieces, strict=True))
-        return target, edge, state
+        return target, edge, whole if early else state
+
+    def _zeros(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The state before the first token, (h, c)."""
+        shape = (self._model["num_layers"], batch, self._model["hidden_size"])
+        zeros = np.zeros(shape, np.float16 if "float16" in self._inputs["h0"] else np.float32)
+        return zeros, zeros
 
     def probe(self) -> np.ndarray:
         """Log-probabilities of fixed tokens under fixed embeddings, [N]: alike on all devices."""
@@ -144,19 +142,3 @@ class Sequences:
                 f"on this device log-probabilities are up to {error:.2g} nats from those that were "
                 "verified at export: use device cpu, and another driver or ONNX Runtime"
             )
-
-    def _run_prefixes(self, feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Early fusion, some prefixes at a time: the first ones are short, and so is their run."""
-        (batch, length), rows = feed["input_ids"].shape, feed["targets"].shape[1]
-        size = int(np.clip(CELLS // (batch * length), 1, ROWS))
-        names, pieces = ["target_log_probs", "boundary_log_probs"], []
-        for first in range(0, rows, size):
-            end = min(first + size, rows)
-            some = feed | {
-                "input_ids": feed["input_ids"][:, : length - rows + end],
-                "targets": feed["targets"][:, first:end],
-                "prefix_embeds": feed["prefix_embeds"][:, first:end],
-            }
-            pieces.append(self._session.run(names, some))
-        target, edge = (np.concatenate(piece, axis=1) for piece in zip(*pieces, strict=True))
-        return target, edge

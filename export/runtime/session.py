@@ -13,12 +13,6 @@ from fusion_model import progress
 from fusion_model.errors import ExportError, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Arithmetic on shapes: ONNX Runtime keeps these few integers on the CPU on purpose.
-SHAPE_OPERATORS = (
-    *("Shape", "Size", "Range", "Slice", "Concat", "Gather", "Squeeze", "Unsqueeze", "Cast"),
-    *("Add", "Sub", "Mul", "Div", "Reshape", "Expand", "Identity", "Constant"),
-    *("ConstantOfShape", "Max", "Min", "Equal", "Where", "MemcpyToHost", "MemcpyFromHost"),
-)
 
 
 def runtime() -> Any:
@@ -50,20 +44,17 @@ def check_version(version: str, oldest: str = OLDEST_RUNTIME) -> None:
 
 def choose_device(device: str, precision: str, path: Path) -> str:
     """`cpu` or `cuda`. For `auto` CUDA where ONNX Runtime has it, it starts, and the graph at
-    `path` runs there; the CPU for int8, whose products have no CUDA kernels. A note says why not.
+    `path` runs there, which int8 does not; a note says why not.
 
     Raises:
-        ExportError: unknown, or not there.
+        ExportError: unknown, or not there; CUDA for int8.
     """
     available = runtime().get_available_providers()
     if device == "auto":
         if PROVIDERS["cuda"] not in available:
             return "cpu"
-        if precision == "int8":
-            progress.note("int8 runs on the CPU: its products have no CUDA kernels")
-            return "cpu"
         try:
-            open_session(path, "cuda", 1)
+            open_session(path, choose_device("cuda", precision, path), 1)
         except ExportError as error:
             progress.note(f"running on the CPU: {error}")
             return "cpu"
@@ -78,6 +69,8 @@ def choose_device(device: str, precision: str, path: Path) -> str:
             f"{PROVIDERS[device]} is not in this ONNX Runtime, which has "
             f"{', '.join(available)}: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
         )
+    if (device, precision) == ("cuda", "int8"):
+        raise ExportError("int8 products have no CUDA kernels: use device cpu, or export anew")
     return device
 
 
@@ -98,8 +91,7 @@ def open_session(path: Path, device: str, threads: int, profile: Path | None = N
         profile: how the name of a file with each node's time begins, which `end_profiling` names.
 
     Raises:
-        ExportError: the graph cannot be loaded; CUDA was asked for and could not be started, or
-            some of the graph's nodes fell to the CPU.
+        ExportError: the graph cannot be loaded; CUDA was asked for and could not be started.
     """
     ort, provider = runtime(), PROVIDERS[device]
     cores = os.cpu_count() or 1
@@ -111,8 +103,8 @@ def open_session(path: Path, device: str, threads: int, profile: Path | None = N
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # Else this session's threads go on looking for work and take cores from the next one's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3  # errors; what falls to the CPU is refused below
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Errors; of CUDA warnings, too, which tell of nodes that have no kernel there.
+    options.log_severity_level = 3 if device == "cpu" else 2
     providers: list[Any] = [provider]
     if device == "cuda":
         ort.preload_dlls()  # those of pip's CUDA packages, or of PyTorch where it is imported
@@ -122,41 +114,9 @@ def open_session(path: Path, device: str, threads: int, profile: Path | None = N
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises kinds of its own, none of them public
         raise ExportError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
-    if device != "cpu":
-        if provider not in session.get_providers():
-            raise ExportError(
-                f"{provider} could not be started (its CUDA or cuDNN libraries are missing or do "
-                "not fit): install those that this ONNX Runtime was built for, or use device cpu"
-            )
-        check_placement(session, provider, path.name)
+    if provider not in session.get_providers():
+        raise ExportError(
+            f"{provider} could not be started (its CUDA or cuDNN libraries are missing or do not "
+            "fit): install those that this ONNX Runtime was built for, or use device cpu"
+        )
     return session
-
-
-def check_placement(session: Any, provider: str, name: str) -> None:
-    """Refuse a session of which nodes run elsewhere than on `provider`.
-
-    Arithmetic on shapes may: it belongs on the CPU.
-
-    Raises:
-        ExportError: it names the nodes; or this ONNX Runtime cannot tell.
-    """
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        raise ExportError(
-            "this ONNX Runtime is too old to tell which nodes run on the GPU: upgrade "
-            "onnxruntime-gpu, or use device cpu"
-        )
-    nodes = [
-        node
-        for part in session.get_provider_graph_assignment_info()
-        if part.ep_name != provider
-        for node in part.get_nodes()
-        if node.op_type not in SHAPE_OPERATORS
-    ]
-    nodes.sort(key=lambda node: "LSTM" not in node.op_type and "MatMul" not in node.op_type)
-    fallen = [f"{node.op_type} {node.name!r}" for node in nodes]  # the costly ones come first
-    if fallen:
-        shown = ", ".join(fallen[:5]) + (f" and {len(fallen) - 5} more" if len(fallen) > 5 else "")
-        raise ExportError(
-            f"{name}: {provider} has no kernel for {shown}, which would run on the CPU: export "
-            "with --precision fp32 or fp16, or use device cpu"
-        )

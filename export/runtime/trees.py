@@ -4,7 +4,7 @@ Notation: N trees of up to L nodes, P nodes of the past each, K layers, E width,
 are read (all but `static`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from fusion_model.export.runtime.encoder import OnnxEncoder, Rows
 
 from fusion_model.encoders.incremental.cache import Entry
 from fusion_model.encoders.incremental.stream import Stream
-from fusion_model.encoders.incremental.trees import FlatTree, Tree, grow_trees
+from fusion_model.encoders.incremental.trees import FlatTree, Tree, grow_trees, similar_sizes
 from fusion_model.encoders.inputs import EncoderInput
 from fusion_model.encoders.policies import parse_policy
 from fusion_model.encoders.pooling import Pooling, read_of
@@ -48,7 +48,7 @@ class TreeEncoder(OnnxEncoder):
 
     def _batches(self, inputs: Sequence[EncoderInput]) -> Rows:
         texts = [self.split(given) for given in inputs] if self.read else []
-        for rows, trees in _similar(grow_trees(texts, self.after), self.budget):
+        for rows, trees in similar_sizes(grow_trees(texts, self.after), self.budget, padded=True):
             yield rows, self.run(trees)
 
     def empty(self) -> tuple[np.ndarray, np.ndarray]:
@@ -125,22 +125,3 @@ class TreeEncoder(OnnxEncoder):
 
 def _output(pooling: Pooling) -> str:
     return "pooled" if pooling.name == "pooler" else f"layer_{pooling.layer}"
-
-
-def _similar(
-    trees: Iterable[tuple[list[int], Tree]], budget: int
-) -> Iterator[tuple[list[int], list[Tree]]]:
-    """Batches of trees of similar size, largest first, with the places of their texts: at most
-    `budget` nodes with padding, or one tree."""
-    rows: list[int] = []
-    batch: list[Tree] = []
-    for places, tree in sorted(trees, key=lambda pair: -len(pair[1])):
-        if batch:
-            largest = len(batch[0])
-            if (len(batch) + 1) * largest > budget or 4 * len(tree) < 3 * largest - 16:
-                yield rows, batch
-                rows, batch = [], []
-        rows += places
-        batch.append(tree)
-    if batch:
-        yield rows, batch

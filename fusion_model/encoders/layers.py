@@ -108,12 +108,8 @@ class EncoderLayers:
         self.device, self.dtype = model.device, model.dtype
         self.pooler: Any = getattr(model, "pooler", None)
         embeddings = model.embeddings
-        padding = embeddings.position_embeddings.padding_idx
         self._words = embeddings.word_embeddings.weight.detach()
-        self._places = embeddings.position_embeddings.weight.detach()
-        self._places = self._places[0 if padding is None else padding + 1 :]
-        if (kinds := getattr(embeddings, "token_type_embeddings", None)) is not None:
-            self._places = self._places + kinds.weight.detach()[0]
+        self._places = positions_of(embeddings)
         self._norm = _norm(embeddings.LayerNorm)
         self.relative = model.encoder if config.model_type == "mpnet" else None
 
@@ -174,6 +170,16 @@ def _layer(module: Any, names: Sequence[str], is_gelu: bool) -> Layer:
         Linear(down.weight, down.bias),
         _norm(norm),
     )
+
+
+def positions_of(embeddings: Any) -> Tensor:
+    """What is added to a token's embedding at each position from 0 on, [window, E]."""
+    table = embeddings.position_embeddings
+    found: Tensor = table.weight.detach()[
+        0 if table.padding_idx is None else table.padding_idx + 1 :
+    ]
+    kinds = getattr(embeddings, "token_type_embeddings", None)
+    return found if kinds is None else found + kinds.weight.detach()[0]
 
 
 def _norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:

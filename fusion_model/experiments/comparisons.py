@@ -148,10 +148,9 @@ def _add_trend(findings: Findings, losses: Mapping[int, Losses]) -> None:
             f"token over {len(sizes)} sizes: {kind}."
         )
     findings.figures["gain"] = curves(
-        {name: [(n, e.value) for n, e in found] for name, found in points.items()},
+        points,
         "training sentences",
         f"nats a token − {UNFUSED}",
         log_x=True,
-        errors={name: [(e.low, e.high) for _, e in found] for name, found in points.items()},
         zero=True,
     )

@@ -31,24 +31,23 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple["Figure", lis
 
 
 def curves(
-    lines: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[tuple[float, float | Estimate]]],
     xlabel: str,
     ylabel: str,
     *,
     log_x: bool = False,
     log_y: bool = False,
-    errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     zero: bool = False,
 ) -> "Figure":
-    """A line an arm, through (x, y); `errors` are (low, high) of each point.
+    """A line an arm, through (x, y), with an interval where y has one; else x is of whole numbers.
 
-    Without `errors` x is of whole numbers.
+    No lines make an empty figure.
     """
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
     figure, (axes,) = _figure(6.0, 3.4)
     for i, (name, points) in enumerate(lines.items()):
-        x, y = zip(*points, strict=True)
+        x = [x for x, _ in points]
         style: dict[str, Any] = {
             "color": COLOURS[i % len(COLOURS)],
             "linestyle": STYLES[i // len(COLOURS) % len(STYLES)],
@@ -57,10 +56,13 @@ def curves(
             "linewidth": 1.2,
             "label": name,
         }
-        if errors is None:
-            axes.plot(x, y, **style)
+        if plain := [y for _, y in points if not isinstance(y, Estimate)]:
+            axes.plot(x, plain, **style)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             continue
-        bounds = np.array([(v - a, b - v) for v, (a, b) in zip(y, errors[name], strict=True)])
+        found = [y for _, y in points if isinstance(y, Estimate)]
+        bounds = np.array([(e.value - e.low, e.high - e.value) for e in found])
+        y = [e.value for e in found]
         axes.errorbar(x, y, yerr=np.nan_to_num(bounds.T), capsize=2, **style)
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -76,10 +78,9 @@ def curves(
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    elif errors is None:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if lines:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

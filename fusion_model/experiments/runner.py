@@ -108,7 +108,7 @@ class Experiments:
             self.out,
             self.encoder,
             self.seeds,
-            results=self.results,
+            self.results or self.out / "results",
             read=self.read.documents() if self.read else (),
             tuner=tuner,
             finished=self.finished,

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -44,15 +44,6 @@ from fusion_model.training.run import Epoch, autocast, train
 
 # Of `TrainingOptions`, when the first results were kept.
 ONCE_DEFAULT = {"policy": "every", "pooling": "static+mean"}
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Losses of one run on one text, by document: nats, tokens and words, each [D]."""
-
-    nats: np.ndarray
-    tokens: np.ndarray
-    words: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -86,10 +77,9 @@ class Run:
         """What the losses on a text are kept by."""
         return text.name + "-shuffled" * self.arm.misled
 
-    def scores(self, text: Path) -> Scores:
-        """On a text that it was scored on."""
-        saved = self.result["losses"][self.key(text)]
-        return Scores(*(np.array(saved[key]) for key in ("nats", "tokens", "words")))
+    def scores(self, text: Path) -> dict[str, np.ndarray]:
+        """On a text that it was scored on, by document: `nats`, `tokens` and `words`, each [D]."""
+        return {name: np.array(v) for name, v in self.result["losses"][self.key(text)].items()}
 
     def surprisal(self) -> np.ndarray:
         """Bits of every word of the text that people read, [M]."""
@@ -97,35 +87,28 @@ class Run:
         return np.frombuffer(packed, dtype="<f2").astype(float)
 
 
+@dataclass(eq=False)
 class Study:
     """Runs of one size on one text, under `out`: `texts/`, `stores/`, `runs/`.
 
     Args:
         encoder: for all arms that do not name their own.
         seeds: how many, counted from 0; the settings are chosen with seed 0.
-        results: folder of finished runs.
+        kept: folder of finished runs.
         read: documents whose words get surprisals, for reading times.
         tuner: the study that chooses the settings; this one by default.
         finished: train nothing, only tell what is there.
     """
 
-    def __init__(
-        self,
-        size: Size,
-        texts: Texts,
-        out: Path,
-        encoder: str,
-        seeds: int,
-        *,
-        results: Path | None = None,
-        read: Sequence[Document] = (),
-        tuner: "Study | None" = None,
-        finished: bool = False,
-    ) -> None:
-        self.size, self.texts, self.out = size, texts, out
-        self.encoder, self.seeds = encoder, seeds
-        self.kept = results or out / "results"
-        self.read, self.tuner, self.finished = list(read), tuner, finished
+    size: Size
+    texts: Texts
+    out: Path
+    encoder: str
+    seeds: int
+    kept: Path
+    read: Sequence[Document] = ()
+    tuner: Optional["Study"] = None
+    finished: bool = False
 
     def results(self, arms: Sequence[Arm]) -> dict[str, list[Run]]:
         """All runs of all arms, scored: for each arm one a seed, with the settings that dev chose;

@@ -48,8 +48,8 @@ def losses_of(results: Results, test: Path) -> dict[str, np.ndarray]:
     scores = {name: [run.scores(test) for run in runs] for name, runs in results.items()}
     if not scores:
         return {}
-    tokens = next(iter(scores.values()))[0].tokens
-    sums = {name: np.stack([s.nats for s in found]) for name, found in scores.items()}
+    tokens = next(iter(scores.values()))[0]["tokens"]
+    sums = {name: np.stack([s["nats"] for s in found]) for name, found in scores.items()}
     return resampled_means(sums, tokens)
 
 
@@ -85,13 +85,12 @@ def share(losses: Losses, name: str) -> Estimate | None:
 
 
 def add_perplexities(
-    findings: Findings, groups: Mapping[str, tuple[Results, Path]], of: str = "", name: str = ""
+    findings: Findings, groups: Mapping[str, tuple[Results, Path]], of: str = ""
 ) -> dict[str, Losses]:
     """A table of one or several groups, of another size or another text; their losses.
 
     Args:
         of: what the groups are, for the head of their column.
-        name: of the table.
     """
     against = (UNFUSED, STATIC)
     columns = [*([of] if of else []), "arm", "M parameters", "rate, dropout, on e", "seeds"]
@@ -109,7 +108,8 @@ def add_perplexities(
             row += [str(len(runs)), interval(perplexity_of(losses[arm]), 1)]
             row.append(f"{2 ** losses[arm][0]:.2f}")
             for differing in found:
-                row += difference_cells(differing.get(arm))
+                e = differing.get(arm)
+                row += ["", ""] if e is None else [interval(e, 3, True), p_value(e.p)]
             beyond = share(losses, arm) if arm in found[0] else None
             rows.append([*row, "" if beyond is None else interval(beyond, 0, True)])
     caption = (
@@ -119,12 +119,8 @@ def add_perplexities(
         "95 %: documents and seeds drawn anew, n − 1 of n, 4 000 times; one seed: documents only."
     )
     columns.append("% beyond static")
-    findings.table(name or "perplexity", caption, columns, rows, left=2 if of else 1)
+    findings.table("perplexity", caption, columns, rows, left=2 if of else 1)
     return all_losses
-
-
-def difference_cells(found: Estimate | None) -> list[str]:
-    return ["", ""] if found is None else [interval(found, 3, True), p_value(found.p)]
 
 
 def answers(losses: Losses, where: str = "") -> list[str]:

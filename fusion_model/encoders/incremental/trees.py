@@ -159,18 +159,23 @@ def grow_trees(
 
 
 def similar_sizes(
-    trees: Iterable[tuple[list[int], Tree]], budget: int
+    trees: Iterable[tuple[list[int], Tree]], budget: int, padded: bool = False
 ) -> Iterator[tuple[list[int], list[Tree]]]:
-    """Batches of up to `budget` nodes, largest trees first, with the places of their texts."""
+    """Batches of up to `budget` nodes, or one tree, largest first, with the places of their texts.
+
+    Args:
+        padded: each tree of a batch takes as many nodes as its largest.
+    """
     rows: list[int] = []
     batch: list[Tree] = []
     size = 0
     for places, tree in sorted(trees, key=lambda pair: -len(pair[1])):
-        if batch and size + len(tree) > budget:
+        own = len(batch[0]) if batch and padded else len(tree)
+        if batch and (size + own > budget or 4 * len(tree) < 3 * own - 16):
             yield rows, batch
-            rows, batch, size = [], [], 0
+            rows, batch, size, own = [], [], 0, len(tree)
         rows += places
         batch.append(tree)
-        size += len(tree)
+        size += own
     if batch:
         yield rows, batch

@@ -22,7 +22,7 @@ from fusion_model.experiments.reading.regression import (
     predictors,
 )
 from fusion_model.experiments.report import Findings, interval
-from fusion_model.experiments.statistics import estimate, verdict
+from fusion_model.experiments.statistics import Estimate, estimate, verdict
 
 MILLI = 1000
 MARGIN = 0.2
@@ -119,15 +119,13 @@ def _compared(
 def _describe_models(findings: Findings, found: Mapping[Model, Measured]) -> None:
     """ΔLL against perplexity, a row a model and a line an arm."""
     rows = []
-    lines: dict[str, list[tuple[float, float]]] = {}
-    bars: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
     for (arm, size), m in found.items():
         delta = estimate(MILLI * m.delta)
         bits, r = estimate(m.bits), estimate(m.r)
         perplexity = f"{2**bits.value:,.0f}"
         rows.append([arm, size, perplexity, interval(r), interval(delta, 1)])
-        lines.setdefault(arm, []).append((bits.value, delta.value))
-        bars.setdefault(arm, []).append((delta.low, delta.high))
+        lines.setdefault(arm, []).append((bits.value, delta))
         findings.data.setdefault("models", []).append(
             {"arm": arm, "size": size, "bits": asdict(bits), "r": asdict(r), "delta": asdict(delta)}
         )
@@ -141,5 +139,5 @@ def _describe_models(findings: Findings, found: Mapping[Model, Measured]) -> Non
         left=2,
     )
     findings.figures["delta-ll"] = curves(
-        lines, "mean surprisal of a word (bits)", "ΔLL (10⁻³ nats a word)", errors=bars
+        lines, "mean surprisal of a word (bits)", "ΔLL (10⁻³ nats a word)"
     )
