@@ -2,12 +2,11 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from fusion_model.benchmarks.measure import records as results
 from fusion_model.benchmarks.measure.ceilings import measure_ceilings
 from fusion_model.benchmarks.measure.counts import SIZE
@@ -137,36 +136,43 @@ def ranked(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     return [(name, sorted(group, key=lambda r: r["p50_ms"])) for name, group in groups.items()]
 
 
-COLUMNS = ("p50 ms", "p90", "p99", "per s", "of floor", "first ms")
+# Of a row of a table, for a terminal; `PAGE_COLUMNS` has the room for more.
+COLUMNS: dict[str, Callable[[Record], str]] = {
+    "× plain": lambda r: f"{r['speedup']:.2f}" if "speedup" in r else "",
+    "p50 ms": lambda r: _digits(r["p50_ms"]),
+    "p90": lambda r: _digits(r["p90_ms"]),
+    "p99": lambda r: _digits(r["p99_ms"]),
+    "per s": lambda r: f"{r['per_second']:,.0f}",
+    "of floor": lambda r: f"{r['of_floor']:.1%}",
+    "first ms": lambda r: _digits(r["first_ms"]),
+}
+PAGE_COLUMNS = COLUMNS | {
+    "floor": lambda r: f"{_digits(r['floor_ms'])} ms, {r['bound']}",
+    "memory": lambda r: "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:,.1f} MB",
+    "samples": lambda r: str(r["samples"]),
+}
+
+
+def _digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
     """One a group: times, rate, ratio to plain PyTorch, share of the floor."""
-    ratio_to = "× cuDNN" if torch.cuda.is_available() else "× eager"
     for group, members in ranked(records):
         title = f"[bold]{OPERATIONS[members[0]['operation']]}[/]\n[dim]{group}[/]"
         shown = Table(
             title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1)
         )
         shown.add_column("", width=max(len(r["backend"]) for r in members), no_wrap=True)
-        for name in (ratio_to, *COLUMNS):
+        for name in COLUMNS:
             shown.add_column(name, justify="right", min_width=5, no_wrap=True, header_style="dim")
         for r in members:
-            ratio = r.get("speedup")
-            colour = "green" if (ratio or 0) >= 1.05 else "red" if (ratio or 1) < 0.95 else "dim"
-            shown.add_row(
-                r["backend"],
-                f"[{colour}]{ratio:.2f}[/]" if ratio else "",
-                *(_digits(r[f"p{q}_ms"]) for q in (50, 90, 99)),
-                f"{r['per_second']:,.0f}",
-                f"{r['of_floor']:.1%}",
-                f"{r['first_ms']:,.0f}",
-            )
+            ratio = r.get("speedup", 1)
+            colour = "green" if ratio >= 1.05 else "red" if ratio < 0.95 else "dim"
+            speedup, *cells = (cell(r) for cell in COLUMNS.values())
+            shown.add_row(r["backend"], f"[{colour}]{speedup}[/]", *cells)
         yield shown
-
-
-def _digits(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def warnings(records: Sequence[Record]) -> list[str]:
