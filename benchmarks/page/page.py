@@ -66,9 +66,9 @@ def _header(run: Record, timed: Sequence[Record]) -> str:
         f"{''.join(f'<p><b>{escape(line)}</b></p>' for line in warnings(timed))}"
         f'<ul class="tiles">{"".join(tiles)}</ul>'
         f"{_figure(chart, 'Speed relative to plain PyTorch') if chart else ''}"
-        '<p class="soft key">Below, fastest first: the time of a call (its median as a bar, too), '
-        "and × the speed relative to plain PyTorch (eager) in the same turns. The floor is the "
-        "least time that bytes and operations allow on this machine; the first call holds "
+        '<p class="soft key">Below, fastest first: the time of a call (the bar: of each token or '
+        "prefix), and × the speed relative to plain PyTorch (eager) in the same turns. The floor "
+        "is the least time that bytes and operations allow on this machine; the first call holds "
         "compilation and cold caches; memory is what a call holds beyond weights and inputs by "
         "PyTorch's allocator, at most. B sequences, T tokens each, H hidden units.</p></header>"
     )
@@ -119,11 +119,12 @@ def _operation(name: str, timed: Sequence[Record]) -> str:
 
 
 def _group(group: str, members: Sequence[Record]) -> str:
-    """What is compared: a row a backend, its median as a bar."""
-    most = members[-1]["p50_ms"]
+    """What is compared: a row a backend, its median for one item as a bar."""
+    each = {r["backend"]: r["p50_ms"] / r["items"] for r in members}
     rows = []
     for r in members:
-        style = f"width:{100 * r['p50_ms'] / most:.1f}%;background:{charts.colour(r['backend'])}"
+        width = 100 * each[r["backend"]] / max(each.values())
+        style = f"width:{width:.1f}%;background:{charts.colour(r['backend'])}"
         cells = "".join(f'<td class="n">{escape(cell(r))}</td>' for cell in PAGE_COLUMNS.values())
         bar = f'<td class="bar"><i style="{style}"></i></td>'
         rows.append(f"<tr><td>{escape(r['backend'])}</td>{bar}{cells}</tr>")

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from fusion_model.benchmarks.measure.machine import describe, optional, where
@@ -12,7 +11,7 @@ from fusion_model.benchmarks.profile.spans import Recorder
 
 from fusion_model import progress
 from fusion_model.data.text import read_documents
-from fusion_model.prefixes.planner import PrefixPlanner, check_causal
+from fusion_model.prefixes.planner import check_causal
 
 
 def _energy(device: str) -> float | None:
@@ -53,19 +52,6 @@ def _recorder(device: str, engine: str) -> Recorder:
     import torch
 
     return Recorder(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
-
-
-def exactly(lm: Any) -> Any | None:
-    """The same model with each prefix encoded anew, beside one that is incremental; else None."""
-    from fusion_model.encoders.pretrained import HFEncoder
-
-    planner = lm.planner
-    if planner is None or planner.policy.name != "incremental":
-        return None
-    own, shares = planner.encoder, lm.model.config.shares_vocabulary
-    encoder = HFEncoder(own.name, own.model, own.tokenizer, own.pooling)
-    other = PrefixPlanner(encoder, planner.tokenizer, shares_vocabulary=shares)
-    return type(lm)(lm.model, lm.tokenizer, other)
 
 
 def profile_model(
@@ -114,10 +100,6 @@ def profile_model(
     if lm.planner is not None:
         described["settings"]["policy"] = lm.planner.encoder.policy
     described |= summary(found, batch)
-    if not exported and (exact := exactly(lm)) is not None:
-        few = partial(profile, runs=min(runs, 2), tokens=settings["tokens"], batch=batch)
-        anew = few(TorchEngine(exact), sentences, prompt_words=settings["prompt_words"])
-        described["generation"]["every_token_ms"] = summary(anew, batch)["generation"]["token_ms"]
     described["memory"] = _memory(device)
     energy = None if before is None or after is None else after - before
     return described | {"energy_joules": energy}, found

@@ -11,6 +11,7 @@ from fusion_model.benchmarks.measure import records as results
 from fusion_model.benchmarks.measure.ceilings import measure_ceilings
 from fusion_model.benchmarks.measure.counts import SIZE
 from fusion_model.benchmarks.measure.machine import describe, where
+from fusion_model.benchmarks.profile.latency import check_words
 from fusion_model.benchmarks.suite.cases import MEANING, OPERATIONS, Case, cases, own_cases
 from fusion_model.benchmarks.suite.run import run
 from fusion_model.benchmarks.suite.work import Context
@@ -34,12 +35,7 @@ def opening(sentences: Sequence[str], words: int) -> list[str]:
     Raises:
         FusionLMError: the text has fewer than `FEWEST_WORDS` words.
     """
-    total = sum(len(s.split()) for s in sentences)
-    if total < FEWEST_WORDS:
-        plural = "" if total == 1 else "s"
-        raise FusionLMError(
-            f"the text has {total} word{plural}: give at least {FEWEST_WORDS}, better a page"
-        )
+    check_words(sentences, FEWEST_WORDS, "a benchmark")
     found: list[str] = []
     left = words
     for sentence in sentences:
@@ -133,7 +129,10 @@ def ranked(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     groups: dict[str, list[Record]] = {}
     for record in results.measured(records):
         groups.setdefault(record["group"], []).append(record)
-    return [(name, sorted(group, key=lambda r: r["p50_ms"])) for name, group in groups.items()]
+    return [
+        (name, sorted(group, key=lambda r: r["p50_ms"] / r["items"]))
+        for name, group in groups.items()
+    ]
 
 
 # Of a row of a table, for a terminal; `PAGE_COLUMNS` has the room for more.
