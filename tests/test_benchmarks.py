@@ -66,6 +66,18 @@ def test_only_chooses_operations_and_backends() -> None:
         cases("quick", ["stepp"])
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_left_out_without_hardware_for_it(fast: bool, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    chosen = cases("full", ["embedding", "head"])
+    kept = bench.affordable(chosen, "cpu")
+    assert {c.dtype for c in kept} == {"float32"} | ({"bfloat16"} if fast else set())
+    assert [c for c in chosen if c.dtype == "float32"] == [c for c in kept if c.dtype == "float32"]
+    assert ("no hardware" in capsys.readouterr().err) == (not fast)
+    own = case_data.own_cases({"dtype": "bfloat16"}, ["head"])  # asked for by name
+    assert bench.affordable(own, "cpu") == own
+
+
 def test_counts_of_a_step_by_hand() -> None:
     case = Case("step", EAGER, batch=2, hidden_size=3, embedding_size=5)
     weights = 4 * 3 * 5 + 4 * 3 * 3 + 2 * 4 * 3

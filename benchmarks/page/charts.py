@@ -95,7 +95,7 @@ def _label(axes: Axes, text: str, x: float, y: float, offset: tuple[float, float
     """Text so many points (right, up) from a place: beside it, or above it."""
     side = "center" if offset[0] == 0 else "left" if offset[0] > 0 else "right"
     height = "baseline" if offset[1] else "center"
-    axes.annotate(text, (x, y), offset, textcoords="offset points", ha=side, va=height)  # type: ignore[arg-type]
+    axes.annotate(text, (x, y), offset, textcoords="offset points", ha=side, va=height)
 
 
 @rc_context(STYLE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_model.benchmarks.measure import records as results
-from fusion_model.benchmarks.measure.ceilings import measure_ceilings
+from fusion_model.benchmarks.measure.ceilings import has_bfloat16, measure_ceilings
 from fusion_model.benchmarks.measure.counts import SIZE
 from fusion_model.benchmarks.measure.machine import describe, where
 from fusion_model.benchmarks.profile.latency import check_words
@@ -84,6 +84,21 @@ def chosen_cases(
     return own_cases(shape, only) + on_text
 
 
+def affordable(chosen: Sequence[Case], device: str) -> list[Case]:
+    """Without bfloat16 where the device has no hardware for it, unless nothing else of an operation
+    was asked for. A note says so."""
+    if has_bfloat16(device):
+        return list(chosen)
+    others = {c.operation for c in chosen if c.dtype != "bfloat16"}
+    kept = [c for c in chosen if c.dtype != "bfloat16" or c.operation not in others]
+    if left_out := len(chosen) - len(kept):
+        progress.note(
+            f"{left_out} cases in bfloat16 left out: there is no hardware for it here, so that it "
+            "takes a hundred times as long as float32"
+        )
+    return kept
+
+
 def bench(
     chosen: Sequence[Case],
     suite: str,
@@ -105,6 +120,7 @@ def bench(
         scratch = closing.enter_context(tempfile.TemporaryDirectory(prefix="fusion-lm-bench-"))
         context = context_of(model, text, device, suite, Path(scratch))
         closing.enter_context(context.closing)
+        chosen = affordable(chosen, device)
         progress.note(f"{len(chosen)} cases on {where(describe(device))}")
         words = sum(len(s.split()) for s in context.sentences)
         int8 = {"int8" for c in chosen if c.way == "onnx-int8"}

@@ -20,7 +20,6 @@ from fusion_model.benchmarks.suite.work import (
     Unavailable,
     Work,
     check_backend,
-    no_gradients,
 )
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -230,7 +229,7 @@ def scoring(case: Case, context: Context) -> Work:
         return nats(_exact(case, context).score(documents))
 
     sentences = Corpus.from_documents(documents, lm.tokenizer).sentences
-    run = no_gradients(score)
+    run = torch.inference_mode()(score)
     return Work(
         run,
         lambda: nats(run()),
@@ -275,7 +274,7 @@ def generation(case: Case, context: Context) -> Work:
         def made() -> str:
             return str(ready().generate(prompt, **options)[0])
 
-    run = no_gradients(made)
+    run = torch.inference_mode()(made)
 
     def ids_of(text: str) -> Tensor:
         """Of an exact backend the tokens themselves; of another, how likely its text is."""
