@@ -44,8 +44,6 @@ def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
     machine_info |= describe(DEVICE)
-    machine_info["torch"] = torch.__version__
-    machine_info["gpu"] = torch.cuda.get_device_name() if DEVICE == "cuda" else None
 
 
 @pytest.fixture(scope="session")

@@ -6,29 +6,12 @@ from io import StringIO
 from typing import Any
 
 import numpy as np
+from fusion_model.benchmarks.suite.cases import WAYS
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-COLOURS = {
-    "auto": "#1f6feb",
-    "fusion-lm": "#1f6feb",
-    "torch": "#4fa3d9",
-    "reference": "#0f8f83",
-    "triton": "#7a4fd0",
-    "eager": "#6b737c",
-    "compile": "#b87400",
-    "onnx": "#3d8b37",
-    "onnx-int8": "#7d8f00",
-    "published": "#c4432f",
-    "cuda-graph": "#bf3f8a",
-    "sentence-transformers": "#8a5a3c",
-    "flashrnn": "#b59f00",
-    "cudnn": "#444c8c",
-    "batched": "#9aa3ab",
-    "sentence-transformers-onnx": "#c08a5a",
-}
 STYLES = ("-", "--", ":", "-.")  # of one backend's variants
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -55,10 +38,10 @@ def number(x: float) -> str:
 
 def colour(name: str) -> str:
     """Of a backend, whatever follows its slash."""
-    return COLOURS[name.partition("/")[0]]
+    return WAYS[name.partition("/")[0]][1]
 
 
-def _axes(width: float, height: float, x_title: str, y_title: str = "") -> tuple[Figure, Axes]:
+def axes_of(width: float, height: float, x_title: str, y_title: str = "") -> tuple[Figure, Axes]:
     """A figure of so many inches, and its one pair of axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes: Axes = figure.subplots()
@@ -101,7 +84,7 @@ def _label(axes: Axes, text: str, x: float, y: float, offset: tuple[float, float
 @rc_context(STYLE)
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str) -> str:
     """Lines over a logarithmic plane; the legend in the order in which they end."""
-    figure, axes = _axes(5.4, 2.7, x_title, y_title)
+    figure, axes = axes_of(5.4, 2.7, x_title, y_title)
     drawn: list[str] = []
     for name, line in sorted(series.items(), key=lambda item: -item[1][-1][1]):
         style = STYLES[drawn.count(colour(name)) % len(STYLES)] + "o"
@@ -119,7 +102,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_
 def ratios(rows: Mapping[str, Sequence[tuple[str, float]]], names: Sequence[str]) -> str:
     """A row an operation, the first on top: each backend a dot at its ratio, its figure beside the
     outermost ones."""
-    figure, axes = _axes(9.5, 1.2 + 0.36 * len(rows), "speed relative to plain PyTorch")
+    figure, axes = axes_of(9.5, 1.2 + 0.36 * len(rows), "speed relative to plain PyTorch")
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

@@ -28,6 +28,19 @@ def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
     return found
 
 
+@contextmanager
+def endless(module: Any, end: int) -> Iterator[None]:
+    """`module.choose` never takes token `end` meanwhile: after it, nothing new would be read."""
+    choose = module.choose
+
+    def other(scores: Any, *rest: Any) -> Any:
+        scores[:, end] = -1e30
+        return choose(scores, *rest)
+
+    with replaced(module, "choose", other):
+        yield
+
+
 class _Ticker:
     """Stands where transformers puts a streamer: called with the prompt, then with each token."""
 
@@ -60,14 +73,8 @@ class TorchEngine:
         rows = [self.lm.prompt_ids(p) for p in prompts]
         length = min(r.shape[1] for r in rows)  # rows of one length need no padding
         ids = torch.cat([r[:, :length] for r in rows])
-        choose = decoding.choose
-
-        def endless(scores: Any, choice: Any) -> Any:
-            scores[:, end] = -torch.inf  # after it, nothing new would be read
-            return choose(scores, choice)
-
         never = replaced(model.generation_config, "eos_token_id", None)
-        with never, replaced(decoding, "choose", endless):
+        with never, endless(decoding, end):
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -104,16 +111,14 @@ class OnnxEngine:
         from fusion_model.export.runtime import generation
 
         self.lm.__dict__.pop("stream", None)  # nothing kept of earlier prefixes
-        choose = generation.choose
-        end = self.lm.tokenizer.eos_token_id
+        choose, end = generation.choose, self.lm.tokenizer.eos_token_id
 
-        def choose_then_tick(logits: Any, *args: Any) -> list[int]:
-            logits[:, end] = -1e30  # a sentence that ends early would end the measurement
-            chosen: list[int] = choose(logits, *args)
+        def choose_then_tick(*args: Any) -> list[int]:
+            chosen = choose(*args)
             tick()
             return chosen
 
-        with replaced(generation, "choose", choose_then_tick):
+        with replaced(generation, "choose", choose_then_tick), endless(generation, end):
             self.lm.generate(list(prompts), max_new_tokens=tokens)
 
     @contextmanager

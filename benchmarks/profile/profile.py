@@ -46,14 +46,6 @@ def _memory(device: str) -> dict[str, float]:
     return found
 
 
-def _recorder(device: str, engine: str) -> Recorder:
-    if device == "cpu" or engine == "onnx":  # ONNX Runtime waits for the GPU by itself
-        return Recorder()
-    import torch
-
-    return Recorder(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
-
-
 def profile_model(
     lm: Any, name: str, engine: str, text: Sequence[str], settings: dict[str, int]
 ) -> tuple[dict[str, Any], Profile]:
@@ -73,7 +65,12 @@ def profile_model(
     driven = OnnxEngine(lm) if exported else TorchEngine(lm)
     device = lm.device if exported else str(lm.model.device)
     before = _energy(device)
-    recorder, runs, batch = _recorder(device, engine), settings["runs"], settings["batch"]
+    waits = None  # ONNX Runtime waits for the GPU by itself
+    if not exported and device.startswith("cuda"):
+        import torch
+
+        waits = torch.cuda.synchronize
+    recorder, runs, batch = Recorder(synchronize=waits), settings["runs"], settings["batch"]
     with progress.track("profile", runs + min(runs, -(-len(sentences) // batch))) as update:
         found = profile(driven, sentences, **settings, recorder=recorder, progress=update)
     after = _energy(device)

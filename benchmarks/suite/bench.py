@@ -12,7 +12,7 @@ from fusion_model.benchmarks.measure.ceilings import has_bfloat16, measure_ceili
 from fusion_model.benchmarks.measure.counts import SIZE
 from fusion_model.benchmarks.measure.machine import describe, where
 from fusion_model.benchmarks.profile.latency import check_words
-from fusion_model.benchmarks.suite.cases import MEANING, OPERATIONS, Case, cases, own_cases
+from fusion_model.benchmarks.suite.cases import OPERATIONS, WAYS, Case, cases, own_cases
 from fusion_model.benchmarks.suite.run import run
 from fusion_model.benchmarks.suite.work import Context
 from rich.table import Table
@@ -221,4 +221,4 @@ def remarks(records: Sequence[Record]) -> list[str]:
 def glossary(records: Sequence[Record]) -> dict[str, str]:
     """The backends that appear, and what each is."""
     ways = dict.fromkeys(r["backend"].partition("/")[0] for r in records)
-    return {way: MEANING[way] for way in ways if way in MEANING}
+    return {way: WAYS[way][0] for way in ways}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from fusion_model.benchmarks.measure.counts import SIZE, Counts, lstm, matmul
-from fusion_model.benchmarks.profile.spans import replaced
+from fusion_model.benchmarks.profile.engines import endless
 from fusion_model.benchmarks.suite.cases import EAGER, Case
 from fusion_model.benchmarks.suite.encoding import PlainEncoder, of_encoder, tokens_read
 from fusion_model.benchmarks.suite.work import (
@@ -259,14 +259,10 @@ def generation(case: Case, context: Context) -> Work:
     elif case.way.startswith("onnx"):
         from fusion_model.export.runtime import generation as runtime
 
-        ready, choose = _ready(case, context), runtime.choose
-
-        def endless(logits: np.ndarray, *rest: Any) -> list[int]:
-            logits[:, end] -= NEVER
-            return choose(logits, *rest)
+        ready = _ready(case, context)
 
         def made() -> str:
-            with replaced(runtime, "choose", endless):
+            with endless(runtime, end):
                 return str(ready().generate(prompt, **options)[0])
     else:
         ready = _ready(case, context)
