@@ -53,12 +53,13 @@ ON_GPU = ((4096, 4096, 4096), (8192, 8192, 8192))
 def measure_ceilings(device: str, dtypes: Sequence[str], seconds: float = 0.3) -> Ceilings:
     """Time the simplest work of each dtype: products of matrices, and a vector times a matrix.
 
-    int8 is at least as fast as bfloat16, or float32 where that is faster: a library that has no
-    fast product is no ceiling.
+    int8 is at least as fast as bfloat16: a library that has no fast product is no ceiling. Without
+    hardware for bfloat16 its products are slow, too (70 times float32), and float32's count.
     """
     clock = Clock(device)
-    flops, wide = dict.fromkeys(dtypes, 0.0), "bfloat16" if has_bfloat16(device) else "float32"
-    measured = {wide if d == "int8" else d for d in dtypes} | set(dtypes)
+    fast = has_bfloat16(device)
+    flops, wide = dict.fromkeys(dtypes, 0.0), "bfloat16" if fast else "float32"
+    measured = {wide if d == "int8" else d for d in dtypes} | (set(dtypes) if fast else set())
     for dtype, (n, k, m) in itertools.product(sorted(measured), ON_GPU if clock.cuda else SHAPES):
         best = _best(clock, _product(dtype, n, k, m, device), seconds)
         flops[dtype] = max(flops.get(dtype, 0.0), 2.0 * n * k * m / best)
