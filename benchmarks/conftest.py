@@ -10,7 +10,7 @@ import torch
 from fusion_model.benchmarks.measure import records as results
 from fusion_model.benchmarks.measure.ceilings import Ceilings, measure_ceilings
 from fusion_model.benchmarks.measure.machine import describe
-from fusion_model.benchmarks.suite.bench import BUDGETS, context_of
+from fusion_model.benchmarks.suite.bench import BUDGETS, affordable, context_of
 from fusion_model.benchmarks.suite.cases import SUITES, cases
 from fusion_model.benchmarks.suite.work import Context
 from transformers.utils import logging
@@ -35,7 +35,7 @@ def suite_of(config: pytest.Config) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "group" in metafunc.fixturenames:
-        chosen = cases(suite_of(metafunc.config))
+        chosen = affordable(cases(suite_of(metafunc.config)), DEVICE)
         groups = {name: list(members) for name, members in groupby(chosen, lambda c: c.group)}
         metafunc.parametrize("group", groups.values(), ids=groups)
 
@@ -44,8 +44,6 @@ def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
     machine_info |= describe(DEVICE)
-    machine_info["torch"] = torch.__version__
-    machine_info["gpu"] = torch.cuda.get_device_name() if DEVICE == "cuda" else None
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +59,9 @@ def context(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def ceilings(budget: float) -> Ceilings:
-    return measure_ceilings(DEVICE, ("float32", "bfloat16", "int8"), min(0.3, budget or 0.02))
+def ceilings(request: pytest.FixtureRequest, budget: float) -> Ceilings:
+    dtypes = {c.dtype for c in affordable(cases(suite_of(request.config)), DEVICE)} | {"int8"}
+    return measure_ceilings(DEVICE, sorted(dtypes), min(0.3, budget or 0.02))
 
 
 @pytest.fixture(scope="session")

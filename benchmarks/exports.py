@@ -12,35 +12,31 @@ from PyTorch: MODEL with its encoder, from text. The results go to FILE; in a cl
 import json
 import re
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import onnx
 import torch
 import typer
 from fusion_model.benchmarks.measure.machine import checkout, describe, where
 from fusion_model.benchmarks.measure.records import home
 from fusion_model.benchmarks.measure.timing import measure_in_turns
 from fusion_model.export import OnnxFusionLM, export_model
-from fusion_model.export.graphs.language import sequence_graph, step_graph
 from fusion_model.export.manifest import PRECISIONS
-from fusion_model.export.runtime.sequences import Sequences
-from fusion_model.export.runtime.session import default_threads, open_session
-from fusion_model.export.runtime.steps import Steps
+from fusion_model.export.runtime.session import default_threads
 
-from fusion_model import FusionLMConfig, FusionLMForCausalLM, load
+from fusion_model import FusionLM, FusionLMConfig, FusionLMForCausalLM, load
 from fusion_model.data.corpus import Corpus
 from fusion_model.data.text import Document, read_documents
 from fusion_model.errors import FusionLMError
 from fusion_model.files import write_text
+from fusion_model.loading import load_model
 from fusion_model.progress import note
 from fusion_model.scoring import TextModel, score_sentences
 
-OPSET, BATCH, LENGTH = 20, 16, 256
+BATCH, LENGTH = 16, 256
 BUDGET = 3.0  # seconds of each engine
 CONFIG: dict[str, Any] = {"fusion": "concat", "prefix_size": 384}
 PAGE = "docs/onnx.md"
@@ -57,11 +53,10 @@ def latencies(
         sizes: of the model, instead of those above.
     """
     torch.manual_seed(0)
+    tokenizer = load_model("fusion-lm-small")[1]
     model = FusionLMForCausalLM(FusionLMConfig(**CONFIG | sizes)).eval()
     model.set_backend("torch")
     config, generator = model.config, np.random.default_rng(0)
-    names = ("fusion", "vocab_size", "hidden_size", "num_layers", "prefix_size")
-    facts = {name: getattr(config, name) for name in names}
     ids = generator.integers(0, config.vocab_size, (BATCH, LENGTH + 1))
     e = generator.standard_normal((BATCH, LENGTH, config.prefix_size)).astype(np.float32)
     state: Any = None
@@ -81,18 +76,13 @@ def latencies(
         "scoring": {"torch": torch_scoring},
     }
     for precision in PRECISIONS:
-        opened = []
-        for build in (sequence_graph, step_graph):
-            path = folder / f"{build.__name__}-{precision}.onnx"
-            onnx.save(build(model, OPSET, precision), path)
-            opened.append(open_session(path, "cpu", threads))
-        sequences = Sequences(opened[0], facts)
-        steps = Steps(opened[1], facts, "cpu", lambda rows, last: e[:1, :1])
+        out = folder / f"latencies-{precision}"
+        export_model(FusionLM(model, tokenizer, None), out, precision=precision)
+        exported = OnnxFusionLM(out, device="cpu", threads=threads)
+        steps = exported.steps(e[0, 0])
         steps.start([[5]])
         runs["token"][precision] = partial(steps.advance, [5], [0])
-        runs["scoring"][precision] = partial(
-            sequences.run, ids[:, :-1], ids[:, 1:], e, np.zeros(1, dtype=np.int64)
-        )
+        runs["scoring"][precision] = partial(exported.token_log_probs, ids, e)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -109,8 +99,8 @@ def latencies(
 
 
 def from_text(model: str, documents: Sequence[Document], folder: Path) -> dict[str, Any]:
-    """Of each engine the perplexity and the seconds it took; of exports also MB, and how far their
-    tokens are from PyTorch's, in nats.
+    """Of each engine the perplexity; of exports also MB, and how far their tokens are from
+    PyTorch's, in nats.
 
     Raises:
         FusionLMError: the engines do not score the same number of tokens.
@@ -120,7 +110,7 @@ def from_text(model: str, documents: Sequence[Document], folder: Path) -> dict[s
     found: dict[str, dict[str, Any]] = {"torch": own}
     for precision in PRECISIONS:
         out = folder / precision
-        manifest = export_model(lm, out, encoder=True, precision=precision)
+        export_model(lm, out, encoder=True, precision=precision)
         exported = OnnxFusionLM(out, device="cpu", threads=default_threads())
         nats, own = _scored(exported, documents)
         if own["tokens"] != found["torch"]["tokens"]:
@@ -133,13 +123,12 @@ def from_text(model: str, documents: Sequence[Document], folder: Path) -> dict[s
         language = sum(size[name] for name in ("model.onnx", "step.onnx", "weights.bin"))
         own |= {"model_mb": language, "encoder_mb": encoder}
         own |= {"mean_error_nats": float(error.mean()), "worst_error_nats": float(error.max())}
-        found[precision] = own | {"at_export": manifest["verified"]}
+        found[precision] = own
     return found
 
 
 def _scored(lm: TextModel, documents: Sequence[Document]) -> tuple[np.ndarray, dict[str, Any]]:
     """Nats of every token, and what they come to."""
-    start = time.perf_counter()
     corpus = Corpus.from_documents(documents, lm.tokenizer)
     scores = score_sentences(lm, lm.encode_corpus(corpus))
     nats = np.concatenate([s.tokens for s in scores]).astype(np.float64)
@@ -147,7 +136,6 @@ def _scored(lm: TextModel, documents: Sequence[Document]) -> tuple[np.ndarray, d
         "perplexity": float(np.exp(nats.mean())),
         "tokens": len(nats),
         "words": sum(len(s.split()) for d in documents for s in d.sentences),
-        "seconds": round(time.perf_counter() - start, 2),
     }
     note(f"{type(lm).__name__}: {found}")
     return nats, found

@@ -31,7 +31,7 @@ def test_everything_is_measured_and_the_page_renewed(
     monkeypatch.setattr(exports, "checkout", lambda: tmp_path)
     monkeypatch.setattr(exports, "BATCH", 2)
     monkeypatch.setattr(exports, "LENGTH", 3)
-    latencies, small = exports.latencies, {"vocab_size": 40, "hidden_size": 8}
+    latencies, small = exports.latencies, {"hidden_size": 8}
     monkeypatch.setattr(exports, "latencies", lambda f, t: latencies(f, t, 0.0, **small))
     out = tmp_path / "results" / "run.json"
     exports.main([str(text)], str(folder), 1, out)

@@ -19,7 +19,6 @@ from fusion_model.benchmarks.measure import timing
 from fusion_model.benchmarks.measure.ceilings import Ceilings
 from fusion_model.benchmarks.measure.counts import Counts
 from fusion_model.benchmarks.measure.machine import describe
-from fusion_model.benchmarks.page import charts
 from fusion_model.benchmarks.page.page import page
 from fusion_model.benchmarks.suite import bench, encoding, gate, on_text, recurrence
 from fusion_model.benchmarks.suite import cases as case_data
@@ -53,10 +52,9 @@ def test_cases_are_unique_and_every_group_has_its_plain_one() -> None:
 
 
 def test_cases_name_every_backend_of_ours_and_what_it_is() -> None:
-    assert set(charts.COLOURS) == set(case_data.MEANING)
     for backend in BACKENDS:
         assert any(c.backend == backend for c in cases("quick"))
-    assert {c.way for c in cases("full")} <= set(case_data.MEANING)
+    assert {c.way for c in cases("full")} <= set(case_data.WAYS)
 
 
 def test_only_chooses_operations_and_backends() -> None:
@@ -64,6 +62,18 @@ def test_only_chooses_operations_and_backends() -> None:
     assert {c.backend for c in cases("quick", ["onnx"])} == {"onnx", EAGER}
     with pytest.raises(FusionLMError, match="unknown 'stepp'"):
         cases("quick", ["stepp"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_left_out_without_hardware_for_it(fast: bool, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    chosen = cases("full", ["embedding", "head"])
+    kept = bench.affordable(chosen, "cpu")
+    assert {c.dtype for c in kept} == {"float32"} | ({"bfloat16"} if fast else set())
+    assert [c for c in chosen if c.dtype == "float32"] == [c for c in kept if c.dtype == "float32"]
+    assert ("no hardware" in capsys.readouterr().err) == (not fast)
+    own = case_data.own_cases({"dtype": "bfloat16"}, ["head"])  # asked for by name
+    assert bench.affordable(own, "cpu") == own
 
 
 def test_counts_of_a_step_by_hand() -> None:
@@ -282,14 +292,17 @@ def test_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     tags = Tags()
     tags.feed(text)
     assert tags.open == []
-    assert tags.charts >= 5
+    assert tags.charts == 1  # of one shape there is no curve
     assert "http" not in text
     assert "fusion-lm bench &lt;&amp;&gt;" in text
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
-    for record in results.measured(records):
-        assert f"<td>{record['backend']}</td>" in text
-    assert "<title>auto: p50 " in text  # what pointing at a bar tells
+    timed = results.measured(records)
+    assert text.count('<td class="bar">') == len(timed)
+    for record in timed:
+        row = text.index(f"<td>{record['backend']}</td>", text.index(f"<h3>{record['group']}"))
+        cells = text[row : text.index("</tr>", row)]
+        assert all(f">{cell(record)}</td>" in cells for cell in bench.PAGE_COLUMNS.values())
 
 
 def test_bench_command(tmp_path: Path) -> None:

@@ -15,10 +15,7 @@ import torch
 from fusion_model.benchmarks.measure.counts import Counts
 from fusion_model.benchmarks.measure.timing import Clock
 
-
-def of_size(figures: Sequence[tuple[int, float]], size: float) -> float:
-    """The figure of the smallest measured size that is no smaller; else of the largest."""
-    return next((x for measured, x in figures if measured >= size), figures[-1][1])
+from fusion_model.devices import resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,12 @@ class Ceilings:
         return (memory, "memory") if memory >= compute else (compute, "compute")
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether it multiplies bfloat16 in hardware; without, a product takes a hundred times as
+    long as in float32."""
+    return resolve_dtype("auto", device) == torch.bfloat16
+
+
 # Products that models do, [N, K] times [K, M]: square ones, an encoder's layer, one step's gates.
 SHAPES = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (2048, 384, 1536))
 ON_GPU = ((4096, 4096, 4096), (8192, 8192, 8192))
@@ -50,16 +53,18 @@ ON_GPU = ((4096, 4096, 4096), (8192, 8192, 8192))
 def measure_ceilings(device: str, dtypes: Sequence[str], seconds: float = 0.3) -> Ceilings:
     """Time the simplest work of each dtype: products of matrices, and a vector times a matrix.
 
-    int8 is at least as fast as bfloat16: a library that has no fast product is no ceiling.
+    int8 is at least as fast as bfloat16: a library that has no fast product is no ceiling. Without
+    hardware for bfloat16 its products are slow, too (70 times float32), and float32's count.
     """
     clock = Clock(device)
-    flops = dict.fromkeys(dtypes, 0.0)
-    measured = {d if d != "int8" else "bfloat16" for d in dtypes} | set(dtypes)
+    fast = has_bfloat16(device)
+    flops, wide = dict.fromkeys(dtypes, 0.0), "bfloat16" if fast else "float32"
+    measured = {wide if d == "int8" else d for d in dtypes} | (set(dtypes) if fast else set())
     for dtype, (n, k, m) in itertools.product(sorted(measured), ON_GPU if clock.cuda else SHAPES):
         best = _best(clock, _product(dtype, n, k, m, device), seconds)
         flops[dtype] = max(flops.get(dtype, 0.0), 2.0 * n * k * m / best)
     if "int8" in flops:
-        flops["int8"] = max(flops["int8"], flops["bfloat16"])
+        flops["int8"] = max(flops["int8"], flops[wide])
     bandwidth = []
     sizes = (28,) if clock.cuda else range(18, 29)  # on a GPU the cache is flushed
     for exponent in sizes:
@@ -86,5 +91,5 @@ def _best(clock: Clock, run: Callable[[], Any], seconds: float) -> float:
     clock.first(run)
     end, best = time.perf_counter() + seconds, float("inf")
     while time.perf_counter() < end:
-        best = min(best, clock.sample(run)[0])
+        best = min(best, clock.sample(run))
     return best

@@ -1,7 +1,7 @@
 """Times of a call: many of them, first call apart, backends of a group taking turns.
 
 On a CPU by the monotonic clock. On a GPU by events around each call, with the L2 cache flushed
-between calls, and beside them what the host needed to enqueue the call.
+between calls.
 """
 
 import os
@@ -29,13 +29,11 @@ class Timing:
 
     Attributes:
         seconds: of each sample, on the device.
-        first: of the very first call: compilation, allocation, cold caches.
-        host: to enqueue each call (GPU only).
+        first: of the first call here: cold caches.
     """
 
     seconds: list[float] = field(default_factory=list)
     first: float = 0.0
-    host: list[float] = field(default_factory=list)
 
     def percentile(self, q: float) -> float:
         """In seconds."""
@@ -63,22 +61,17 @@ class Clock:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def sample(self, run: Run) -> tuple[float, float | None]:
-        """Seconds on the device, and on the host where that is another matter."""
-        if not self.cuda:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start, None
-        assert self._flush is not None
+    def sample(self, run: Run) -> float:
+        """Seconds on the device."""
+        if self._flush is None:
+            return self.first(run)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.fill_(1)
         begin.record()
-        start = time.perf_counter()
         run()
-        host = time.perf_counter() - start
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3, host
+        return begin.elapsed_time(end) / 1e3
 
 
 def measure_in_turns(
@@ -104,10 +97,8 @@ def measure_in_turns(
                 if timing.first < TURN:
                     clock.first(runs[name])  # caches and clocks as they are in a loop
             while turn < TURN:
-                seconds, host = clock.sample(runs[name])
-                timing.seconds.append(seconds)
-                timing.host += [] if host is None else [host]
-                turn += max(seconds, host or 0.0, 1e-7)
+                timing.seconds.append(clock.sample(runs[name]))
+                turn += max(timing.seconds[-1], 1e-7)
             spent[name] += turn
             slow = timing.seconds[0] > SLOW * budget and len(timing.seconds) >= 3
             enough = spent[name] >= budget and (slow or len(timing.seconds) >= least)

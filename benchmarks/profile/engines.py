@@ -1,7 +1,6 @@
 """A model, in PyTorch or exported, as a profile drives it: its stages, and a tick a token."""
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,35 +20,25 @@ PARTS = (TOKENISER, ENCODER, LSTM, VOCABULARY, HOST)
 Tick = Callable[[], None]
 
 
-class Engine(ABC):
-    """A language model that can be profiled."""
-
-    def __init__(self, lm: Any) -> None:
-        self.lm = lm
-
-    @abstractmethod
-    def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
-        """Make up to `tokens` tokens after each prompt, greedily; `tick` after each."""
-
-    @abstractmethod
-    def stages(self, recorder: Recorder) -> AbstractContextManager[None]:
-        """Spans around the stages while the block runs."""
-
-    @abstractmethod
-    def prompt_tokens(self, prompts: Sequence[str]) -> int:
-        """Length of the longest, BOS included."""
-
-    def score(self, sentences: Sequence[str]) -> int:
-        """Surprisal of the sentences; the number of words."""
-        return len(self.lm.score([Document("text", list(sentences))]))
-
-
 def _planner_stages(planner: Any) -> list[tuple[Any, str, str]]:
     found: list[tuple[Any, str, str]] = [(corpus, "encode_sentences", TOKENISER)]
     if planner is not None:
         found += [(planner, "inputs", TOKENISER), (PrefixStream, "inputs_of", TOKENISER)]
         found += [(planner.encoder, "encode", ENCODER), (Stream, "encode", ENCODER)]
     return found
+
+
+@contextmanager
+def endless(module: Any, end: int) -> Iterator[None]:
+    """`module.choose` never takes token `end` meanwhile: after it, nothing new would be read."""
+    choose = module.choose
+
+    def other(scores: Any, *rest: Any) -> Any:
+        scores[:, end] = -1e30
+        return choose(scores, *rest)
+
+    with replaced(module, "choose", other):
+        yield
 
 
 class _Ticker:
@@ -67,87 +56,69 @@ class _Ticker:
         """Nothing is kept back."""
 
 
-class TorchEngine(Engine):
+class TorchEngine:
     """A `FusionLM`; each call starts with nothing kept of earlier prefixes."""
 
-    _recorder: Recorder | None = None  # while its stages are recorded
-
-    def prompt_tokens(self, prompts: Sequence[str]) -> int:
-        return max(int(self.lm.prompt_ids(p).shape[1]) for p in prompts)
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
 
     def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
+        """Make `tokens` tokens after each prompt, greedily; `tick` after each."""
         import torch
 
         from fusion_model import decoding
 
-        type(self.lm)(self.lm.model, self.lm.tokenizer, self.lm.planner)  # attaches a new cache
-        recorder, model = self._recorder, self.lm.model
-        prompt_ids, encode = self.lm.prompt_ids, model.prefix_encoder
-        if recorder is not None:
-            prompt_ids = recorder.spanned(prompt_ids, TOKENISER)
-            encode = None if encode is None else recorder.spanned(encode, ENCODER)
-        rows = [prompt_ids(p) for p in prompts]
+        model, end = self.lm.model, self.lm.tokenizer.eos_token_id
+        type(self.lm)(model, self.lm.tokenizer, self.lm.planner)  # attaches a new cache
+        rows = [self.lm.prompt_ids(p) for p in prompts]
         length = min(r.shape[1] for r in rows)  # rows of one length need no padding
         ids = torch.cat([r[:, :length] for r in rows])
-
-        choose, end = decoding.choose, self.lm.tokenizer.eos_token_id
-
-        def choosing(scores: Any, choice: Any) -> Any:
-            if recorder is not None:
-                recorder.open(VOCABULARY)
-            scores[:, end] = -torch.inf  # after it, nothing new would be read
-            return choose(scores, choice)
-
-        def made() -> None:
-            if recorder is not None:
-                recorder.close()
-            tick()
-
         never = replaced(model.generation_config, "eos_token_id", None)
-        by_host = replaced(decoding, "choose", choosing)
-        with replaced(model, "_prefix_encoder", encode), never, by_host:
+        with never, endless(decoding, end):
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
                 do_sample=False,
-                streamer=_Ticker(made),
+                streamer=_Ticker(tick),
             )
 
-    @contextmanager
-    def stages(self, recorder: Recorder) -> Iterator[None]:
+    def stages(self, recorder: Recorder) -> AbstractContextManager[None]:
+        """Spans around the stages while the block runs."""
+        from fusion_model import decoding
+        from fusion_model.attached import PrefixCache
+
         model = self.lm.model
-        targets = [
+        return recorder.around(
             *_planner_stages(self.lm.planner),
+            (self.lm, "prompt_ids", TOKENISER),
+            (PrefixCache, "__call__", ENCODER),
             (model, "features", LSTM),
             (self.lm, "log_probs", VOCABULARY),
             (model.lm_head, "forward", VOCABULARY),
-        ]
-        with replaced(self, "_recorder", recorder), recorder.around(*targets):
-            yield
+            (decoding, "choose", VOCABULARY),
+        )
 
 
-class OnnxEngine(Engine):
+class OnnxEngine:
     """An `OnnxFusionLM`. Its step is one graph: under the clock, the vocabulary is counted with
     the LSTM; `vocabulary_shares` tells them apart."""
 
-    def prompt_tokens(self, prompts: Sequence[str]) -> int:
-        return max(len(self.lm.prompt_row(p)) for p in prompts)
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
 
     def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
         from fusion_model.export.runtime import generation
 
         self.lm.__dict__.pop("stream", None)  # nothing kept of earlier prefixes
-        choose = generation.choose
-        end = self.lm.tokenizer.eos_token_id
+        choose, end = generation.choose, self.lm.tokenizer.eos_token_id
 
-        def choose_then_tick(logits: Any, *args: Any) -> list[int]:
-            logits[:, end] = -1e30  # a sentence that ends early would end the measurement
-            chosen: list[int] = choose(logits, *args)
+        def choose_then_tick(*args: Any) -> list[int]:
+            chosen = choose(*args)
             tick()
             return chosen
 
-        with replaced(generation, "choose", choose_then_tick):
+        with replaced(generation, "choose", choose_then_tick), endless(generation, end):
             self.lm.generate(list(prompts), max_new_tokens=tokens)
 
     @contextmanager
@@ -189,9 +160,12 @@ class OnnxEngine(Engine):
             )
             with replaced(lm, "_step_session", step), replaced(lm._sequences, "_session", sequence):
                 self.generate(prompts, 8, lambda: None)
-                self.score(sentences)
+                lm.score([Document("text", list(sentences))])
             size = lm.model["vocab_size"]
             return _share(step.end_profiling(), size), _share(sequence.end_profiling(), size)
+
+
+Engine = TorchEngine | OnnxEngine
 
 
 def _share(events: str, size: int) -> float:

@@ -15,8 +15,8 @@ import numpy as np
 from fusion_model.benchmarks.profile.engines import HOST, PARTS, Engine
 from fusion_model.benchmarks.profile.spans import Recorder, Span
 
+from fusion_model.data.text import Document
 from fusion_model.errors import FusionLMError
-from fusion_model.progress import note
 
 FEWEST_WORDS = 10
 Progress = Callable[[int, str], None]
@@ -72,21 +72,23 @@ def one_pass(recorder: Recorder, call: Callable[[Callable[[], None]], Any], span
     return found
 
 
+def check_words(sentences: Sequence[str], least: int, what: str) -> None:
+    """Raise `FusionLMError` for a text of fewer than `least` words."""
+    total = sum(len(s.split()) for s in sentences)
+    if total < least:
+        plural = "" if total == 1 else "s"
+        raise FusionLMError(f"the text has {total} word{plural}: {what} needs at least {least}")
+
+
 def prompts_of(sentences: Sequence[str], count: int, words: int) -> list[str]:
-    """Openings of sentences, `words` words each, those of the longest sentences first.
+    """Openings of sentences, `words` words each; of none so long, the longest sentence.
 
     Raises:
         FusionLMError: the text has fewer than `FEWEST_WORDS` words.
     """
-    total = sum(len(s.split()) for s in sentences)
-    if total < FEWEST_WORDS:
-        plural = "" if total == 1 else "s"
-        raise FusionLMError(
-            f"the text has {total} word{plural}: a profile needs at least {FEWEST_WORDS}"
-        )
+    check_words(sentences, FEWEST_WORDS, "a profile")
     openings = [" ".join(s.split()[:words]) for s in sentences if len(s.split()) >= words]
     if not openings:
-        note(f"no sentence has {words} words: the longest one is the prompt")
         openings = [max(sentences, key=lambda s: len(s.split()))]
     unique = list(dict.fromkeys(openings))
     return [unique[i % len(unique)] for i in range(count)]
@@ -131,11 +133,11 @@ def profile(
     for i, group in enumerate(groups[1:]):
         pair = _pair(engine, recorder, partial(engine.generate, group, tokens), i)
         for found in pair:
-            found.first_position = engine.prompt_tokens(group)
+            found.first_position = max(len(engine.lm.prompt_row(p)) for p in group)
         generation.append(pair)
         progress(i + 1, "generation")
     chunks = [sentences[i : i + batch] for i in range(0, len(sentences), batch)][:runs]
-    engine.score(chunks[0])  # warm
+    _score(engine, chunks[0], lambda: None)  # warm
     for i, chunk in enumerate(chunks):
         scoring.append(_pair(engine, recorder, partial(_score, engine, chunk), i))
         progress(runs + i + 1, "scoring")
@@ -143,7 +145,8 @@ def profile(
 
 
 def _score(engine: Engine, sentences: Sequence[str], tick: Callable[[], None]) -> int:
-    return engine.score(sentences)  # all positions at once: nothing to tick at
+    """The number of words; all positions at once: nothing to tick at."""
+    return len(engine.lm.score([Document("text", list(sentences))]))
 
 
 def _pair(

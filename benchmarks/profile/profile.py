@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from fusion_model.benchmarks.measure.machine import describe, optional, where
@@ -12,7 +11,7 @@ from fusion_model.benchmarks.profile.spans import Recorder
 
 from fusion_model import progress
 from fusion_model.data.text import read_documents
-from fusion_model.prefixes.planner import PrefixPlanner, check_causal
+from fusion_model.prefixes.planner import check_causal
 
 
 def _energy(device: str) -> float | None:
@@ -47,27 +46,6 @@ def _memory(device: str) -> dict[str, float]:
     return found
 
 
-def _recorder(device: str, engine: str) -> Recorder:
-    if device == "cpu" or engine == "onnx":  # ONNX Runtime waits for the GPU by itself
-        return Recorder()
-    import torch
-
-    return Recorder(synchronize=torch.cuda.synchronize if torch.cuda.is_available() else None)
-
-
-def exactly(lm: Any) -> Any | None:
-    """The same model with each prefix encoded anew, beside one that is incremental; else None."""
-    from fusion_model.encoders.pretrained import HFEncoder
-
-    planner = lm.planner
-    if planner is None or planner.policy.name != "incremental":
-        return None
-    own, shares = planner.encoder, lm.model.config.shares_vocabulary
-    encoder = HFEncoder(own.name, own.model, own.tokenizer, own.pooling)
-    other = PrefixPlanner(encoder, planner.tokenizer, shares_vocabulary=shares)
-    return type(lm)(lm.model, lm.tokenizer, other)
-
-
 def profile_model(
     lm: Any, name: str, engine: str, text: Sequence[str], settings: dict[str, int]
 ) -> tuple[dict[str, Any], Profile]:
@@ -87,7 +65,12 @@ def profile_model(
     driven = OnnxEngine(lm) if exported else TorchEngine(lm)
     device = lm.device if exported else str(lm.model.device)
     before = _energy(device)
-    recorder, runs, batch = _recorder(device, engine), settings["runs"], settings["batch"]
+    waits = None  # ONNX Runtime waits for the GPU by itself
+    if not exported and device.startswith("cuda"):
+        import torch
+
+        waits = torch.cuda.synchronize
+    recorder, runs, batch = Recorder(synchronize=waits), settings["runs"], settings["batch"]
     with progress.track("profile", runs + min(runs, -(-len(sentences) // batch))) as update:
         found = profile(driven, sentences, **settings, recorder=recorder, progress=update)
     after = _energy(device)
@@ -114,10 +97,6 @@ def profile_model(
     if lm.planner is not None:
         described["settings"]["policy"] = lm.planner.encoder.policy
     described |= summary(found, batch)
-    if not exported and (exact := exactly(lm)) is not None:
-        few = partial(profile, runs=min(runs, 2), tokens=settings["tokens"], batch=batch)
-        anew = few(TorchEngine(exact), sentences, prompt_words=settings["prompt_words"])
-        described["generation"]["every_token_ms"] = summary(anew, batch)["generation"]["token_ms"]
     described["memory"] = _memory(device)
     energy = None if before is None or after is None else after - before
     return described | {"energy_joules": energy}, found

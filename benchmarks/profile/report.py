@@ -28,12 +28,9 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
     rows = {
         "first token, prompt included": generation["first_token_ms"],
         "each later token": generation["token_ms"],
-        "the same under policy every": generation.get("every_token_ms"),
         "scoring, a call": scoring["call_ms"],
     }
     for label, spread in rows.items():
-        if spread is None:
-            continue
         times.add_row(label, *(f"{spread[q]:.2f}" for q in ("p50", "p90", "p99", "mean", "jitter")))
     yield times
     columns = {
@@ -89,13 +86,13 @@ def check_plot(path: Path | None) -> None:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Latency against position: stages stacked, with p50 and p99 of the whole."""
+    from fusion_model.benchmarks.page.charts import STYLE, axes_of
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     rows = found["generation"]["by_position"]
     x = [row["position"] for row in rows]
-    figure = Figure(figsize=(8.5, 4), layout="constrained")
-    axes = figure.subplots()
+    with rc_context(STYLE):
+        figure, axes = axes_of(8.5, 4, "tokens before it", "ms a token")
     axes.stackplot(
         x,
         *([row["parts"][part] for row in rows] for part in PARTS),
@@ -106,13 +103,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     )
     axes.plot(x, [row["p50"] for row in rows], color="black", linewidth=1.6, label="p50")
     axes.plot(x, [row["p99"] for row in rows], color="black", linewidth=1, ls=":", label="p99")
-    axes.set(xlabel="tokens before it", ylabel="ms a token", ylim=(0, None), xlim=(x[0], x[-1]))
+    axes.set(ylim=(0, None), xlim=(x[0], x[-1]))
     axes.set_title(found["title"], loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.88", linewidth=0.8)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside right center", frameon=False, reverse=True)  # as stacked
-    with rc_context({"svg.fonttype": "none"}):
+    figure.legend(loc="outside right center", reverse=True)  # as stacked
+    with rc_context(STYLE):
         figure.savefig(path, dpi=160)
 
 

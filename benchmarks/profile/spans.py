@@ -38,7 +38,6 @@ class Recorder:
         synchronize: Callable[[], None] | None = None,
     ) -> None:
         self._clock, self._synchronize = clock, synchronize
-        self._open: list[tuple[str, float]] = []
         self._inner: list[float] = []  # seconds of what is nested in each open span
         self._own: dict[str, float] = {}
         self.spans: list[Span] = []
@@ -49,20 +48,6 @@ class Recorder:
             self._synchronize()
         return self._clock()
 
-    def open(self, name: str) -> None:
-        """A span begins."""
-        self._open.append((name, self.now()))
-        self._inner.append(0.0)
-
-    def close(self) -> None:
-        """The span that was opened last ends."""
-        end = self.now()
-        name, start = self._open.pop()
-        self._own[name] = self._own.get(name, 0.0) + end - start - self._inner.pop()
-        if self._inner:
-            self._inner[-1] += end - start
-        self.spans.append(Span(name, start, end))
-
     def take(self) -> dict[str, float]:
         """Exclusive seconds by name of the spans that closed since the last call."""
         own, self._own = self._own, {}
@@ -72,11 +57,16 @@ class Recorder:
         """The function, with a span around each call."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.open(name)
+            start = self.now()
+            self._inner.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
-                self.close()
+                end = self.now()
+                self._own[name] = self._own.get(name, 0.0) + end - start - self._inner.pop()
+                if self._inner:
+                    self._inner[-1] += end - start
+                self.spans.append(Span(name, start, end))
 
         return call
 

@@ -2,17 +2,17 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from fusion_model.benchmarks.measure import records as results
-from fusion_model.benchmarks.measure.ceilings import measure_ceilings
+from fusion_model.benchmarks.measure.ceilings import has_bfloat16, measure_ceilings
 from fusion_model.benchmarks.measure.counts import SIZE
 from fusion_model.benchmarks.measure.machine import describe, where
-from fusion_model.benchmarks.suite.cases import MEANING, OPERATIONS, Case, cases, own_cases
+from fusion_model.benchmarks.profile.latency import check_words
+from fusion_model.benchmarks.suite.cases import OPERATIONS, WAYS, Case, cases, own_cases
 from fusion_model.benchmarks.suite.run import run
 from fusion_model.benchmarks.suite.work import Context
 from rich.table import Table
@@ -35,12 +35,7 @@ def opening(sentences: Sequence[str], words: int) -> list[str]:
     Raises:
         FusionLMError: the text has fewer than `FEWEST_WORDS` words.
     """
-    total = sum(len(s.split()) for s in sentences)
-    if total < FEWEST_WORDS:
-        plural = "" if total == 1 else "s"
-        raise FusionLMError(
-            f"the text has {total} word{plural}: give at least {FEWEST_WORDS}, better a page"
-        )
+    check_words(sentences, FEWEST_WORDS, "a benchmark")
     found: list[str] = []
     left = words
     for sentence in sentences:
@@ -89,6 +84,21 @@ def chosen_cases(
     return own_cases(shape, only) + on_text
 
 
+def affordable(chosen: Sequence[Case], device: str) -> list[Case]:
+    """Without bfloat16 where the device has no hardware for it, unless nothing else of an operation
+    was asked for. A note says so."""
+    if has_bfloat16(device):
+        return list(chosen)
+    others = {c.operation for c in chosen if c.dtype != "bfloat16"}
+    kept = [c for c in chosen if c.dtype != "bfloat16" or c.operation not in others]
+    if left_out := len(chosen) - len(kept):
+        progress.note(
+            f"{left_out} cases in bfloat16 left out: there is no hardware for it here, so that it "
+            "takes a hundred times as long as float32"
+        )
+    return kept
+
+
 def bench(
     chosen: Sequence[Case],
     suite: str,
@@ -110,6 +120,7 @@ def bench(
         scratch = closing.enter_context(tempfile.TemporaryDirectory(prefix="fusion-lm-bench-"))
         context = context_of(model, text, device, suite, Path(scratch))
         closing.enter_context(context.closing)
+        chosen = affordable(chosen, device)
         progress.note(f"{len(chosen)} cases on {where(describe(device))}")
         words = sum(len(s.split()) for s in context.sentences)
         int8 = {"int8" for c in chosen if c.way == "onnx-int8"}
@@ -134,39 +145,49 @@ def ranked(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     groups: dict[str, list[Record]] = {}
     for record in results.measured(records):
         groups.setdefault(record["group"], []).append(record)
-    return [(name, sorted(group, key=lambda r: r["p50_ms"])) for name, group in groups.items()]
+    return [
+        (name, sorted(group, key=lambda r: r["p50_ms"] / r["items"]))
+        for name, group in groups.items()
+    ]
 
 
-COLUMNS = ("p50 ms", "p90", "p99", "per s", "of floor", "first ms")
+# Of a row of a table, for a terminal; `PAGE_COLUMNS` has the room for more.
+COLUMNS: dict[str, Callable[[Record], str]] = {
+    "× plain": lambda r: f"{r['speedup']:.2f}" if "speedup" in r else "",
+    "p50 ms": lambda r: _digits(r["p50_ms"]),
+    "p90": lambda r: _digits(r["p90_ms"]),
+    "p99": lambda r: _digits(r["p99_ms"]),
+    "per s": lambda r: f"{r['per_second']:,.0f}",
+    "of floor": lambda r: f"{r['of_floor']:.1%}",
+    "first ms": lambda r: _digits(r["first_ms"]),
+}
+PAGE_COLUMNS = COLUMNS | {
+    "floor": lambda r: f"{_digits(r['floor_ms'])} ms, {r['bound']}",
+    "memory": lambda r: "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:,.1f} MB",
+    "samples": lambda r: str(r["samples"]),
+}
+
+
+def _digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
     """One a group: times, rate, ratio to plain PyTorch, share of the floor."""
-    ratio_to = "× cuDNN" if torch.cuda.is_available() else "× eager"
     for group, members in ranked(records):
         title = f"[bold]{OPERATIONS[members[0]['operation']]}[/]\n[dim]{group}[/]"
         shown = Table(
             title=title, title_justify="left", title_style="", box=None, padding=(0, 0, 0, 1)
         )
         shown.add_column("", width=max(len(r["backend"]) for r in members), no_wrap=True)
-        for name in (ratio_to, *COLUMNS):
+        for name in COLUMNS:
             shown.add_column(name, justify="right", min_width=5, no_wrap=True, header_style="dim")
         for r in members:
-            ratio = r.get("speedup")
-            colour = "green" if (ratio or 0) >= 1.05 else "red" if (ratio or 1) < 0.95 else "dim"
-            shown.add_row(
-                r["backend"],
-                f"[{colour}]{ratio:.2f}[/]" if ratio else "",
-                *(_digits(r[f"p{q}_ms"]) for q in (50, 90, 99)),
-                f"{r['per_second']:,.0f}",
-                f"{r['of_floor']:.1%}",
-                f"{r['first_ms']:,.0f}",
-            )
+            ratio = r.get("speedup", 1)
+            colour = "green" if ratio >= 1.05 else "red" if ratio < 0.95 else "dim"
+            speedup, *cells = (cell(r) for cell in COLUMNS.values())
+            shown.add_row(r["backend"], f"[{colour}]{speedup}[/]", *cells)
         yield shown
-
-
-def _digits(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def warnings(records: Sequence[Record]) -> list[str]:
@@ -200,4 +221,4 @@ def remarks(records: Sequence[Record]) -> list[str]:
 def glossary(records: Sequence[Record]) -> dict[str, str]:
     """The backends that appear, and what each is."""
     ways = dict.fromkeys(r["backend"].partition("/")[0] for r in records)
-    return {way: MEANING[way] for way in ways if way in MEANING}
+    return {way: WAYS[way][0] for way in ways}

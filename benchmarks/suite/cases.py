@@ -63,23 +63,27 @@ IN_FIGURES = {  # what the README's tables show; the other operations as above
     "scoring": (EAGER, "batched", "published", *_POLICIES),
     "generation": (EAGER, "published", *_POLICIES),
 }
-MEANING = {
-    "auto": "fusion-lm, backend auto",
-    "torch": "fusion-lm on PyTorch's LSTM",
-    "reference": "fusion-lm, plain equations",
-    "cudnn": "fusion-lm on cuDNN",
-    "triton": "fusion-lm, Triton kernels",
-    "fusion-lm": "fusion-lm",
-    EAGER: "plain PyTorch: nn.LSTM (cuDNN on a GPU); a text by one call a prefix and a sentence",
-    "batched": "plain PyTorch in batches: 32 prefixes, padded; all sentences, padded",
-    "cuda-graph": "nn.LSTM under a CUDA graph",
-    "compile": "torch.compile of the equations, a step at a time",
-    "onnx": "ONNX Runtime, float32",
-    "onnx-int8": "ONNX Runtime, int8 weights",
-    "published": "the published code's way: every prefix from its start",
-    "sentence-transformers": "sentence-transformers, texts a batch after the slash",
-    "sentence-transformers-onnx": "the same with its ONNX backend",
-    "flashrnn": "FlashRNN",
+# Of each way: what it is, and its colour in charts.
+WAYS = {
+    "auto": ("fusion-lm, backend auto", "#1f6feb"),
+    "torch": ("fusion-lm on PyTorch's LSTM", "#4fa3d9"),
+    "reference": ("fusion-lm, plain equations", "#0f8f83"),
+    "cudnn": ("fusion-lm on cuDNN", "#444c8c"),
+    "triton": ("fusion-lm, Triton kernels", "#7a4fd0"),
+    "fusion-lm": ("fusion-lm", "#1f6feb"),
+    EAGER: (
+        "plain PyTorch: nn.LSTM (cuDNN on a GPU); a text by one call a prefix and a sentence",
+        "#6b737c",
+    ),
+    "batched": ("plain PyTorch in batches: 32 prefixes, padded; all sentences, padded", "#9aa3ab"),
+    "cuda-graph": ("nn.LSTM under a CUDA graph", "#bf3f8a"),
+    "compile": ("torch.compile of the equations, a step at a time", "#b87400"),
+    "onnx": ("ONNX Runtime, float32", "#3d8b37"),
+    "onnx-int8": ("ONNX Runtime, int8 weights", "#7d8f00"),
+    "published": ("the published code's way: every prefix from its start", "#c4432f"),
+    "sentence-transformers": ("sentence-transformers, texts a batch after the slash", "#8a5a3c"),
+    "sentence-transformers-onnx": ("the same with its ONNX backend", "#c08a5a"),
+    "flashrnn": ("FlashRNN", "#b59f00"),
 }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from fusion_model.benchmarks.measure.counts import SIZE, Counts
 from fusion_model.benchmarks.suite.cases import EAGER, Case
-from fusion_model.benchmarks.suite.work import TOLERANCE, Context, Unavailable, Work, no_gradients
+from fusion_model.benchmarks.suite.work import TOLERANCE, Context, Unavailable, Work
 from torch import Tensor, nn
 
 from fusion_model.data.corpus import Corpus
@@ -282,7 +282,7 @@ def streaming(case: Case, context: Context) -> Work:
         return PrefixPlanner(exact, tokenizer).encoder.encode(planner.inputs([ids]))
 
     inputs = planner.inputs([ids])
-    run = no_gradients(plainly if case.way == EAGER else ours)
+    run = torch.inference_mode()(plainly if case.way == EAGER else ours)
     return Work(
         run,
         run,

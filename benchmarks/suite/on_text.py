@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from fusion_model.benchmarks.measure.counts import SIZE, Counts, lstm, matmul
-from fusion_model.benchmarks.profile.spans import replaced
+from fusion_model.benchmarks.profile.engines import endless
 from fusion_model.benchmarks.suite.cases import EAGER, Case
 from fusion_model.benchmarks.suite.encoding import PlainEncoder, of_encoder, tokens_read
 from fusion_model.benchmarks.suite.work import (
@@ -20,7 +20,6 @@ from fusion_model.benchmarks.suite.work import (
     Unavailable,
     Work,
     check_backend,
-    no_gradients,
 )
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -230,7 +229,7 @@ def scoring(case: Case, context: Context) -> Work:
         return nats(_exact(case, context).score(documents))
 
     sentences = Corpus.from_documents(documents, lm.tokenizer).sentences
-    run = no_gradients(score)
+    run = torch.inference_mode()(score)
     return Work(
         run,
         lambda: nats(run()),
@@ -260,14 +259,10 @@ def generation(case: Case, context: Context) -> Work:
     elif case.way.startswith("onnx"):
         from fusion_model.export.runtime import generation as runtime
 
-        ready, choose = _ready(case, context), runtime.choose
-
-        def endless(logits: np.ndarray, *rest: Any) -> list[int]:
-            logits[:, end] -= NEVER
-            return choose(logits, *rest)
+        ready = _ready(case, context)
 
         def made() -> str:
-            with replaced(runtime, "choose", endless):
+            with endless(runtime, end):
                 return str(ready().generate(prompt, **options)[0])
     else:
         ready = _ready(case, context)
@@ -275,7 +270,7 @@ def generation(case: Case, context: Context) -> Work:
         def made() -> str:
             return str(ready().generate(prompt, **options)[0])
 
-    run = no_gradients(made)
+    run = torch.inference_mode()(made)
 
     def ids_of(text: str) -> Tensor:
         """Of an exact backend the tokens themselves; of another, how likely its text is."""

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fusion_model.benchmarks.suite.cases import EAGER, Case
-from fusion_model.benchmarks.suite.published_loop import PublishedLM
 from fusion_model.benchmarks.suite.work import (
     TOLERANCE,
     Context,
     Work,
     check_backend,
-    no_gradients,
+    compiled,
     of_case,
 )
 from fusion_model.kernels import target_log_probs
@@ -40,11 +39,9 @@ def head(case: Case, context: Context) -> Work:
     def plain() -> Tensor:
         return -F.cross_entropy(F.linear(x, weight, bias).float(), targets, reduction="none")
 
-    if case.backend == "compile":
-        torch._dynamo.reset()
     ours = partial(target_log_probs, x, weight, bias, targets)
-    ways: dict[str, Callable[[], Tensor]] = {EAGER: plain, "compile": torch.compile(plain)}
-    run = no_gradients(ways.get(case.backend, ours))
+    ways: dict[str, Callable[[], Tensor]] = {EAGER: plain, "compile": compiled(plain)}
+    run = torch.inference_mode()(ways.get(case.backend, ours))
 
     def expected() -> Tensor:
         logits = F.linear(x.double(), weight.double(), bias.double())
@@ -58,7 +55,8 @@ class _Plain(nn.Module):
 
     def __init__(self, ours: FusionLMForCausalLM) -> None:
         super().__init__()
-        self.embedding, self.lstm = ours.embed_tokens, ours.lstm
+        self.embedding: nn.Module = ours.embed_tokens
+        self.lstm = ours.lstm
         self.projection, self.output = ours.projection, ours.lm_head
 
     def nats(self, tokens: Tensor, e: Tensor) -> Tensor:
@@ -69,14 +67,32 @@ class _Plain(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
 
 
-def _published(ours: FusionLMForCausalLM, case: Case) -> PublishedLM:
-    """The published model with the same function: its bias on the input is zero here."""
-    model = PublishedLM(case.vocab_size, case.prefix_size, case.embedding_size, case.hidden_size)
-    with torch.no_grad():
-        model.embedding.weight.copy_(ours.embed_tokens.weight.t())
-        model.embedding.bias.zero_()
-    model.lstm, model.projection, model.output = ours.lstm, ours.projection, ours.lm_head
-    return model.to(ours.device)
+class _Published(_Plain):
+    """The published code's way, rewritten plainly: a sentence a step; every prefix of it a row of
+    its own, one-hot, padded to the sentence's length, read from the start (arXiv 2208.02402)."""
+
+    def __init__(self, ours: FusionLMForCausalLM) -> None:
+        super().__init__(ours)
+        config = ours.config
+        one_hot = nn.Linear(config.vocab_size, config.embedding_size).to(ours.device)
+        with torch.no_grad():
+            one_hot.weight.copy_(ours.embed_tokens.weight.t())
+            one_hot.bias.zero_()  # theirs is learned: here the function is ours
+        self.embedding = one_hot
+
+    def nats(self, tokens: Tensor, e: Tensor) -> Tensor:
+        return torch.cat([self._sentence(*pair) for pair in zip(tokens, e, strict=True)])
+
+    def _sentence(self, tokens: Tensor, e: Tensor) -> Tensor:
+        """Surprisals [n] of tokens [n + 1], with e [n, E]."""
+        n, width = len(tokens) - 1, self.output.out_features
+        rows = torch.zeros(n, n, width, device=tokens.device)
+        for i in range(n):
+            rows[i, : i + 1] = F.one_hot(tokens[: i + 1], width)
+        hidden, _ = self.lstm(self.embedding(rows))
+        last = hidden[torch.arange(n), torch.arange(n)]
+        logits = self.output(self.projection(torch.cat([last, e], dim=1)))
+        return F.cross_entropy(logits, tokens[1:], reduction="none")
 
 
 def at_hand(case: Case, context: Context) -> Work:
@@ -90,20 +106,17 @@ def at_hand(case: Case, context: Context) -> Work:
     tokens = torch.randint(3, case.vocab_size, (case.batch, case.length + 1)).to(device)
     e = torch.randn(case.batch, case.length, case.prefix_size).to(device)
     dtype, kind = getattr(torch, case.dtype), torch.device(device).type
+    ours = case.backend not in (EAGER, "published")
     network: Any = model
 
     def nats() -> Tensor:
-        if isinstance(network, _Plain):
-            return network.nats(tokens, e)
-        if network is model:
-            return -model.token_log_probs(tokens, e)
-        rows = zip(tokens, e, strict=True)
-        return torch.cat([F.cross_entropy(network(r, v), r[1:], reduction="none") for r, v in rows])
+        found: Tensor = -model.token_log_probs(tokens, e) if ours else network.nats(tokens, e)
+        return found
 
     if case.backend == EAGER:
         network = _Plain(model)
     elif case.backend == "published":
-        network = _published(model, case)
+        network = _Published(model)
     else:
         check_backend(case.backend, device)
         model.set_backend(case.backend)
@@ -139,7 +152,7 @@ def at_hand(case: Case, context: Context) -> Work:
         exact.mean().backward()
         return with_gradient(exact.mean(), copy.lstm)
 
-    evaluate = no_gradients(surprisals)
+    evaluate = torch.inference_mode()(surprisals)
     return Work(
         step if trains else evaluate,
         (lambda: with_gradient(gradients(), model.lstm)) if trains else evaluate,

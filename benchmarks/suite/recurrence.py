@@ -3,7 +3,6 @@
 Notation: B sequences, T tokens, D input width, H hidden width.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from fusion_model.benchmarks.suite.work import (
     Unavailable,
     Work,
     check_backend,
-    no_gradients,
+    compiled,
     of_case,
 )
 from fusion_model.kernels import lstm_sequence, prefix_lstm
@@ -36,7 +35,6 @@ class Inputs:
         b, t, d, h = case.batch, case.length, case.embedding_size, case.hidden_size
         self.lstm = nn.LSTM(d, h, batch_first=True).to(device, dtype).requires_grad_(False)
         self.lstm.eval()  # in training mode cuDNN writes what a backward pass would need
-        self.compiled = 0.0  # seconds
         rows = t if case.operation == "prefixes" else 1
 
         def random(*shape: int) -> Tensor:
@@ -78,7 +76,7 @@ def build(case: Case, context: Context) -> Work:
         else:
             state = (data.h, data.c)
             run = partial(lstm_sequence, data.x, state, weights, backend=case.backend)
-    run = no_gradients(run)
+    run = torch.inference_mode()(run)
 
     def result() -> Tensor:
         out = run()
@@ -92,7 +90,6 @@ def build(case: Case, context: Context) -> Work:
         items=case.batch * case.length,
         counts=of_case(case),
         tolerance=TOLERANCE[case.dtype],
-        compiled=data.compiled if case.backend == "compile" else 0.0,
     )
 
 
@@ -115,7 +112,7 @@ def _eager(case: Case, data: Inputs, context: Context) -> Callable[[], Any]:
 def _cuda_graph(case: Case, data: Inputs, context: Context) -> Callable[[], Any]:
     if torch.device(context.device).type != "cuda":
         raise Unavailable("a CUDA graph needs a GPU")
-    graph, out = record(no_gradients(_eager(case, data, context)))
+    graph, out = record(torch.inference_mode()(_eager(case, data, context)))
 
     def replay() -> Any:
         graph.replay()
@@ -129,24 +126,14 @@ def _compiled(case: Case, data: Inputs, context: Context) -> Callable[[], Any]:
     def one_step(gates: Tensor, h: Tensor, c: Tensor, w_hh: Tensor) -> tuple[Tensor, Tensor]:
         return lstm_cell(gates + F.linear(h, w_hh), c)
 
-    torch._dynamo.reset()  # else a ninth shape would silently run uncompiled
-    compiled = torch.compile(one_step)
+    step = compiled(one_step)
     w_ih, w_hh, b_ih, b_hh = data.lstm.all_weights[0]
-    start = time.perf_counter()
-    try:
-        with torch.inference_mode():
-            gates = F.linear(data.x, w_ih, b_ih + b_hh)
-            compiled(gates[:, 0], data.h[:, 0], data.c[:, 0], w_hh)
-    except Exception as error:  # no C++ compiler, no Triton: of many kinds
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise Unavailable(f"torch.compile does not work here: {first[:120]}") from None
-    data.compiled = time.perf_counter() - start
 
     def run() -> Tensor:
         gates, h, c = F.linear(data.x, w_ih, b_ih + b_hh), data.h[:, 0], data.c[:, 0]
         outs = []
         for t in range(data.x.shape[1]):
-            h, c = compiled(gates[:, t], h, c, w_hh)
+            h, c = step(gates[:, t], h, c, w_hh)
             outs.append(h)
         return torch.stack(outs, dim=1)
 

@@ -45,29 +45,34 @@ def run(
     """
     done, device = 0, context.device
     for group, members in groupby(cases, key=lambda case: case.group):
-        ready: dict[Case, Work] = {}
+        ready: dict[Case, tuple[Work, float]] = {}
         for case in members:
             progress(done, f"{group} {case.backend}")
-            work = _checked(case, context)
-            if isinstance(work, Work):
-                ready[case] = work
+            found = _checked(case, context)
+            if isinstance(found, tuple):
+                ready[case] = found
             else:
-                yield work | case.facts()
+                yield found | case.facts()
             done += 1
         progress(done, group)
-        timings = measure_in_turns({c.backend: w.run for c, w in ready.items()}, device, budget)
-        timed = [record(c, w, timings[c.backend], ceilings, device) for c, w in ready.items()]
-        yield from with_speedups(timed)
+        runs = {case.backend: work.run for case, (work, _) in ready.items()}
+        timings = measure_in_turns(runs, device, budget)
+        yield from with_speedups(
+            [
+                record(case, work, first, timings[case.backend], ceilings, device)
+                for case, (work, first) in ready.items()
+            ]
+        )
         context.forget()
     progress(done, "")
 
 
-def _checked(case: Case, context: Context) -> Work | Record:
-    """What is timed, its result compared with the reference; or why it is not."""
+def _checked(case: Case, context: Context) -> tuple[Work, float] | Record:
+    """What is timed, its result compared with the reference, and the seconds of its first call; or
+    why it is not."""
     try:
         work = BUILD[case.operation](case, context)
-        work.check()
-        return work
+        return work, work.check()
     except Unavailable as reason:
         return {"kind": "skip", "reason": str(reason)}
     except FusionLMError:
@@ -80,19 +85,21 @@ def _checked(case: Case, context: Context) -> Work | Record:
         return {"kind": "wrong", "reason": name + said}
 
 
-def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: str) -> Record:
+def record(
+    case: Case, work: Work, first: float, timing: Timing, ceilings: Ceilings, device: str
+) -> Record:
     """What is kept of a measured case; times in milliseconds, rates in items a second."""
     p50 = timing.percentile(50)
     floor, bound = ceilings.floor(work.counts, "int8" if case.way == "onnx-int8" else case.dtype)
     step = max(1, len(timing.seconds) // KEPT)
-    found = (
+    return (
         case.facts()
         | work.facts
         | {
             "kind": "case",
             **{f"p{q}_ms": round(1e3 * timing.percentile(q), 5) for q in (50, 90, 99)},
             "samples": len(timing.seconds),
-            "first_ms": round(1e3 * (work.compiled + timing.first), 3),
+            "first_ms": round(1e3 * first, 3),
             "items": work.items,
             "per_second": round(work.items / p50, 1),
             "flops": work.counts.flops,
@@ -104,9 +111,6 @@ def record(case: Case, work: Work, timing: Timing, ceilings: Ceilings, device: s
             "times_ms": [float(f"{1e3 * s:.4g}") for s in timing.seconds[::step]],
         }
     )
-    if timing.host:
-        found["host_ms"] = round(1e3 * sorted(timing.host)[len(timing.host) // 2], 5)
-    return found
 
 
 def with_speedups(records: Sequence[Record]) -> list[Record]:

@@ -1,5 +1,6 @@
 """A case made ready: what is called, how its result is checked, and what it costs at least."""
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,7 +33,6 @@ class Work:
         expected: what a reference gives, computed once for a group.
         counts: bytes and operations that no implementation can save.
         tolerance: largest difference, relative to the largest expected number.
-        compiled: seconds that building took because something was compiled.
         facts: more for the record, complete once `check` was called.
     """
 
@@ -42,16 +42,17 @@ class Work:
     items: int
     counts: Counts
     tolerance: float
-    compiled: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> float:
-        """The largest difference from the reference, relative.
+        """Seconds of the first call, whose result is compared: compilation, cold caches.
 
         Raises:
             WrongResult: it is above the tolerance, or not a number.
         """
-        got, expected = self.result().double().cpu(), self.expected().double().cpu()
+        start = time.perf_counter()
+        got = self.result().double().cpu()
+        first, expected = time.perf_counter() - start, self.expected().double().cpu()
         if got.shape != expected.shape:
             raise WrongResult(f"shape {list(got.shape)}, expected {list(expected.shape)}")
         scale = float(expected.abs().max())
@@ -60,7 +61,7 @@ class Work:
             raise WrongResult(
                 f"differs from the reference by {error:.2g}; {self.tolerance:.2g} is allowed"
             )
-        return error
+        return first
 
 
 def of_case(case: Case) -> Counts:
@@ -138,11 +139,16 @@ def check_backend(name: str, device: str) -> None:
         raise Unavailable(str(reason).splitlines()[0]) from None
 
 
-def no_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` under inference mode."""
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile; a call raises `Unavailable` where that does not work."""
+    torch._dynamo.reset()  # else a ninth shape would silently run uncompiled
+    fast = torch.compile(function)
 
-    @torch.inference_mode()
-    def wrapped() -> Any:
-        return run()
+    def call(*args: Tensor) -> Any:
+        try:
+            return fast(*args)
+        except Exception as error:  # no C++ compiler, no Triton: of many kinds
+            first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+            raise Unavailable(f"torch.compile does not work here: {first[:120]}") from None
 
-    return wrapped
+    return call
