@@ -32,6 +32,7 @@ class Decodable(Fusing, Protocol):
     embed_tokens: nn.Embedding
     lstm: nn.LSTM
     lm_head: nn.Linear
+    prefix_encoder: Any
     backend: str
     training: bool
 
