@@ -144,7 +144,7 @@ class GrowingToken:
     def _go_on(self, new: Tensor) -> None:
         """The chosen tokens are the next nodes; a text that does not grow keeps its last one."""
         piece = self._piece_of[self.ids]
-        grows = (piece >= 0) & ~self.done
+        grows = piece >= 0
         last = new.gather(1, (new[:, 1:2] + 1).clamp(min=2))[:, 0]
         end = new[:, 0] + new[:, 1] + grows
         begin = (end - 1).clamp(min=self.texts.head)
@@ -255,9 +255,10 @@ def sample(
         return None
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
-    what = model.prefix_encoder.planner.encoder.fingerprint, model.config.fusion
-    trial = partial(_trial, model, input_ids, mask)
-    if not trusted("growing_token", model.dtype, what, model.device, trial):
+    encoder, trial = model.prefix_encoder.planner.encoder, partial(_trial, model, input_ids, mask)
+    dtype = min(model.dtype, encoder.model.dtype, key=lambda kind: kind.itemsize)
+    what = encoder.fingerprint, model.config.fusion
+    if not trusted("growing_token", dtype, what, model.device, trial):
         return None
     assert config.max_length is not None
     token, prompt = _made(model, len(input_ids), choice), input_ids.shape[1]

@@ -61,9 +61,10 @@ def make(long_folder: Path, bpe280: Any) -> Make:
         pooling: str = POOLING,
         policy: str = "incremental",
         folder: Path = long_folder,
+        dtype: str = "float32",
         **options: Any,
     ) -> FusionLM:
-        encoder: Any = load_encoder(str(folder), pooling, policy=policy)
+        encoder: Any = load_encoder(str(folder), pooling, policy=policy, dtype=dtype)
         shares = vocabulary == "encoder"
         tokenizer = cut_vocabulary(encoder.tokenizer, SENTENCES, 10_000) if shares else bpe280
         size = {"vocab_size": len(tokenizer), "prefix_size": encoder.dim, "fusion": "concat"}
@@ -217,6 +218,24 @@ def test_the_same_noise_draws_the_same_tokens(
         assert special & set(tokens[:, ids.shape[1] :].flatten().tolist())
 
 
+@pytest.mark.parametrize("vocabulary", ["bpe", "encoder"])
+def test_special_tokens_leave_a_text_as_it_is(
+    vocabulary: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty one, too."""
+    lm = make(vocabulary)
+    chosen = torch.tensor([[0, 1, 40, 1, 41, 42], [1, 1, 0, 43, 0, 44], [45, 1, 46, 0, 1, 1]])
+    ids = torch.ones(3, 1, dtype=torch.int64)
+    for steps in range(2, 7):
+        left = iter(chosen.t())
+        monkeypatch.setattr(growing_token, "choose", lambda scores, choice, left=left: next(left))
+        token = GrowingToken(lm.model, 3, Choice())
+        tokens, found = tokens_of(token, ids, ids, steps)
+        assert torch.equal(tokens[:, 1:], chosen[:, :steps])
+        e = lm.model.encode_prefixes(tokens[:, :-1], torch.ones_like(tokens[:, :-1]), 0)
+        torch.testing.assert_close(found[0], e[:, -1], atol=1e-5, rtol=1e-5)
+
+
 class Recorder:
     """`cuda_graphs.record` without a GPU: a graph that runs its function again."""
 
@@ -333,7 +352,7 @@ def test_a_streamer_gets_each_token(make: Make, served: list[int]) -> None:
     assert streamer.ended == len(served) == 1
 
 
-@pytest.mark.parametrize("wrong", ["", "vector", "state", "error"])
+@pytest.mark.parametrize("wrong", ["", "rounded", "vector", "state", "error"])
 def test_one_that_is_wrong_is_not_used(
     wrong: str, make: Make, served: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,15 +367,16 @@ def test_one_that_is_wrong_is_not_used(
         monkeypatch.setattr(GrowingToken, "start", forgetting)
     if wrong == "error":
         monkeypatch.setattr(StaticTexts, "encode", None)
-    lm = make(num_layers=2)
+    lm = make(num_layers=2, dtype="bfloat16" if wrong == "rounded" else "float32")
     ids, mask = prompts(lm)
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
     theirs = lm.model.generate(ids, return_dict_in_generate=True, **options).sequences
+    right = wrong in ("", "rounded")
     warning = pytest.warns(RuntimeWarning, match="growing_token .* is not used")
-    with warning if wrong else nullcontext():
+    with nullcontext() if right else warning:
         assert torch.equal(lm.model.generate(ids, **options), theirs)
     assert torch.equal(lm.model.generate(ids, **options), theirs)
-    assert served == ([] if wrong else [9, 9])
+    assert served == ([9, 9] if right else [])
     assert lm.model.backend == "auto"
 
 
