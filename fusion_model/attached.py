@@ -1,9 +1,10 @@
 """The encoder that a model was trained with, by its configuration, as the model asks it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,6 +23,16 @@ positions start..T-1, [B, T - start, E]."""
 
 class PrefixCache(PrefixStream):
     """`PrefixStream` as the model calls them: with tensors."""
+
+    @property
+    def planner(self) -> PrefixPlanner:
+        """What plans and encodes."""
+        return self._planner
+
+    def pieces(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Under policy `incremental`: the encoder's ids of each row's text, no special tokens."""
+        inputs = self.inputs(rows, -1)
+        return [np.frombuffer(given.ids, dtype="<i4").tolist() for (given,) in inputs]
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, start: int) -> Tensor:
         """See `PrefixEncoder`."""

@@ -2,7 +2,8 @@
 
 `decode` stays on a GPU: cell, fusion, vocabulary and choice without the host, for one embedding a
 sequence or none. `decode_on_host` is a loop for CPUs, where transformers' own takes as long as the
-model; it encodes prefixes as they grow. All else is the ordinary path of `generate`.
+model; it encodes prefixes as they grow, which `growing_token` does on a GPU. All else is the
+ordinary path of `generate`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ class Decodable(Fusing, Protocol):
     embed_tokens: nn.Embedding
     lstm: nn.LSTM
     lm_head: nn.Linear
+    prefix_encoder: Any
     backend: str
     training: bool
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin
 
-from fusion_model import decoding
+from fusion_model import decoding, growing_token
 from fusion_model.attached import PrefixEncoder
 from fusion_model.config import FusionLMConfig
 from fusion_model.names import LATE
@@ -87,12 +87,13 @@ class StatefulGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy search and sampling in `generate`: by `decoding` where it can."""
+        """Greedy search and sampling in `generate`: by ours where it can."""
         asked = input_ids, logits_processor, stopping_criteria, generation_config
         model: Any = self
         if not synced_gpus:
-            found = decoding.sample(model, *asked, streamer, model_kwargs)
-            if found is not None:
-                return found
+            for ours in (decoding, growing_token):
+                found = ours.sample(model, *asked, streamer, model_kwargs)
+                if found is not None:
+                    return found
         ordinary: Any = super()
         return ordinary._sample(*asked, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)

@@ -15,7 +15,7 @@ RANKS = (
     ("data",),
     ("encoders",),
     ("prefixes", "planning", "streaming"),
-    ("config", "fusion", "attached", "decoding", "generation", "model"),
+    ("config", "fusion", "attached", "decoding", "growing_token", "generation", "model"),
     ("surprisal", "scoring"),
     ("language_model", "loading"),
     ("", "training"),  # "": the package's own file, which names what is public

@@ -52,12 +52,8 @@ class PrefixStream:
             rows: token ids; special tokens are not part of the text.
             start: counted from the end where negative: then rows may differ in length.
         """
-        of_rows = [self.inputs_of(tuple(row), range(len(row))[start:]) for row in rows]
+        of_rows = self.inputs(rows, start)
         inputs = [given for of_row in of_rows for given in of_row]
-        if self._planner.outgrown and not self._noted:
-            progress.note("the text outgrows the encoder's window: it sees the last part only")
-            self._noted = True
-        self._planner.outgrown.clear()
         new = dict.fromkeys(given for given in inputs if given not in self._vectors)
         ends = [given for given in dict.fromkeys(of_row[-1] for of_row in of_rows) if given in new]
         within = [given for given in new if given not in set(ends)]
@@ -67,10 +63,20 @@ class PrefixStream:
         for given in inputs:
             self._vectors.move_to_end(given)
         vectors = [self._vectors[given] for given in inputs]
-        for kept, most in ((self._vectors, self._size), (self._texts, TEXTS)):
-            while len(kept) > most:
-                kept.popitem(last=False)
+        while len(self._vectors) > self._size:
+            self._vectors.popitem(last=False)
         return vectors
+
+    def inputs(self, rows: Sequence[Sequence[int]], start: int) -> list[list[EncoderInput]]:
+        """What `of_rows` encodes for each row."""
+        found = [self.inputs_of(tuple(row), range(len(row))[start:]) for row in rows]
+        if self._planner.outgrown and not self._noted:
+            progress.note("the text outgrows the encoder's window: it sees the last part only")
+            self._noted = True
+        self._planner.outgrown.clear()
+        while len(self._texts) > TEXTS:
+            self._texts.popitem(last=False)
+        return found
 
     def inputs_of(self, row: tuple[int, ...], wanted: range) -> list[EncoderInput]:
         """What the prefixes that end at these tokens need."""

@@ -87,7 +87,7 @@ def trusted(
         except Exception as error:  # whatever is raised: what happens else is right
             checked[where] = False
             warnings.warn(
-                f"Triton kernel {name} {(dtype, *key)} is not used on {device}, PyTorch computes "
+                f"{name} {(dtype, *key)} is not used on {device}, PyTorch computes "
                 f"instead: {type(error).__name__}: {error}",
                 RuntimeWarning,
                 stacklevel=2,

@@ -132,7 +132,7 @@ class TreeAttention:
         """Buckets with what is added to their scores; `nodes` [R] are those that ask."""
         at, asked = self._positions, self._positions[nodes.to(self._positions.device)]
         return [
-            (b, _bias(b.sees, asked[b.queries], at[b.keys], self._layers))
+            (b, bias_of(b.sees, asked[b.queries], at[b.keys], self._layers))
             for b in make_buckets(self._trees, asking, at.device)
         ]
 
@@ -157,7 +157,7 @@ class TreeAttention:
         return torch.cat(found)
 
 
-def _bias(sees: Tensor, asked: Tensor, keys: Tensor, layers: EncoderLayers) -> Tensor:
+def bias_of(sees: Tensor, asked: Tensor, keys: Tensor, layers: EncoderLayers) -> Tensor:
     """What is added to scores, [N, 1 or A, Q, K]: -inf where a key is hidden.
 
     Args:
@@ -198,7 +198,7 @@ class CachedAttention:
                 if sees is not None:
                     seen[0, :, past:] = sees
                 keys = positions.new_tensor([*tree.past, *flat.positions])[None]
-                bias = _bias(seen, keys[:, past:], keys, layers)
+                bias = bias_of(seen, keys[:, past:], keys, layers)
             (end,) = flat.nodes["mean"]
             count = past + (1 if size == 1 else int(flat.sees[end].sum()))
             self._parts.append(_Part(entry, rows, held, end, count, sees, bias))
