@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_model.kernels import lstm_sequence, resolve_backend
+from fusion_model.kernels import backend, lstm_sequence, resolve_backend
 from fusion_model.kernels.backend import choose, obstacle
 from fusion_model.kernels.triton import guards
 from fusion_model.kernels.triton.configs import (
@@ -46,6 +46,21 @@ H200 = KNOWN_CHIPS[90]
 )
 def test_auto(arguments: Any, expected: str) -> None:
     assert choose(*arguments) == expected
+
+
+def test_auto_goes_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"sm_90 sequence bf16": 1.0, "sm_90 prefix bf16 training": 0.99, "sm_90 decode fp16": 0}
+    monkeypatch.setattr(backend, "MEASURED", table)
+
+    def taken(operation: str, dtype: torch.dtype = BF16, chip: int = 90, **more: bool) -> str:
+        return choose(operation, "cuda", chip, dtype, None, True, **more)
+
+    assert taken("sequence") == taken("prefix") == taken("decode") == "triton"
+    for other in (
+        taken("sequence", training=True), taken("sequence", torch.float16),
+        taken("sequence", chip=80), taken("prefix", training=True), taken("decode", torch.float16),
+    ):  # fmt: skip
+        assert other == "torch"
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def chained(chip: Chip) -> dict[str, bool]:
+    """Of a launch that follows another: from sm_90 on it comes up while that one still runs.
+
+    `CHAINED` is for the kernel, which waits by `primitives.chain`; `launch_pdl` is Triton's.
+    """
+    able = chip.capability >= 90
+    return {"CHAINED": able, "launch_pdl": able}
+
+
 def precision(dtype: torch.dtype) -> str:
     """How tensor cores multiply: three tf32 products keep float32's accuracy (about 1e-6)."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
@@ -101,13 +110,24 @@ def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
     """Forward step: `columns` are units, of four gates each (estimates; nobody measured)."""
     wide = dtype == torch.float32
     if rows <= 64 or units < 32:
-        tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return TileConfig(tall, units, 32 if wide else 128, 4, 3)
+        tall, depth = 16 if rows <= 16 else 32 if rows <= 32 else 64, 32 if wide else 128
+        return TileConfig(tall, units, depth, 4, deep(tall + 4 * units, depth, dtype))
     return TileConfig(64 if wide else 128, units, 32 if wide else 64, 8, 3 if wide else 4)
+
+
+def deep(lanes: int, depth: int, dtype: torch.dtype) -> int:
+    """Pipeline stages of a product of few rows, which waits for memory alone: up to 7.
+
+    All but one, each `lanes` rows and columns times depth, fit into any chip's shared memory: at
+    H = 768 a program of 8 units has all that it reads under way before its first product.
+    """
+    return min(7, 1 + KNOWN_CHIPS[80].shared // (lanes * depth * dtype.itemsize))
 
 
 def step_units(rows: int, hidden: int) -> int:
     """Units a program when every step is a launch: few rows need many programs to share W."""
+    if rows <= 64 and 64 < hidden <= 1024:
+        return 8
     return 16 if rows <= 64 or hidden <= 64 else 32
 
 
