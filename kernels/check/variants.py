@@ -131,6 +131,11 @@ def _timed(kinds: Iterable[str]) -> Iterator[str]:
 
 def variants(chip: int) -> list[Variant]:
     """What ships for a chip: 80, 90 or 100; each once, by the first shape that launches it."""
+    return recorded(chip, chain(_checked(chip), _timed(KINDS if chip == 90 else KINDS[:1])))
+
+
+def recorded(chip: int, launches: Iterable[str]) -> list[Variant]:
+    """What is launched on tensors of the device `meta` between the names that are given."""
     from fusion_model.kernels.triton import linear_cross_entropy, lstm_operator
     from triton.runtime import JITFunction
 
@@ -158,6 +163,6 @@ def variants(chip: int) -> list[Variant]:
         ]:
             stack.enter_context(mock.patch.object(home, name, value))
         stack.enter_context(torch.device("meta"))
-        for what in chain(_checked(chip), _timed(KINDS if chip == 90 else KINDS[:1])):  # noqa: B007
+        for what in launches:  # noqa: B007
             pass
     return list(found.values())
