@@ -92,7 +92,9 @@ def _sequence(
         make = partial(_training_pair if training else _inference_pair, dtype, batch, hidden, steps)
         # There cuDNN has a persistent kernel of its own; elsewhere it launches every step.
         hard = dtype == torch.float16 and hidden % 128 == 0 and batch % 8 == 0 and batch <= 128
-        more = {"steps": steps, "cudnn": "persistent"} if hard else {"steps": steps}
+        more: dict[str, Any] = {"steps": steps}
+        if hard:
+            more["cudnn"] = "persistent"
         if tagged:
             more["auto"] = f"sequence {NAMES[dtype]}" + " training" * training
         yield from both(f"{what} {name}", make, tags[training] if tagged else [], **more)

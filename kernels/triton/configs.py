@@ -41,6 +41,7 @@ KNOWN_CHIPS = {  # for compiling ahead of time; at run time the device is asked
     90: Chip(90, 132, 232_448),
     100: Chip(100, 148, 232_448),
 }
+SHARED = 101_376  # bytes that a program may take on any chip from 8.0 on: 8.6, 8.9, 12.0
 INTERPRETER = Chip(0, 64, 232_448, cooperative=False)  # see `spinning_runner`
 
 
@@ -118,10 +119,10 @@ def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
 def deep(lanes: int, depth: int, dtype: torch.dtype) -> int:
     """Pipeline stages of a product of few rows, which waits for memory alone: up to 7.
 
-    All but one, each `lanes` rows and columns times depth, fit into any chip's shared memory: at
-    H = 768 a program of 8 units has all that it reads under way before its first product.
+    All but one, each `lanes` rows and columns times depth, fit into `SHARED`: at H = 768 and up to
+    32 rows a program of 8 units has all that it reads under way before its first product.
     """
-    return min(7, 1 + KNOWN_CHIPS[80].shared // (lanes * depth * dtype.itemsize))
+    return min(7, 1 + SHARED // (lanes * depth * dtype.itemsize))
 
 
 def step_units(rows: int, hidden: int) -> int:
