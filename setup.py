@@ -71,6 +71,7 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "fusion_model": ["py.typed", "checkpoints/*/*", "samples/*"],
+        "fusion_model.kernels": ["measured.json"],
         "fusion_model.benchmarks": ["*.txt", "*/*.css", "*.json"],
     },
     entry_points={"console_scripts": ["fusion-lm=fusion_model.cli:main"]},

@@ -24,7 +24,7 @@ from transformers import (
 from fusion_model.fusion import Fusing, first_state, without_hidden
 from fusion_model.kernels import resolve_backend
 
-LOOK = 32  # tokens between two looks at whether all sequences have ended
+LOOK = 32  # tokens between two looks at whether all sequences have ended, one CUDA graph
 
 
 class Decodable(Fusing, Protocol):
@@ -177,8 +177,8 @@ def decode(
 ) -> Tensor:
     """Prompts [B, T] and at most `steps` tokens more; it ends where all sequences have ended.
 
-    The host launches one graph a token; it looks at the tokens every `LOOK`, or, where a streamer
-    waits for them, at each.
+    The host launches one graph for `LOOK` tokens, then looks whether all sequences have ended;
+    where a streamer waits for tokens, one for each.
     """
     batch, prompt = len(input_ids), input_ids.to(model.device)
     e = None if prefix_embeds is None else prefix_embeds.to(model.device, model.dtype)
@@ -188,14 +188,14 @@ def decode(
     if prompt.shape[1] > 1:  # after all tokens but the last
         state = model.features(prompt[:, :-1], None, e)[1] or state
     decoder.start(prompt[:, -1], *state, seed=seed, temperature=choice.temperature or 1.0)
-    made = 0
+    made, look = 0, LOOK if streamer is None else 1
     while made < steps:
-        runner.step()
-        made += 1
+        count = min(look, steps - made)
+        runner.run(count)
+        made += count
         if streamer is not None:
             streamer.put(decoder.tokens[made - 1].cpu())
-        look = streamer is not None or made % LOOK == 0
-        if choice.eos >= 0 and look and bool(decoder.done.all()):
+        if choice.eos >= 0 and made < steps and bool(decoder.done.all()):
             break
     new = decoder.tokens[:made].t()
     if choice.eos >= 0:

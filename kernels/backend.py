@@ -1,9 +1,21 @@
 """The one place where a backend for the operations is chosen."""
 
+import json
+from pathlib import Path
+
 import torch
 from fusion_model.kernels.triton.configs import DTYPES, HAS_TRITON, chip_of, interpreting
 
 BACKENDS = ("auto", "torch", "cudnn", "triton", "reference")
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+MEASURED: dict[str, float] = json.loads(Path(__file__).with_name("measured.json").read_text())
+"""`measured_as` -> how many times as fast as PyTorch the kernels were where they did worst: the
+`measured` of a `results.json` that `fusion-lm gpu-check` wrote. Empty as long as none has been."""
+
+
+def measured_as(capability: int, operation: str, kind: str, training: bool) -> str:
+    """As what `MEASURED` knows it; kind is one of `NAMES`' names."""
+    return f"sm_{capability} {operation} {kind}" + " training" * training
 
 
 def choose(
@@ -13,14 +25,15 @@ def choose(
     dtype: torch.dtype | None,
     steps: int | None,
     triton: bool,
+    training: bool = False,
 ) -> str:
     """What `auto` means: a pure function of what is known before the call.
 
     On a CPU `torch`, but for a single step of a sequence, where PyTorch's LSTM takes about twice
-    as long as the equations. On a GPU from Ampere on, in 16 bits, `triton` for prefixes and
-    surprisal, where it does less work than PyTorch by construction, and for decoding, where the
-    host launches one graph a token; sequences stay with cuDNN until `fusion-lm gpu-check` has
-    shown on such a device which is faster.
+    as long as the equations. On a GPU from Ampere on, in 16 bits, what `MEASURED` says is faster;
+    where it says nothing `triton` for prefixes and surprisal, where it does less work than PyTorch
+    by construction, and for decoding, where the host launches one graph for many tokens, but not
+    for sequences.
 
     Args:
         operation: `sequence`, `prefix`, `surprisal` or `decode`.
@@ -29,11 +42,15 @@ def choose(
         dtype: of the products, where it is known.
         steps: length of the sequence, where it is known.
         triton: whether triton is installed.
+        training: whether gradients may be wanted.
     """
     if device == "cpu":
         return "reference" if operation == "sequence" and steps == 1 else "torch"
-    fits = device == "cuda" and capability >= 80 and dtype in (torch.bfloat16, torch.float16)
-    return "triton" if triton and fits and operation != "sequence" else "torch"
+    if not triton or device != "cuda" or capability < 80 or dtype not in NAMES:
+        return "torch"
+    ratio = MEASURED.get(measured_as(capability, operation, NAMES[dtype], training))
+    faster = operation != "sequence" if ratio is None else ratio >= 1
+    return "triton" if faster else "torch"
 
 
 def obstacle(
@@ -85,7 +102,8 @@ def resolve_backend(
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     capability = chip_of(device).capability if on_gpu else 0
     if backend == "auto":
-        return choose(operation, device.type, capability, dtype, steps, HAS_TRITON)
+        known = operation, device.type, capability, dtype, steps, HAS_TRITON
+        return choose(*known, training=torch.is_grad_enabled())
     if reason := obstacle(backend, device.type, capability, dtype, HAS_TRITON):
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return backend

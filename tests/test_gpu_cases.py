@@ -148,6 +148,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
         return 2.0
 
+    monkeypatch.setattr(triton_token, "TOKENS", 2)
     for name, value in {
         "DEVICE": "cpu", "D": 8, "H": 16, "V": 20, "NAMES": {torch.float16: "fp16"},
         "microseconds": once, "graphed": lambda run: run,
@@ -174,7 +175,7 @@ def test_timings_run() -> None:
 @pytest.mark.usefixtures("small")
 def test_a_compilation_beforehand_has_no_figures() -> None:
     [(name, run), _] = parts.compiled(CPU, "time tokens")
-    assert name == "token fp16 B1, eager"
+    assert name == "2 tokens fp16 B1, eager"
     assert run() == {"ok": True}
 
 
@@ -216,7 +217,7 @@ def test_both_sides_of_a_ratio_compute_the_same(monkeypatch: pytest.MonkeyPatch)
     made = []
     decoder = triton_token.Decoder
     monkeypatch.setattr(triton_token, "Decoder", lambda *a: made.append(decoder(*a)) or made[-1])
-    ours, theirs = timing._token(kind, 3)
+    ours, theirs = timing._tokens(kind, 3, 1)
     for _ in range(3):
         ours()
         theirs()

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 from fusion_model.benchmarks.gpu import timing
-from fusion_model.benchmarks.gpu.goals import GOALS, verdicts
+from fusion_model.benchmarks.gpu.goals import GOALS, of_auto, verdicts
 from fusion_model.benchmarks.gpu.parts import PARTS
 from fusion_model.benchmarks.measure import machine
+from fusion_model.kernels import backend
 from fusion_model.kernels.check import gpu
 from fusion_model.kernels.check.gpu import Part, run_parts
 from fusion_model.kernels.check.report import report
@@ -145,7 +146,8 @@ def test_goals() -> None:
         return {"case": "x", "ok": True, "us": us, "ratio": ratio, "tags": tags}
 
     tags = ("token 1", "token 1 graph")
-    rows = [timed(10.0, 3.5, *tags), timed(16.0, 4.0, *tags), timed(5.0, 1.2, "training")]
+    many = timed(10.0 * 32, 3.5, *tags) | {"steps": 32}
+    rows = [many, timed(16.0, 4.0, *tags), timed(5.0, 1.2, "training")]
     rows += [timed(5.0, 9.0, "prefixes"), {"case": "z", "ok": False, "tags": ["prefixes"]}]
     found = {(g["tag"], g["figure"]): (g["worst"], g["verdict"]) for g in verdicts({"time": rows})}
     assert found == {
@@ -157,6 +159,49 @@ def test_goals() -> None:
         ("prefixes", "ratio"): (9.0, "not measured"),
         ("model", "ratio"): (None, "not measured"),
     }
+
+
+def test_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run makes the table, where a kernel's worst row counts; the next one checks it."""
+
+    def rows(auto: str, *ratios: float | None) -> list[dict[str, Any]]:
+        return [{"auto": auto} | ({} if r is None else {"ratio": r}) for r in ratios]
+
+    first = {
+        "a": [*rows("sequence bf16", 2.0, 1.1), *rows("sequence bf16 training", 0.8, 3.0), {}],
+        "b": [*rows("decode fp16", 0.9, 1.2), *rows("prefix fp16", 4.0, None)],
+    }
+    table, found = of_auto(first, 90)
+    assert table == {
+        "sm_90 sequence bf16": 1.1, "sm_90 sequence bf16 training": 0.8, "sm_90 decode fp16": 0.9
+    }  # fmt: skip
+    assert [g["what"].split(":")[0] for g in found] == [
+        "auto takes cuDNN for sequence bf16",
+        "auto takes cuDNN for sequence bf16 training",
+        "auto takes the kernels for decode fp16",
+        "auto takes the kernels for prefix fp16",
+    ]
+    assert [g["verdict"] for g in found] == ["not met", "met", "not met", "not measured"]
+    monkeypatch.setattr(backend, "MEASURED", table)
+    assert [g["verdict"] for g in of_auto(first, 90)[1]] == ["met"] * 3 + ["not measured"]
+    assert [g["verdict"] for g in of_auto(first, 80)[1]][:3] == ["not met", "met", "not met"]
+
+
+def test_every_operation_has_rows_that_decide() -> None:
+    rows = [
+        run.keywords.get("auto")
+        for part in PARTS.values()
+        if part.timed
+        for _, run in part.cases(CPU)
+    ]
+    expected = {
+        f"{operation} {kind}{mode}"
+        for operation in ("sequence", "prefix", "surprisal", "decode")
+        for kind in ("bf16", "fp16")
+        for mode in ("", " training")
+        if (operation, mode) != ("decode", " training")
+    }
+    assert set(rows) - {None} == expected
 
 
 def test_a_full_run_has_the_rows_that_the_goals_are_of() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_model.kernels import lstm_sequence, resolve_backend
+from fusion_model.kernels import backend, lstm_sequence, resolve_backend
 from fusion_model.kernels.backend import choose, obstacle
 from fusion_model.kernels.triton import guards
 from fusion_model.kernels.triton.configs import (
@@ -17,6 +17,8 @@ from fusion_model.kernels.triton.configs import (
     rows_plan,
     sequence_backward_config,
     sequence_config,
+    step_config,
+    step_units,
 )
 from fusion_model.kernels.triton.guards import LaunchRefused, check_grid, close, trusted
 from fusion_model.kernels.triton.layout import Rows
@@ -46,6 +48,37 @@ H200 = KNOWN_CHIPS[90]
 )
 def test_auto(arguments: Any, expected: str) -> None:
     assert choose(*arguments) == expected
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_few_rows_are_shared_out(dtype: torch.dtype) -> None:
+    """Many programs, and as many stages as fit on the smallest chips."""
+    for rows in (1, 16, 17, 33, 64, 65, 8192):
+        for hidden in (5, 64, 512, 768, 1024, 1500):
+            units = step_units(rows, hidden)
+            tile = step_config(rows, dtype, units)
+            lanes = tile.rows + 4 * tile.columns
+            assert (tile.stages - 1) * lanes * tile.depth * dtype.itemsize <= 101_376
+            assert padded(hidden, units) % units == 0
+            if rows <= 16 and hidden >= 512:
+                assert padded(hidden, units) // units >= 64
+                assert tile.stages >= (7 if hidden <= 1024 else 5)
+    assert padded(768, step_units(1, 768)) // step_units(1, 768) == 96
+
+
+def test_auto_goes_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"sm_90 sequence bf16": 1.0, "sm_90 prefix bf16 training": 0.99, "sm_90 decode fp16": 0}
+    monkeypatch.setattr(backend, "MEASURED", table)
+
+    def taken(operation: str, dtype: torch.dtype = BF16, chip: int = 90, **more: bool) -> str:
+        return choose(operation, "cuda", chip, dtype, None, True, **more)
+
+    assert taken("sequence") == taken("prefix") == taken("decode") == "triton"
+    for other in (
+        taken("sequence", training=True), taken("sequence", torch.float16),
+        taken("sequence", chip=80), taken("prefix", training=True), taken("decode", torch.float16),
+    ):  # fmt: skip
+        assert other == "torch"
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
-from fusion_model.kernels.check.cases import Result
+from fusion_model.kernels.backend import choose, measured_as
+from fusion_model.kernels.check.cases import TYPES, Result
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal: `figure` of all `rows` that are tagged so, at least or at most `bound`."""
+    """One goal: `figure` of all `rows` that are tagged so, at least or at most `bound`.
+
+    Of a row of several steps `us` is what one of them takes.
+    """
 
     what: str
     tag: str
@@ -32,16 +37,47 @@ GOALS = [  # of a full run: rows are fp16 and bf16, eager and graphs
 
 def verdicts(results: Mapping[str, list[Result]]) -> list[dict[str, Any]]:
     """For each goal the worst figure of its rows, and met, not met, or not measured."""
-    found = []
     rows = [row for part in results.values() for row in part]
-    for goal in GOALS:
-        tagged = [row for row in rows if goal.tag in row.get("tags", ())]
-        values = [row[goal.figure] for row in tagged if goal.figure in row]
-        worst = (min if goal.at_least else max)(values, default=None)
-        verdict = "not measured"
-        if worst is not None:
-            met = worst >= goal.bound if goal.at_least else worst <= goal.bound
-            complete = len(values) >= goal.rows
-            verdict = "not met" if not met else "met" if complete else "not measured"
-        found.append(asdict(goal) | {"worst": worst, "verdict": verdict, "measured": len(values)})
-    return found
+    return [_judged(goal, [r for r in rows if goal.tag in r.get("tags", ())]) for goal in GOALS]
+
+
+def _judged(goal: Goal, rows: list[Result]) -> dict[str, Any]:
+    values = [
+        row[goal.figure] / (row.get("steps", 1) if goal.figure == "us" else 1)
+        for row in rows
+        if goal.figure in row
+    ]
+    worst = (min if goal.at_least else max)(values, default=None)
+    verdict = "not measured"
+    if worst is not None:
+        met = worst >= goal.bound if goal.at_least else worst <= goal.bound
+        complete = len(values) >= goal.rows
+        verdict = "not met" if not met else "met" if complete else "not measured"
+    return asdict(goal) | {"worst": worst, "verdict": verdict, "measured": len(values)}
+
+
+def of_auto(
+    results: Mapping[str, list[Result]], capability: int
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The table that `auto` goes by, `kernels/measured.json`, and whether it takes what is faster.
+
+    Rows that decide are named by what they are of: operation, dtype, and training. The worst of
+    them counts: a kernel is taken where it is never slower.
+    """
+    rows: dict[str, list[Result]] = {}
+    for row in chain.from_iterable(results.values()):
+        if "auto" in row:
+            rows.setdefault(row["auto"], []).append(row)
+    table, found = {}, []
+    for name, own in rows.items():
+        operation, kind, *training = name.split()
+        known = operation, "cuda", capability, TYPES[kind], None, True
+        ours = choose(*known, training=bool(training)) == "triton"
+        what = f"auto takes {'the kernels' if ours else 'cuDNN'} for {name}: times its speed"
+        goal = _judged(Goal(what, name, "ratio", 1.0, len(own)), own)
+        if goal["measured"] == len(own):
+            table[measured_as(capability, operation, kind, bool(training))] = goal["worst"]
+            right = ours == (goal["worst"] >= 1)
+            goal |= {"at_least": ours, "verdict": "met" if right else "not met"}
+        found.append(goal)
+    return table, found

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from fusion_model.benchmarks.gpu import timing
-from fusion_model.benchmarks.gpu.goals import verdicts
+from fusion_model.benchmarks.gpu.goals import of_auto, verdicts
 from fusion_model.kernels.check.cases import Named, Result
 from fusion_model.kernels.check.gpu import CHECKS, Part
+from fusion_model.kernels.triton.configs import chip_of
 
 _HERE = "fusion_model.benchmarks.gpu"
 _TIMED = {
@@ -45,5 +46,7 @@ def compiled(device: torch.device, name: str) -> list[Named]:
 
 
 def judge(results: dict[str, Any]) -> None:
-    """What the project's goals make of the rows that are known by now."""
-    results["goals"] = verdicts(results["parts"])
+    """What the project's goals, and `auto`, make of the rows that are known by now."""
+    capability = chip_of(torch.device("cuda")).capability if torch.cuda.is_available() else 0
+    results["measured"], auto = of_auto(results["parts"], capability)
+    results["goals"] = verdicts(results["parts"]) + auto

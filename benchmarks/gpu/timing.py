@@ -49,10 +49,15 @@ def versus(make: Callable[[], Pair], graph: bool, **more: Any) -> Result:
 
 
 def both(name: str, make: Callable[[], Pair], tags: list[str], **more: Any) -> list[Named]:
-    """The same eager, and as a graph, which launches at no cost."""
+    """The same eager, and as a graph, which launches at no cost.
+
+    Rows that have `auto`, an operation, a dtype and perhaps training, decide what `auto` takes.
+    """
     graph_tags = [*tags, f"{tags[0]} graph"] if tags else []
+    # Tokens are always decoded by graphs.
+    eager = {k: v for k, v in more.items() if k != "auto" or not v.startswith("decode")}
     return [
-        (f"{name}, eager", partial(versus, make, False, tags=tags, **more)),
+        (f"{name}, eager", partial(versus, make, False, tags=tags, **eager)),
         (f"{name}, graph", partial(versus, make, True, tags=graph_tags, **more)),
     ]
 
@@ -87,7 +92,11 @@ def _sequence(
         make = partial(_training_pair if training else _inference_pair, dtype, batch, hidden, steps)
         # There cuDNN has a persistent kernel of its own; elsewhere it launches every step.
         hard = dtype == torch.float16 and hidden % 128 == 0 and batch % 8 == 0 and batch <= 128
-        more = {"steps": steps, "cudnn": "persistent"} if hard else {"steps": steps}
+        more: dict[str, Any] = {"steps": steps}
+        if hard:
+            more["cudnn"] = "persistent"
+        if tagged:
+            more["auto"] = f"sequence {NAMES[dtype]}" + " training" * training
         yield from both(f"{what} {name}", make, tags[training] if tagged else [], **more)
 
 
@@ -126,15 +135,19 @@ def _training_pair(dtype: torch.dtype, batch: int, hidden: int, steps: int) -> P
 
 
 def tokens(device: torch.device) -> Iterator[Named]:
-    """A token, greedy: cell, projection, vocabulary, choice."""
+    """Greedy tokens, as many as a graph of `generate` holds: cell, projection, choice."""
+    from fusion_model.kernels.triton.decoder import TOKENS
+
     for dtype, kind in NAMES.items():
         for batch in (1, 16):
-            make = partial(_token, dtype, batch)
-            yield from both(f"token {kind} B{batch}", make, [f"token {batch}"])
+            make = partial(_tokens, dtype, batch, TOKENS)
+            tags = [f"token {batch}"]
+            more = {"steps": TOKENS, "auto": f"decode {kind}"}
+            yield from both(f"{TOKENS} tokens {kind} B{batch}", make, tags, **more)
 
 
 @torch.no_grad()
-def _token(dtype: torch.dtype, batch: int) -> Pair:
+def _tokens(dtype: torch.dtype, batch: int, count: int) -> Pair:
     from fusion_model.kernels.triton import decoder as triton_token
 
     module, embedding = _lstm(dtype, H), _random(dtype, V, D)
@@ -149,12 +162,13 @@ def _token(dtype: torch.dtype, batch: int) -> Pair:
 
     @torch.no_grad()
     def theirs() -> None:
-        out, state = module(F.embedding(ids, embedding)[:, None], (h, c))
-        ids.copy_(head(projection(out[:, 0])).argmax(-1))
-        h.copy_(state[0])
-        c.copy_(state[1])
+        for _ in range(count):
+            out, state = module(F.embedding(ids, embedding)[:, None], (h, c))
+            ids.copy_(head(projection(out[:, 0])).argmax(-1))
+            h.copy_(state[0])
+            c.copy_(state[1])
 
-    return decoder.step, theirs
+    return partial(decoder.run, count), theirs
 
 
 def prefixes(device: torch.device, sentences: int = 328, steps: int = 25) -> Iterator[Named]:
@@ -163,7 +177,8 @@ def prefixes(device: torch.device, sentences: int = 328, steps: int = 25) -> Ite
         for training in (False, True):
             name = f"prefixes {kind} {sentences * steps} rows" + ", training" * training
             make = partial(_prefixes, dtype, sentences, steps, training)
-            yield from both(name, make, [] if training else ["prefixes"])
+            auto = f"prefix {kind}" + " training" * training
+            yield from both(name, make, [] if training else ["prefixes"], auto=auto)
 
 
 def _prefixes(dtype: torch.dtype, sentences: int, steps: int, training: bool) -> Pair:
@@ -194,7 +209,8 @@ def surprisals(device: torch.device, n: int = 8192) -> Iterator[Named]:
     for dtype, kind in NAMES.items():
         for training in (False, True):
             name = f"surprisal {kind} N{n}" + ", training" * training
-            yield from both(name, partial(_surprisal, dtype, n, training), [])
+            auto = f"surprisal {kind}" + " training" * training
+            yield from both(name, partial(_surprisal, dtype, n, training), [], auto=auto)
 
 
 def _surprisal(dtype: torch.dtype, n: int, training: bool) -> Pair:

@@ -1,9 +1,9 @@
 """Every shipped kernel configuration, compiled ahead of time for chips not here, and judged.
 
 What ptxas and the disassembler say decides: registers, spills, shared memory, tensor-core
-instructions, local loads in the time loop, that a step's loads come before its products, and that
-each release comes after a barrier that comes after the stores. The same limits hold for every
-triton version.
+instructions, local loads in the time loop, that a step's loads come before its products, that each
+release comes after a barrier that comes after the stores, and that a chained launch waits before
+it touches memory. The same limits hold for every triton version.
 """
 
 import multiprocessing
@@ -23,6 +23,7 @@ from fusion_model.kernels.triton.configs import KNOWN_CHIPS
 STACK = 16  # bytes a thread may keep on the stack
 REGISTERS = 65_536  # of a multiprocessor
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
+GLOBAL = ("LDG", "STG", "ATOMG", "RED", "LD.", "ST.")  # memory that launches share
 
 
 @dataclass
@@ -132,6 +133,8 @@ def judge(variant: Variant, chip: int, usage: str, listing: str, shared: int) ->
     threads = 32 * int(variant.options["num_warps"])
     product = next((i for i, c in enumerate(in_loop) if c.startswith(TENSOR_CORES)), len(in_loop))
     late = any("STRONG.SYS" in code for code in in_loop[product:])  # loads of what others wrote
+    reached = next((i for i, c in enumerate(codes) if c.startswith(GLOBAL)), len(codes))
+    chained = bool(variant.constants.get("CHAINED"))
     one_trip = variant.constants.get("PHASE") == variant.constants.get("CHUNKS")
     room = KNOWN_CHIPS[chip].shared
     checks = [
@@ -142,6 +145,7 @@ def judge(variant: Variant, chip: int, usage: str, listing: str, shared: int) ->
         (report.tensor_core > 0 or not variant.products, "no tensor-core instruction"),
         (not report.local_loads, f"{report.local_loads} local loads in the loop"),
         (not (late and one_trip), "a step's loads do not all come before its products"),
+        (not chained or "ACQBULK" in codes[:reached], "a chained launch does not wait first"),
         (not variant.spins or releases > 0, "no release after a store in the time loop"),
         (not variant.spins or ordered, "a release without STG, BAR, MEMBAR before it"),
     ]

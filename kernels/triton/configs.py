@@ -41,6 +41,7 @@ KNOWN_CHIPS = {  # for compiling ahead of time; at run time the device is asked
     90: Chip(90, 132, 232_448),
     100: Chip(100, 148, 232_448),
 }
+SHARED = 101_376  # bytes that a program may take on any chip from 8.0 on: 8.6, 8.9, 12.0
 INTERPRETER = Chip(0, 64, 232_448, cooperative=False)  # see `spinning_runner`
 
 
@@ -68,6 +69,15 @@ def chip_of(device: torch.device) -> Chip:
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, wherever the tensors are: this makes it theirs."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def chained(chip: Chip) -> dict[str, bool]:
+    """Of a launch that follows another: from sm_90 on it comes up while that one still runs.
+
+    `CHAINED` is for the kernel, which waits by `primitives.chain`; `launch_pdl` is Triton's.
+    """
+    able = chip.capability >= 90
+    return {"CHAINED": able, "launch_pdl": able}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -101,13 +111,24 @@ def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
     """Forward step: `columns` are units, of four gates each (estimates; nobody measured)."""
     wide = dtype == torch.float32
     if rows <= 64 or units < 32:
-        tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return TileConfig(tall, units, 32 if wide else 128, 4, 3)
+        tall, depth = 16 if rows <= 16 else 32 if rows <= 32 else 64, 32 if wide else 128
+        return TileConfig(tall, units, depth, 4, deep(tall + 4 * units, depth, dtype))
     return TileConfig(64 if wide else 128, units, 32 if wide else 64, 8, 3 if wide else 4)
+
+
+def deep(lanes: int, depth: int, dtype: torch.dtype) -> int:
+    """Pipeline stages of a product of few rows, which waits for memory alone: up to 7.
+
+    All but one, each `lanes` rows and columns times depth, fit into `SHARED`: at H = 768 and up to
+    32 rows a program of 8 units has all that it reads under way before its first product.
+    """
+    return min(7, 1 + SHARED // (lanes * depth * dtype.itemsize))
 
 
 def step_units(rows: int, hidden: int) -> int:
     """Units a program when every step is a launch: few rows need many programs to share W."""
+    if rows <= 64 and 64 < hidden <= 1024:
+        return 8
     return 16 if rows <= 64 or hidden <= 64 else 32
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusion_model.kernels.triton.configs import TileConfig
+from fusion_model.kernels.triton.configs import TileConfig, chained, chip_of, deep
 from fusion_model.kernels.triton.decode_naive import Token
 from fusion_model.kernels.triton.lstm_step import OWN, TABLE, forward_constants, rows_forward
-from fusion_model.kernels.triton.primitives import sigmoid
+from fusion_model.kernels.triton.primitives import chain, sigmoid
 from torch import Tensor
 
 PLAIN, MULTIPLY, GATE = 0, 1, 2
@@ -41,8 +41,10 @@ def decode_linear(
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """z = h W^T + addend, or with h * e in place of h, or s h + (1 - s) e where s = sigmoid(z)."""
+    chain(CHAINED)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     m_n, m_o = o_n < n, o_o < outputs
@@ -96,11 +98,13 @@ def decode_choose(
     GREEDY: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Greatest logit; or a sample, by Gumbel noise, among all tokens or the k greatest.
 
     One program reads a sequence's logits, block after block: any vocabulary fits its registers.
     """
+    chain(CHAINED)
     i_b = tl.program_id(0)
     o_v = tl.arange(0, BLOCK_V)
     p_z = p_logits + i_b.to(tl.int64) * v
@@ -153,7 +157,8 @@ def linear_config(rows: int, outputs: int, dtype: torch.dtype) -> TileConfig:
     """Few rows: many programs share out the weights, each of which is read once."""
     exact = dtype == torch.float32
     tall = 16 if rows <= 16 else 32 if exact else 64
-    return TileConfig(tall, 16 if outputs <= 2048 else 64, 32 if exact else 128, 4, 3)
+    columns, depth = 16 if outputs <= 2048 else 64, 32 if exact else 128
+    return TileConfig(tall, columns, depth, 4, deep(tall + columns, depth, dtype))
 
 
 def linear_constants(rows: int, outputs: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -174,6 +179,7 @@ def linear(
     decode_linear[grid](
         h, h if e is None else e, w, addend, out, rows, outputs,
         STRIDE=h.stride(0), FUSION=fusion, ROWS=addend.dim() == 2, **constants,
+        **chained(chip_of(h.device)),
     )  # fmt: skip
 
 
@@ -184,6 +190,7 @@ def choose(logits: Tensor, args: Token) -> None:
         logits, args.ids, args.tokens, args.done, args.made, args.seed, args.temperature,
         size, batch, len(args.tokens), args.top_k, args.eos, args.pad,
         GREEDY=args.greedy, TOP_K=0 < args.top_k < size, **CHOICE,
+        **chained(chip_of(logits.device)),
     )  # fmt: skip
 
 
@@ -202,6 +209,7 @@ def kernel_token(args: Token) -> Tensor:
         rows_forward[grid](
             x, args.ids, args.h[layer], w, c, c, h[layer], c, x, batch, batch,
             INPUT=OWN if layer else TABLE, HAS_KEEP=False, SAVE=False, **constants,
+            **chained(chip_of(h.device)),
         )  # fmt: skip
     top, e, fusion = h[-1], args.e, PLAIN
     if args.gate is not None and args.gate_addend is not None:

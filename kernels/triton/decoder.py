@@ -1,10 +1,11 @@
-"""One token by kernels found right, the memory that it works on, and the CUDA graph of it.
+"""Tokens by kernels found right, the memory that they work on, and CUDA graphs of them.
 
 Notation: B sequences, H hidden width, HP padded, D features, V vocabulary, L layers.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from fusion_model.kernels.triton.decode_naive import Token, plain_token, scores
 from fusion_model.kernels.triton.guards import trusted
 from fusion_model.kernels.triton.layout import copied, pack
 from torch import Tensor
+
+TOKENS = 32  # of one CUDA graph: an even number, so that h is at the end where it was
 
 
 def _trial(args: Token) -> Iterator[tuple[Tensor, Tensor]]:
@@ -172,6 +175,12 @@ class Decoder:
         self.parity = 1 - self.parity
         return self.logits
 
+    def run(self, count: int) -> Tensor:
+        """So many tokens for every sequence, at least one, and the logits of the last."""
+        for _ in range(count - 1):
+            self.step()
+        return self.step()
+
     def state(self) -> tuple[Tensor, Tensor]:
         """(h, c) after the last step, each [B, L, H]."""
         token = self.steps[self.parity]
@@ -180,10 +189,10 @@ class Decoder:
 
 
 class TokenGraph:
-    """A `Decoder` whose step is a CUDA graph: one launch by the host, a token for each sequence."""
+    """A `Decoder` by CUDA graphs: one launch by the host for one token, or for `TOKENS` of them."""
 
     def __init__(self, decoder: Decoder) -> None:
-        """Captures an even and an odd step, which differ in where h lies; `start` comes after.
+        """Captures an even and an odd step, which differ in where h lies, and many; `start` after.
 
         Raises:
             ValueError: the decoder's memory is not on a CUDA device.
@@ -192,10 +201,18 @@ class TokenGraph:
             raise ValueError(f"a CUDA graph needs a CUDA device, not {decoder.done.device}")
         self.decoder, decoder.parity = decoder, 0
         with on(decoder.done.device):
-            self.graphs = [record(decoder.step) for _ in range(2)]
+            self.one = [record(decoder.step) for _ in range(2)]
+            self.many = record(partial(decoder.run, TOKENS))
 
-    def step(self) -> None:
-        """As `Decoder.step`, by replaying the graph."""
-        graph, self.decoder.logits = self.graphs[self.decoder.parity]
-        graph.replay()
-        self.decoder.parity = 1 - self.decoder.parity
+    def run(self, count: int) -> Tensor:
+        """As `Decoder.run`, by replaying graphs: those of many tokens from even steps on."""
+        decoder = self.decoder
+        while count:
+            many = count >= TOKENS and decoder.parity == 0
+            graph, decoder.logits = self.many if many else self.one[decoder.parity]
+            graph.replay()
+            if not many:
+                decoder.parity = 1 - decoder.parity
+            count -= TOKENS if many else 1
+        assert decoder.logits is not None
+        return decoder.logits

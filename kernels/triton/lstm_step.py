@@ -17,6 +17,7 @@ from fusion_model.kernels.triton.configs import step_config
 from fusion_model.kernels.triton.layout import Backward, Forward
 from fusion_model.kernels.triton.primitives import (
     cell_backward,
+    chain,
     load_gates,
     load_part,
     sigmoid,
@@ -49,7 +50,9 @@ def rows_forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    chain(CHAINED)
     TILES: tl.constexpr = WIDTH // UNITS
     i_n, i_u = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -162,7 +165,8 @@ def steps_forward(args: Forward) -> None:
             x, x if ids is None else ids[t], h[start:], w, c, c if keep is None else keep[t],
             h[after:], c if c_saved is None else c_saved[after:],
             h if gates is None else gates[done:], n, rows.batch,
-            INPUT=source, HAS_KEEP=keep is not None, SAVE=gates is not None, **constants,
+            INPUT=source, HAS_KEEP=keep is not None, SAVE=gates is not None, CHAINED=False,
+            **constants,
         )  # fmt: skip
         start = after
 

@@ -124,3 +124,14 @@ def wait_for(p_count, target, looks):
         seen = tl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
         looks -= 1
     return looks
+
+
+@triton.jit
+def chain(CHAINED: tl.constexpr):
+    """Wait until the launch ahead is done, and let the next one come up; see `configs.chained`.
+
+    Before this a kernel reads and writes nothing.
+    """
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
