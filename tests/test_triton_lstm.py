@@ -223,7 +223,7 @@ def test_survives_compilation() -> None:
     torch.testing.assert_close(got, expected)
 
 
-# Two programs, two groups; chunks beyond the width, one or all of them at a time, with a peek or not.
+# Two programs, two groups; chunks beyond the width, with a peek or not.
 FORWARD = [
     configs.SequenceConfig(8, 8, 2, 16, 2, True),
     configs.SequenceConfig(8, 8, 2, 16, 4, False),

@@ -39,7 +39,11 @@ def _program(
 
     torch.set_num_threads(1)
     builder = interpreter.interpreter_builder
-    set_dim, set_index, load = builder.set_grid_dim, builder.set_grid_idx, builder.create_masked_load
+    set_dim, set_index, load = (
+        builder.set_grid_dim,
+        builder.set_grid_idx,
+        builder.create_masked_load,
+    )
     builder.set_grid_dim = lambda *_: set_dim(grid[0], grid[1], 1)
     builder.set_grid_idx = lambda *_: set_index(*index, 0)
 

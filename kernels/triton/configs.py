@@ -141,14 +141,15 @@ class SequenceConfig:
     def phase(self) -> int:
         """Chunks that are waited for together, then multiplied: a trip to L2.
 
-        They wait in registers, 96 words of a thread; wgmma takes them from shared memory, beside W.
+        They wait in registers, 96 words of a thread; for wgmma, which takes them from shared
+        memory, beside W, 48: more spills on sm_100.
         """
         tile, most = self.chunk * self.columns, self.chunks
         if self.split:
             most = 96 * 64 // tile
         else:
             w = 4 * self.units * self.chunk * self.chunks
-            most = min(96 * 64 * self.warps // tile, (SHARED // 2 - w) // tile)
+            most = min(48 * 64 * self.warps // tile, (SHARED // 2 - w) // tile)
         return max(n for n in range(1, self.chunks + 1) if self.chunks % n == 0 and n <= most)
 
     @property
