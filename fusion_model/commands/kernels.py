@@ -37,8 +37,8 @@ def kernels(
     """Compile every Triton kernel for sm_80, sm_90 and sm_100, and judge the result; no GPU needed.
 
     Fails where registers spill, shared memory or registers do not fit, tensor cores are not used,
-    the time loop reads local memory, a step waits for its loads more than once, or programs wait for
-    each other by a fence or an atomic. Triton keeps on disk what it compiled.
+    the time loop reads local memory, a step waits for its loads more than once, or programs wait
+    for each other by a fence or an atomic. Triton keeps on disk what it compiled.
     """
     from fusion_model.errors import FusionLMError
 
