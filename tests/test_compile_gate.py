@@ -16,7 +16,6 @@ from fusion_model.kernels.check.compiled import (
     examine,
     instructions,
     judge,
-    releases_in_order,
 )
 from fusion_model.kernels.check.variants import Variant
 from fusion_model.kernels.triton.configs import KNOWN_CHIPS
@@ -48,7 +47,7 @@ def test_kernels_of_the_published_size() -> None:
         }
         for r in reports:
             assert not r["problems"]
-            assert min(r["registers"], r["tensor_core"], r["loop"], r["releases"]) > 0
+            assert min(r["registers"], r["tensor_core"], r["loop"], r["publishes"]) > 0
         assert code == 0
 
 
@@ -140,17 +139,26 @@ def test_what_the_command_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"),
+    ("code", "problem"),
     [
-        ("LDG STG.E BAR.SYNC MEMBAR.ALL.GPU RED.E", (1, True)),
-        ("BAR.SYNC STG.E MEMBAR.SC.GPU ATOMG.E BAR.SYNC", (1, False)),
-        ("STG.E BAR.SYNC STG.E MEMBAR.ALL.GPU", (1, False)),
-        ("BAR.SYNC MEMBAR.ALL.GPU RED.E", (0, True)),
-        ("STG BAR MEMBAR STG BAR MEMBAR", (2, True)),
+        ("MEMBAR.ALL.GPU", "fences or atomics in the loop: MEMBAR.ALL.GPU"),
+        ("MEMBAR.SC.SYS", "fences or atomics in the loop: MEMBAR.SC.SYS"),
+        ("REDG.E.ADD.STRONG.GPU", "fences or atomics in the loop: REDG.E.ADD.STRONG.GPU"),
+        ("ATOMG.E.EXCH.STRONG.GPU", "fences or atomics in the loop: ATOMG.E.EXCH.STRONG.GPU"),
+        ("MEMBAR.ALL.CTA", None),
+        ("REDUX.MAX", None),
     ],
 )
-def test_order_of_a_release(codes: str, expected: tuple[int, bool]) -> None:
-    assert releases_in_order(codes.split()) == expected
+def test_programs_tell_by_strong_stores_alone(code: str, problem: str | None) -> None:
+    options = {"num_warps": 4, "launch_cooperative_grid": True}
+    waiting = Variant("x", "", {}, {}, options)
+    listing = LISTING.replace("LDL", code)
+    strong = listing.replace("STG.E", "STG.E.STRONG.GPU")
+    found = judge(waiting, 90, "REG:100 STACK:0", strong, 0)
+    assert found.problems == ([problem] if problem else [])
+    assert found.publishes == 1
+    weak = judge(waiting, 90, "REG:100 STACK:0", listing, 0).problems
+    assert "no strong store in the time loop" in weak
 
 
 LISTING = """
@@ -192,7 +200,7 @@ def test_every_limit_is_judged() -> None:
             usage,
             clean,
             0,
-            "no release",
+            "no strong store",
         ),
         (good, "", clean, 0, "no resource usage"),
         (chained, usage, clean, 0, "a chained launch does not wait"),

@@ -38,12 +38,13 @@ def test_cases_reach_every_kind_of_launch_on_an_h200() -> None:
         dtype = cases.TYPES[case.dtype]
         args = (case.hidden, case.batch, 1, dtype, case.steps, case.training)
         plan = configs.rows_plan(KNOWN_CHIPS[90], *args)
-        config = configs.sequence_config(KNOWN_CHIPS[90], case.hidden, case.batch, dtype)
+        shape = case.hidden, case.batch, dtype, plan.units
+        config = configs.sequence_config(KNOWN_CHIPS[90], *shape)
         if plan.persistent and config is not None:
             kinds.add((config.split, case.training))
         else:
             kinds.add("steps")
-    assert kinds == {"steps", (True, True), (True, False), (False, False)}
+    assert kinds == {"steps", (True, True), (True, False), (False, True), (False, False)}
 
 
 SMALL = [

@@ -122,10 +122,11 @@ def test_persistent_launches_fit(chip: Any, dtype: torch.dtype) -> None:
                 plan = rows_plan(chip, hidden, batch, 1, dtype, 10, training)
                 if not plan.persistent:
                     continue
-                configs = [sequence_config(chip, hidden, batch, dtype)]
+                shape = chip, hidden, batch, dtype, plan.units
+                configs = [sequence_config(*shape)]
                 depths = [1]
                 if training:
-                    configs.append(sequence_backward_config(chip, hidden, batch, dtype))
+                    configs.append(sequence_backward_config(*shape))
                     depths.append(4)
                 for config, depth in zip(configs, depths, strict=True):
                     assert config is not None
@@ -136,6 +137,10 @@ def test_persistent_launches_fit(chip: Any, dtype: torch.dtype) -> None:
                     assert config.groups(batch) * config.columns >= batch
                     chunks = config.chunk * config.chunks
                     assert chunks * (config.warps if config.split else 1) >= depth * width
+                    assert config.chunks % config.phase == 0
+                    w = 4 * config.units * chunks  # in shared memory, unless split
+                    room = 2 * (w + config.phase * config.chunk * config.columns)
+                    assert config.split or room <= chip.shared
 
 
 def test_expected_plans() -> None:
@@ -143,11 +148,15 @@ def test_expected_plans() -> None:
         return rows_plan(chip, hidden, batch, 1, BF16, 10, training).persistent
 
     assert all(persistent(768, b, False) for b in (1, 16, 64, 256))
-    assert persistent(768, 16, True)
-    assert not persistent(768, 64, True)  # the backward pass holds one group of 16
+    assert all(persistent(768, b, True) for b in (1, 16, 32, 64))  # two groups of 32
+    assert all(persistent(h, b, True) for h, b in ((512, 128), (650, 96), (1024, 64)))
+    assert not persistent(768, 96, True)
+    assert not persistent(768, 32, True, KNOWN_CHIPS[80])
     assert not persistent(1500, 16, False)
-    whole = [sequence_config(H200, 768, 16, BF16), sequence_backward_config(H200, 768, 16, BF16)]
-    assert all(c is not None and c.phase == c.chunks > 1 for c in whole)  # one trip to L2 a step
+    whole = [sequence_config(H200, 768, batch, BF16, 8) for batch in (8, 32)]
+    whole.append(sequence_backward_config(H200, 768, 16, BF16, 8))
+    assert all(c is not None and c.phase == c.chunks for c in whole)  # all of a step at once
+    assert [c is not None and c.peek for c in whole] == [False, True, True]
     assert not persistent(768, 16, False, replace(H200, sms=20))
     assert not persistent(768, 16, False, replace(H200, cooperative=False))
     assert not rows_plan(H200, 768, 16, 1, BF16, 1, False).persistent  # a single step

@@ -18,8 +18,9 @@ from triton_programs import concurrent_programs
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels.triton import layout
+from fusion_model.kernels.triton import layout, lstm_naive
 from fusion_model.kernels.triton import lstm_sequence as triton_sequence
+from fusion_model.kernels.triton import lstm_sequence_backward as triton_backward
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +221,85 @@ def test_survives_compilation() -> None:
     got = torch.autograd.grad(compiled(x, h0).sum(), weights[0])
     expected = torch.autograd.grad(both(x, h0).sum(), weights[0])
     torch.testing.assert_close(got, expected)
+
+
+# Two programs, two groups; chunks beyond the width, with a peek or not.
+FORWARD = [
+    configs.SequenceConfig(8, 8, 2, 16, 2, True),
+    configs.SequenceConfig(8, 8, 2, 16, 4, False),
+    configs.SequenceConfig(8, 32, 8, 128, 1, True),
+]
+BACKWARD = [
+    configs.SequenceConfig(8, 16, 2, 16, 2, True),
+    configs.SequenceConfig(8, 16, 2, 64, 5, True),
+    configs.SequenceConfig(8, 32, 8, 64, 4, True),
+]
+
+
+def filled(batch: int, steps: int, dtype: torch.dtype, masked: bool) -> tuple[Any, Any]:
+    """What a layer of 16 units is given: random, the outputs NaN."""
+    m, width = steps * batch, 16
+    rows = layout.Rows(batch, steps, 1)
+    keep = padding(batch, steps).t().to(torch.uint8).contiguous() if masked else None
+
+    def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape).to(kind)
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=kind)
+
+    w, h, c = random(64, width), empty(batch + m, width), random(batch, width, kind=torch.float32)
+    h[:batch] = random(batch, width)
+    c_saved = empty(batch + m, width, kind=torch.float32)
+    c_saved[:batch] = c
+    gates = empty(m, 64)
+    forward = layout.Forward(random(m, 64), None, w, h, c, keep, c_saved, gates, rows, True, 8)
+    dh, grad, held = random(batch + m, width), empty(m, 64), torch.zeros(batch, width)
+    saved = random(batch + m, width, kind=torch.float32), random(m, 64).sigmoid()
+    dc = random(batch, width, kind=torch.float32)
+    return forward, layout.Backward(dh, dc, w, *saved, keep, grad, held, rows, 8)
+
+
+def same_as_the_equations(args: Any, config: configs.SequenceConfig) -> None:
+    """Run twice over the same memory: the second finds what the first wrote."""
+    forward = isinstance(args, layout.Forward)
+    run = triton_sequence.sequence_forward if forward else triton_backward.sequence_backward
+    plain = lstm_naive.plain_forward if forward else lstm_naive.plain_backward
+    got, expected = args.trial(), args.trial()
+    for _ in range(2):
+        if not forward:
+            got.held.zero_(), expected.held.zero_()  # as they are to be given
+        with concurrent_programs():
+            run(got, config)
+        plain(expected)
+        for name in args.written:
+            wide = torch.finfo(args.w.dtype).bits == 32
+            a, b = getattr(got, name).float(), getattr(expected, name).float()
+            torch.testing.assert_close(a, b, atol=1e-5 if wide else 6e-2, rtol=0, equal_nan=True)
+    told = got.h[args.rows.batch :] if forward else got.grad
+    assert (told.view(torch.int32) != -1).all()  # or nobody would know that it is written
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", range(3))
+def test_launches_in_groups_phases_and_with_a_peek(index: int, dtype: torch.dtype) -> None:
+    assert [c.peek for c in FORWARD] == [c.peek for c in BACKWARD] == [False, False, True]
+    forward, backward = filled(FORWARD[index].columns + 3, 3, dtype, True)
+    same_as_the_equations(forward, FORWARD[index])
+    same_as_the_equations(backward, BACKWARD[index])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_given_is_taken_for_unwritten(dtype: torch.dtype) -> None:
+    """All ones, the mark of what nobody has written, and other NaNs: in states, held or not."""
+    forward, backward = filled(3, 4, dtype, True)
+    mark = torch.full((16,), -1, dtype=torch.int32).view(dtype)[:16]
+    forward.h[0], forward.c[1, 3] = mark, float("nan")  # row 0 holds it for half of the steps
+    forward.x_gates[3 * 2 + 2] = mark.repeat(4)
+    backward.dh[3 * 4 + 1], backward.dc[2, 5] = mark, float("nan")
+    backward.gates[4] = mark.repeat(4)
+    same_as_the_equations(forward, FORWARD[0])
+    same_as_the_equations(backward, BACKWARD[0])
 
 
 def test_a_launch_gives_up_waiting() -> None:

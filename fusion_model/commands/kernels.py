@@ -16,13 +16,13 @@ def _table(reports: list[Any]) -> Any:
 
     table = Table(title="Triton kernels, compiled ahead of time")
     table.add_column("kernel", no_wrap=True)
-    for name in ("sm", "regs", "stack B", "shared B", "tensor", "loop", "LDL", "release"):
+    for name in ("sm", "regs", "stack B", "shared B", "tensor", "loop", "LDL", "publish"):
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for r in reports:
         figures = (r.chip, r.registers, r.stack, r.shared, r.tensor_core, r.loop, r.local_loads)
         verdict = "; ".join(r.problems) or "ok"
-        table.add_row(r.name, *map(str, figures), str(r.releases or "-"), verdict)
+        table.add_row(r.name, *map(str, figures), str(r.publishes or "-"), verdict)
     return table
 
 
@@ -37,8 +37,8 @@ def kernels(
     """Compile every Triton kernel for sm_80, sm_90 and sm_100, and judge the result; no GPU needed.
 
     Fails where registers spill, shared memory or registers do not fit, tensor cores are not used,
-    the time loop reads local memory, a step waits for its loads more than once, or a release is not
-    ordered after the stores. Triton keeps on disk what it compiled.
+    the time loop reads local memory, a step waits for its loads more than once, or programs wait
+    for each other by a fence or an atomic. Triton keeps on disk what it compiled.
     """
     from fusion_model.errors import FusionLMError
 

@@ -66,6 +66,7 @@ def cases(operation: str) -> list[Case]:
         for batch, hidden in [(3, 650), (17, 512)]:
             found.append(Case("sequence", t, batch, 37, 64, hidden, masked=True))
         found.append(Case("sequence", t, 4, 19, 64, 768, layers=3))
+    found.append(Case("sequence", "bf16", 64, 37, 64, 768, masked=True))  # backward in two groups
     for batch, hidden in [(8, 768), (16, 1024), (32, 1024), (64, 768), (128, 768), (256, 768),
                           (16, 1500), (300, 512)]:  # fmt: skip
         found.append(Case("sequence", "bf16", batch, 33, 64, hidden, training=False))
@@ -175,6 +176,7 @@ def check(device: torch.device, operation: str, *dtypes: str) -> list[Named]:
 REPEATED = [
     Case("sequence", "bf16", 1, 128, 64, 768, training=False),
     Case("sequence", "bf16", 16, 64, 64, 768),
+    Case("sequence", "bf16", 64, 64, 64, 768),
     Case("sequence", "bf16", 64, 64, 64, 768, training=False),
     Case("sequence", "bf16", 64, 32, 64, 1500, masked=True),
     Case("prefix", "bf16", 32, 16, 64, 768),

@@ -36,13 +36,14 @@ class Chip:
     cooperative: bool = True
 
 
+SHARED = 232_448  # bytes a program may take, where there is wgmma
 KNOWN_CHIPS = {  # for compiling ahead of time; at run time the device is asked
     80: Chip(80, 108, 166_912),
-    90: Chip(90, 132, 232_448),
-    100: Chip(100, 148, 232_448),
+    90: Chip(90, 132, SHARED),
+    100: Chip(100, 148, SHARED),
 }
-SHARED = 101_376  # bytes that a program may take on any chip from 8.0 on: 8.6, 8.9, 12.0
-INTERPRETER = Chip(0, 64, 232_448, cooperative=False)  # see `spinning_runner`
+ANYWHERE = 101_376  # bytes that a program may take on any chip from 8.0 on: 8.6, 8.9, 12.0
+INTERPRETER = Chip(0, 64, SHARED, cooperative=False)  # see `spinning_runner`
 
 
 def interpreting() -> bool:
@@ -119,10 +120,10 @@ def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
 def deep(lanes: int, depth: int, dtype: torch.dtype) -> int:
     """Pipeline stages of a product of few rows, which waits for memory alone: up to 7.
 
-    All but one, each `lanes` rows and columns times depth, fit into `SHARED`: at H = 768 and up to
-    32 rows a program of 8 units has all that it reads under way before its first product.
+    All but one, each `lanes` rows and columns times depth, fit into `ANYWHERE`: at H = 768 and up
+    to 32 rows a program of 8 units has all that it reads under way before its first product.
     """
-    return min(7, 1 + SHARED // (lanes * depth * dtype.itemsize))
+    return min(7, 1 + ANYWHERE // (lanes * depth * dtype.itemsize))
 
 
 def step_units(rows: int, hidden: int) -> int:
@@ -159,12 +160,27 @@ class SequenceConfig:
 
     @property
     def phase(self) -> int:
-        """Chunks that are loaded before the first of them is multiplied: one trip to L2.
+        """Chunks that are waited for together, then multiplied: a trip to L2.
 
-        More than three would not fit into registers; all warps together go chunk by chunk, as
-        wgmma has to find each of them in shared memory, beside W.
+        They wait in registers, 96 words of a thread; for wgmma, which takes them from shared
+        memory, beside W, 48: more spills on sm_100.
         """
-        return next(n for n in (3, 2, 1) if self.chunks % n == 0) if self.split else 1
+        tile, most = self.chunk * self.columns, self.chunks
+        if self.split:
+            most = 96 * 64 // tile
+        else:
+            w = 4 * self.units * self.chunk * self.chunks
+            most = min(48 * 64 * self.warps // tile, (SHARED // 2 - w) // tile)
+        return max(n for n in range(1, self.chunks + 1) if self.chunks % n == 0 and n <= most)
+
+    @property
+    def peek(self) -> bool:
+        """Whether the first sequence is waited for before all of them: a step reads over 32 KB.
+
+        As long as one program is late all others read without end what they wait for.
+        """
+        depth = self.chunk * self.chunks * (self.warps if self.split else 1)
+        return depth * self.columns > 1 << 14
 
     def programs(self, width: int) -> int:
         return -(-width // self.units)
@@ -191,7 +207,7 @@ def _chunks(width: int, warps: int, most: int) -> tuple[int, int]:
 
 
 def sequence_candidates(hidden: int, batch: int, dtype: torch.dtype) -> list[SequenceConfig]:
-    """Persistent forward configurations that the study compiled, best first (an estimate)."""
+    """Persistent forward configurations that were compiled, best first (an estimate)."""
     found: list[SequenceConfig] = []
     columns = 8 if batch <= 8 else 16 if batch <= 16 else 32
     if dtype == torch.float32:
@@ -210,31 +226,43 @@ def sequence_candidates(hidden: int, batch: int, dtype: torch.dtype) -> list[Seq
     return found
 
 
-def sequence_config(
-    chip: Chip, hidden: int, batch: int, dtype: torch.dtype
+def sequence_backward_candidates(hidden: int, dtype: torch.dtype) -> list[SequenceConfig]:
+    """As `sequence_candidates`: K = 4 HP over 8 warps; the more units, the less is read in all."""
+    if dtype == torch.float32 or hidden > 1024:
+        return []
+    found = []
+    for units, columns in ((8, 16), (16, 16), (16, 32)):
+        chunk, n = _chunks(4 * padded(hidden, units), 8, 128 if columns == 16 else 64)
+        found.append(SequenceConfig(units, columns, 8, chunk, n, True))
+    return found
+
+
+def _first(
+    chip: Chip, hidden: int, batch: int, units: int, candidates: list[SequenceConfig]
 ) -> SequenceConfig | None:
-    """The persistent forward launch, or None: then every step is a launch of its own."""
+    """The first of these with so many units that fits on the chip as a whole."""
     if not chip.cooperative or (chip.capability == 80 and hidden > 768):
         return None
-    for config in sequence_candidates(hidden, batch, dtype):
+    for config in candidates:
         programs = config.programs(padded(hidden, config.units)) * config.groups(batch)
-        if programs <= chip.sms and (config.split or chip.capability in (0, 90, 100)):
+        known = config.split or chip.capability in (0, 90, 100)
+        if config.units == units and programs <= chip.sms and known:
             return config
     return None
 
 
-def sequence_backward_config(
-    chip: Chip, hidden: int, batch: int, dtype: torch.dtype
+def sequence_config(
+    chip: Chip, hidden: int, batch: int, dtype: torch.dtype, units: int
 ) -> SequenceConfig | None:
-    """The persistent backward launch: W transposed in registers, K = 4 HP over 8 warps."""
-    if dtype == torch.float32 or hidden > 1024 or not chip.cooperative:
-        return None
-    if chip.capability == 80 and hidden > 768:
-        return None
-    chunk, n = _chunks(4 * padded(hidden, 8), 8, 128)
-    config = SequenceConfig(8, 16, 8, chunk, n, True)
-    programs = config.programs(padded(hidden, 8)) * config.groups(batch)
-    return config if programs <= chip.sms else None
+    """The persistent forward launch, or None: then every step is a launch of its own."""
+    return _first(chip, hidden, batch, units, sequence_candidates(hidden, batch, dtype))
+
+
+def sequence_backward_config(
+    chip: Chip, hidden: int, batch: int, dtype: torch.dtype, units: int
+) -> SequenceConfig | None:
+    """The persistent backward launch: W transposed on the chip."""
+    return _first(chip, hidden, batch, units, sequence_backward_candidates(hidden, dtype))
 
 
 @dataclass(frozen=True)
@@ -249,9 +277,8 @@ def rows_plan(
     chip: Chip, hidden: int, batch: int, rows: int, dtype: torch.dtype, steps: int, training: bool
 ) -> RowsPlan:
     """The plan for a layer of `rows` prefix rows a sentence (1: a plain sequence)."""
-    if rows == 1 and steps > 1:
-        config = sequence_config(chip, hidden, batch, dtype)
-        back = sequence_backward_config(chip, hidden, batch, dtype) if training else config
-        if config is not None and back is not None and config.units == back.units:
-            return RowsPlan(config.units, True)
+    for units in (8, 16, 32) if rows == 1 and steps > 1 else ():
+        shape = chip, hidden, batch, dtype, units
+        if sequence_config(*shape) and (not training or sequence_backward_config(*shape)):
+            return RowsPlan(units, True)
     return RowsPlan(step_units(batch * rows, hidden), False)

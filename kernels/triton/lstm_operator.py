@@ -25,7 +25,7 @@ from fusion_model.kernels.triton.lstm_sequence_backward import sequence_backward
 from fusion_model.kernels.triton.lstm_step import steps_backward, steps_forward
 from torch import Tensor
 
-TRIAL = 1 << 20  # looks at counters
+TRIAL = 1 << 20  # looks: about a second
 
 
 def _run(persistent: bool, args: Forward | Backward) -> None:
@@ -43,8 +43,10 @@ def _run(persistent: bool, args: Forward | Backward) -> None:
         return trusted(kernel, dtype, key, device, lambda: _trial(run, plain, args))
 
     with on(device):
-        config = config_of(chip_of(device), width, rows.batch, dtype) if persistent else None
-        if config is not None and config.units == args.units:
+        config = None
+        if persistent:
+            config = config_of(chip_of(device), width, rows.batch, dtype, args.units)
+        if config is not None:
             trial = partial(sequence, config=config, looks=TRIAL)  # ends, and is wrong, if it hangs
             if right(f"sequence_{name}", trial, config):
                 return sequence(args, config)

@@ -36,6 +36,13 @@ def split_gates_first(z, UNITS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def join_gates(i, f, g, o):
+    """What `split_gates` undoes: four [M, U] as [M, 4 U]."""
+    x = tl.join(tl.join(i, g), tl.join(f, o))
+    return tl.reshape(tl.permute(x, (0, 2, 3, 1)), (i.shape[0], 4 * i.shape[1]))
+
+
+@triton.jit
 def load_part(p, m, MASKED: tl.constexpr, VOLATILE: tl.constexpr = False):
     """A tile at p; where MASKED, as not all tiles are whole, zeros where m is false.
 
@@ -103,27 +110,87 @@ def sum_warps(x, WARPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def arrive(p_count):
-    """Tell the group that this program's stores are done.
-
-    Triton 3.6 puts no barrier between the block's stores and thread 0's release by itself.
-    """
-    tl.debug_barrier()
-    tl.atomic_add(p_count, 1, sem="release", scope="gpu")
+def to_words(x):
+    """[M, N] as the int32 that lie in memory: [M, N / 2] of 16-bit types, [M, N] of float32."""
+    if x.dtype.primitive_bitwidth == 32:
+        words = x.to(tl.int32, bitcast=True)
+    else:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.int32)
+        low, high = tl.split(tl.reshape(bits, (x.shape[0], x.shape[1] // 2, 2)))
+        words = low | (high << 16)
+    return words
 
 
 @triton.jit
-def wait_for(p_count, target, looks):
-    """Spin until the group has arrived `target` times; gives the looks that are left.
+def from_words(words, KIND: tl.constexpr):
+    """What `to_words` gave, of whatever rank, as KIND again."""
+    if KIND.primitive_bitwidth == 32:
+        x = words.to(KIND, bitcast=True)
+    else:
+        x = tl.interleave(words.to(tl.int16), (words >> 16).to(tl.int16)).to(KIND, bitcast=True)
+    return x
 
-    One who has none left goes on: results are then wrong, but the launch ends. One load comes
-    before the loop: Triton 3.6 crashes on a loop without.
+
+@triton.jit
+def publish(p, words, mask):
+    """Store words that others wait for, by `written`: all ones, the mark, become another NaN.
+
+    The store is a strong one, as the looks at it are, and of the same size: no race. Triton has no
+    name for it.
     """
-    seen = tl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
-    while (seen < target) & (looks > 0):
-        seen = tl.atomic_add(p_count, 0, sem="acquire", scope="gpu")
+    tl.inline_asm_elementwise(
+        """{ .reg .pred %ours;
+        setp.ne.b32 %ours, $3, 0;
+        @%ours st.relaxed.gpu.global.b32 [$1], $2;
+        mov.b32 $0, 0; }""",
+        "=r,l,r,r",
+        [p.to(tl.int64), tl.where(words == -1, -2, words), mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def look(
+    p, o, PHASE: tl.constexpr, WORDS: tl.constexpr, END: tl.constexpr, MASKED: tl.constexpr,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    """As `written`, without waiting: the tiles, and whether the mark is in one of them."""
+    tiles = ()
+    largest = tl.zeros(p.shape, tl.uint32)
+    for j in tl.static_range(PHASE):
+        words = load_part(p + j * WORDS, o + j * WORDS < END, MASKED, True)
+        largest = tl.maximum(largest, words.to(tl.uint32, bitcast=True))
+        tiles = tiles + (from_words(words, KIND),)
+    largest = tl.max(tl.reshape(largest, (largest.numel,), can_reorder=True), axis=0)
+    return tiles, largest == 0xFFFFFFFF
+
+
+@triton.jit
+def written(
+    p, o, wait, looks, PHASE: tl.constexpr, WORDS: tl.constexpr, END: tl.constexpr,
+    MASKED: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """PHASE tiles, WORDS apart, as KIND: once other programs have written all of them.
+
+    Memory that nobody has written yet is all ones, and data is its own flag: a tile is looked at,
+    past the L1 cache, until no such word is in it. Nothing else may be told that way: there is no
+    fence. One who has no looks left goes on: results are then wrong, but the launch ends. One look
+    comes before the loop: Triton 3.6 crashes on a loop without.
+
+    Args:
+        o: where each word is on its axis; at END and beyond it is zero.
+        wait: whether at all: what was there before the launch may be anything.
+
+    Returns:
+        The tiles, and the looks that are left.
+    """
+    tiles, missing = look(p, o, PHASE, WORDS, END, MASKED, KIND)
+    while missing & wait & (looks > 0):
+        tiles, missing = look(p, o, PHASE, WORDS, END, MASKED, KIND)
         looks -= 1
-    return looks
+    return tiles, looks
 
 
 @triton.jit
