@@ -113,7 +113,8 @@ def step_config(rows: int, dtype: torch.dtype, units: int) -> TileConfig:
     wide = dtype == torch.float32
     if rows <= 64 or units < 32:
         tall, depth = 16 if rows <= 16 else 32 if rows <= 32 else 64, 32 if wide else 128
-        return TileConfig(tall, units, depth, 4, deep(tall + 4 * units, depth, dtype))
+        warps = 8 if wide and tall * units > 1024 else 4  # more than fits into registers
+        return TileConfig(tall, units, depth, warps, deep(tall + 4 * units, depth, dtype))
     return TileConfig(64 if wide else 128, units, 32 if wide else 64, 8, 3 if wide else 4)
 
 
