@@ -213,9 +213,9 @@ def test_a_kernel_is_checked_once() -> None:
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_wrong_kernel_is_named_and_not_used() -> None:
     wrong = torch.zeros(2), torch.ones(2)
-    with pytest.warns(RuntimeWarning, match="kernel rows .*not used on cpu.*differ"):
+    with pytest.warns(RuntimeWarning, match="rows .*not used on cpu.*differ"):
         assert not trusted("rows", FP32, (1,), CPU, lambda: [RIGHT, wrong])
-    with pytest.warns(RuntimeWarning, match="kernel lines .*ZeroDivisionError"):
+    with pytest.warns(RuntimeWarning, match="lines .*ZeroDivisionError"):
         assert not trusted("lines", FP32, (1,), CPU, lambda: 1 / 0)
     assert not trusted("rows", FP32, (1,), CPU, lambda: [RIGHT])  # remembered, without a warning
 
