@@ -338,3 +338,27 @@ def test_version_and_module() -> None:
     assert run("--version") == (0, shown, "")
     command = [sys.executable, "-m", "fusion_model", "--version"]
     assert subprocess.run(command, capture_output=True, text=True).stdout == shown
+
+
+@pytest.mark.parametrize("asked", [None, "2"])
+def test_tokens_are_made_on_one_thread(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine threads wait for each other; who names a number gets it."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    seen, generate = [], fusion_model.FusionLM.generate
+
+    def spied(self, *args, **options):
+        seen.append(torch.get_num_threads())
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(fusion_model.FusionLM, "generate", spied)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert (
+            run("generate", "fusion-lm-small-unfused", "--max-new-tokens", 2, "--seed", 1)[0] == 0
+        )
+        assert (seen, torch.get_num_threads()) == ([2 if asked else 1], 2)
+    finally:
+        torch.set_num_threads(before)

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ from fusion_model.commands.app import (
     command,
     output,
 )
+from fusion_model.devices import one_thread
 from fusion_model.errors import FusionLMError
 
 if TYPE_CHECKING:
@@ -177,6 +178,9 @@ def generate(
         from fusion_model.export.runtime.tokenizer import TokenPrinter
 
         options["streamer"] = TokenPrinter(lm.tokenizer)
-    texts = lm.generate(prompt, seed=seed, **options)
+    # Under other policies prefixes are encoded anew, which is work for several threads.
+    by_token = chosen.onnx is None and (not lm.planner or lm.planner.policy.name == "incremental")
+    with one_thread() if by_token else nullcontext():
+        texts = lm.generate(prompt, seed=seed, **options)
     if beam > 1:
         print(texts[0])
