@@ -32,7 +32,9 @@ def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
     )
     at = f" at {size.tuned_at:,} sentences" if size.tuned_at else ""
     few = math.prod(map(len, size.grids.values())) <= WHOLE
-    how = "of all settings that were run" if few else "one after the other from the middle of the grid"
+    how = "one after the other from the middle of the grid"
+    if few:
+        how = "of all settings that were run"
     later = ", and at other sizes among what it chose there for any arm" if size.tuned_at else ""
     return (
         f"Size `{size.name}`: {trained} training, {size.dev:,} dev and at most {size.test:,} test "
