@@ -117,6 +117,7 @@ setup(
             "onnxruntime>=1.22",
             "pytest>=8.0",
             "pytest-benchmark>=5.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.11",
             "statsmodels>=0.14",
         ],

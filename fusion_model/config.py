@@ -27,6 +27,7 @@ class FusionLMConfig(PreTrainedConfig):
         encoder_sha256: content hash of the encoder that the model was trained with.
         pooling: see `fusion_model.encoders.pooling.POOLINGS`; several are joined by `+`.
         view: what the encoder is shown, see `fusion_model.prefixes.views.VIEWS`.
+        scale_prefix: the model has a factor for each element of e, which training measured.
         policy: how often the encoder runs, one of `fusion_model.encoders.policies.POLICIES`.
         shuffle: control, `none`, `sentence` or `corpus`.
         shares_vocabulary: tokens are pieces of the encoder's own vocabulary, so that prefixes go
@@ -48,6 +49,7 @@ class FusionLMConfig(PreTrainedConfig):
     num_layers: Layers = 1
     fusion: str = "concat"
     prefix_size: Size = 768
+    scale_prefix: bool = False
     tie_weights: bool = False
     dropout: Share = 0.0
     prefix_dropout: Share = 0.0

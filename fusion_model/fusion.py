@@ -23,6 +23,7 @@ class Fusing(Protocol):
     """A model, as far as fusion reads it."""
 
     config: FusionLMConfig
+    prefix_scale: Tensor | None  # factors of e, [E]
     prefix_projection: nn.Module  # E -> H, or the identity
     gate: nn.Linear  # 2 H -> H, where fusion is `gate`
     projection: nn.Linear  # H, or for `concat` H + E -> D
@@ -33,9 +34,18 @@ def initial_state(fusion: str, e: T, zeros: T) -> tuple[T, T]:
     return {"init_hidden": (e, zeros), "init_cell": (zeros, e), "init_both": (e, e)}[fusion]
 
 
+def scaled(e: Tensor, scale: Tensor | None) -> Tensor:
+    """e [..., E] times its factors [E], where a model has some: `training.data.prefix_scale`."""
+    return e if scale is None else e * scale.to(e.dtype)
+
+
+def _projected(model: Fusing, e: Tensor) -> Tensor:
+    return model.prefix_projection(scaled(e, model.prefix_scale))
+
+
 def start(model: Fusing, e: Tensor) -> tuple[Tensor, Tensor]:
     """(h, c) of early fusion, each [..., H], from e [..., E]."""
-    e = model.prefix_projection(e)
+    e = _projected(model, e)
     return initial_state(model.config.fusion, e, torch.zeros_like(e))
 
 
@@ -55,7 +65,7 @@ def fuse(model: Fusing, hidden: Tensor, e: Tensor | None) -> Tensor:
         return hidden
     assert e is not None
     e = e if e.dim() == 3 else e[:, None].expand(-1, hidden.shape[1], -1)
-    e = model.prefix_projection(e)
+    e = _projected(model, e)
     if fusion == "concat":
         return torch.cat([hidden, e.to(hidden.dtype)], dim=-1)
     if fusion == "add":
@@ -76,7 +86,7 @@ def without_hidden(model: Fusing, e: Tensor | None) -> tuple[Tensor, Tensor | No
     fusion, hidden, projection = model.config.fusion, model.config.hidden_size, model.projection
     if fusion not in LATE or e is None:
         return projection.bias, None, None
-    e = model.prefix_projection(e)
+    e = _projected(model, e)
     if fusion == "concat":
         return F.linear(e, projection.weight[:, hidden:], projection.bias), None, None
     if fusion == "add":

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from fusion_model.attached import WithEncoder
 from fusion_model.config import FusionLMConfig
-from fusion_model.fusion import first_state, fuse, start
+from fusion_model.fusion import first_state, fuse, scaled, start
 from fusion_model.generation import StatefulGenerationMixin
 from fusion_model.kernels import (
     LayerWeights,
@@ -77,6 +77,10 @@ class FusionLMForCausalLM(WithEncoder, PreTrainedModel, StatefulGenerationMixin)
             batch_first=True,
         )
         needs_hidden_width = fusion in ("add", "multiply", "gate", *EARLY)
+        self.prefix_scale: Tensor | None
+        self.register_buffer(
+            "prefix_scale", torch.ones(config.prefix_size) if config.scale_prefix else None
+        )
         self.prefix_projection: nn.Module = nn.Identity()
         if needs_hidden_width and config.prefix_size != hidden:
             self.prefix_projection = nn.Linear(config.prefix_size, hidden)
@@ -181,7 +185,7 @@ class FusionLMForCausalLM(WithEncoder, PreTrainedModel, StatefulGenerationMixin)
         if self.config.fusion == "input":
             assert e is not None
             e = e if e.dim() == 3 else e[:, None].expand(-1, x.shape[1], -1)
-            x = torch.cat([x, e], dim=-1)
+            x = torch.cat([x, scaled(e, self.prefix_scale)], dim=-1)
         dropout = self.config.dropout if self.training else 0.0
         return lstm_sequence(x, state, weights, dropout=dropout, **options)
 

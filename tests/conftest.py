@@ -161,15 +161,19 @@ def options(text_file: Path, bert_folder: Path) -> Callable[..., TrainingOptions
 
 
 def small_model(**options: object) -> FusionLMForCausalLM:
-    """A model with random weights, in evaluation mode."""
+    """A model with random weights, in evaluation mode; e is scaled where it is projected."""
     fields = {
         "vocab_size": 30,
         "embedding_size": 6,
         "hidden_size": 8,
         "prefix_size": 5,
         "initializer_range": 0.5,
+        "scale_prefix": options.get("prefix_size", 5) == 5 and options.get("fusion") != "none",
     } | options
-    return FusionLMForCausalLM(FusionLMConfig(**fields)).eval()
+    model = FusionLMForCausalLM(FusionLMConfig(**fields)).eval()
+    if model.prefix_scale is not None:
+        model.prefix_scale.uniform_(0.5, 2)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ def logits_of_prefix(
     """Scores of the token after `tokens`; e embeds them, all_e[t] embeds tokens[: t + 1]."""
     layers = sum(name.startswith("lstm.weight_ih") for name in weights)
     hidden = weights["lstm.weight_hh_l0"].shape[1]
+    if "prefix_scale" in weights:
+        e, all_e = weights["prefix_scale"] * e, weights["prefix_scale"] * all_e
     projected = e
     if "prefix_projection.weight" in weights:
         projected = weights["prefix_projection.weight"] @ e + weights["prefix_projection.bias"]

@@ -71,7 +71,7 @@ def test_one_graph_serves_every_length_and_batch(fusion: str, length: int, batch
 
 
 def test_oracle_graph_of_elementary_nodes_agrees() -> None:
-    model = small_model(fusion="concat")
+    model = small_model(fusion="concat", scale_prefix=False)
     ids, e = inputs(model, 3, 6)
     weights = {k: v.double().numpy() for k, v in model.state_dict().items()}
     expected = log_softmax(concat_fusion_logits(weights, ids[:, :-1], e))

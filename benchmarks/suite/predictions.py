@@ -22,6 +22,7 @@ from fusion_model.kernels import target_log_probs
 from torch import Tensor, nn
 
 from fusion_model.config import FusionLMConfig
+from fusion_model.fusion import scaled
 from fusion_model.model import FusionLMForCausalLM
 
 RATE = 1e-5  # the paper's
@@ -56,13 +57,14 @@ class _Plain(nn.Module):
     def __init__(self, ours: FusionLMForCausalLM) -> None:
         super().__init__()
         self.embedding: nn.Module = ours.embed_tokens
-        self.lstm = ours.lstm
+        self.lstm, self.scale = ours.lstm, ours.prefix_scale
         self.projection, self.output = ours.projection, ours.lm_head
 
     def nats(self, tokens: Tensor, e: Tensor) -> Tensor:
         """Surprisals [B * T] of tokens [B, T + 1], with e [B, T, E]."""
         hidden, _ = self.lstm(self.embedding(tokens[:, :-1]))
-        logits = self.output(self.projection(torch.cat([hidden, e.to(hidden.dtype)], dim=-1)))
+        e = scaled(e.to(hidden.dtype), self.scale)
+        logits = self.output(self.projection(torch.cat([hidden, e], dim=-1)))
         targets = tokens[:, 1:].flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
 
@@ -91,7 +93,7 @@ class _Published(_Plain):
             rows[i, : i + 1] = F.one_hot(tokens[: i + 1], width)
         hidden, _ = self.lstm(self.embedding(rows))
         last = hidden[torch.arange(n), torch.arange(n)]
-        logits = self.output(self.projection(torch.cat([last, e], dim=1)))
+        logits = self.output(self.projection(torch.cat([last, scaled(e, self.scale)], dim=1)))
         return F.cross_entropy(logits, tokens[1:], reduction="none")
 
 

@@ -106,7 +106,9 @@ class _Parts:
         """`prefix_embeds`, or nothing for an unfused model."""
         if self.config.fusion == "none":
             return ""
-        return self.graph.cast(self.graph.input("prefix_embeds", dims), self.graph.dtype)
+        g, scale = self.graph, self._weights.get("prefix_scale")
+        e = g.cast(g.input("prefix_embeds", dims), g.dtype)
+        return e if scale is None else g.op("Mul", e, g.weight("prefix_scale", scale))
 
     def state_inputs(self, count: str = "batch") -> tuple[str, str]:
         dims = (self.config.num_layers, count, self.config.hidden_size)

@@ -72,6 +72,12 @@ class Batches:
             where[row, : len(own)] = own
         return Batch(ids, self._store.gather(where), lengths)
 
+    def sample(self, count: int) -> np.ndarray:
+        """Vectors of about so many positions, evenly spread, [N, E] float32."""
+        assert self._rows is not None
+        assert self._store is not None
+        return self._store.gather(self._rows[:: max(1, len(self._rows) // count)])
+
     def plan(
         self, tokens_per_batch: int, seed: int | None = None, least: int = 1
     ) -> list[np.ndarray]:

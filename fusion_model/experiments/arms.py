@@ -100,10 +100,12 @@ def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> lis
     unfused = fitted(Arm(UNFUSED, {"fusion": "none"}), size, one, wanted)
     awd = {"fusion": "none", "tie_weights": True}
     strong = fitted(Arm("unfused, AWD", awd, "awd"), size, one, wanted)
-    static = fitted(Arm(STATIC, {"fusion": "concat", "pooling": "static"}), size, one, wanted)
+    # As it comes, which is at the scale of token embeddings.
+    still = {"pooling": "static", "scale_prefix": False}
+    static = fitted(Arm(STATIC, {"fusion": "concat", **still}), size, one, wanted)
     usual = [*COUNTED, unfused, strong, static]
     if experiment in ("data-size", "domain", "reading-times", "examples"):
-        at_input = Arm("static at the input", {"fusion": "input", "pooling": "static"})
+        at_input = Arm("static at the input", {"fusion": "input", **still})
         exact = Arm("exact mean", {"fusion": "concat", "pooling": "mean"}, most=size.sentences)
         usual = [*COUNTED, unfused, static, concat, strong, fitted(at_input, size, one, wanted)]
         return [*usual, fitted(exact, size, one, wanted)]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion_model.config import FusionLMConfig
+from fusion_model.fusion import scaled
 from fusion_model.kernels import LayerWeights, compute_dtype
 from fusion_model.model import FusionLMForCausalLM
 
@@ -69,7 +70,7 @@ class EmbeddingOnlyLM(FusionLMForCausalLM):
         e = self._check_prefix_embeds(input_ids, attention_mask, prefix_embeds, None)
         assert e is not None
         e = e.to(compute_dtype(self.projection.weight))
-        e = F.dropout(e, self.config.prefix_dropout, self.training)
+        e = F.dropout(scaled(e, self.prefix_scale), self.config.prefix_dropout, self.training)
         return torch.relu(self.first(e)), None, None
 
     def _project(self, hidden: Tensor, e: Tensor | None) -> Tensor:

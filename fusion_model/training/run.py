@@ -32,7 +32,7 @@ from fusion_model.model import FusionLMForCausalLM
 from fusion_model.schema import Size, read_lines
 from fusion_model.training.checkpoint import load_checkpoint, save_checkpoint
 from fusion_model.training.claim import check_memory, claim_folder
-from fusion_model.training.data import TrainingData, prepare
+from fusion_model.training.data import TrainingData, prefix_scale, prepare
 from fusion_model.training.model_card import plot_metrics, write_model_card
 from fusion_model.training.options import TrainingOptions
 
@@ -140,6 +140,10 @@ class TrainingRun:
         self.prepared, self.data, self.dev = prepared, prepared.train, prepared.dev
         torch.manual_seed(options.seed)
         self.model = build(model_config(options, prepared))
+        if self.model.prefix_scale is not None:
+            parts = self.model.config.pooling.count("+") + 1
+            size = self.model.config.initializer_range
+            self.model.prefix_scale.copy_(prefix_scale(prepared.train, parts, size))
         self.model.to(accelerator.device)
         self.model.set_backend(options.backend)
         self.optimizer: Any = torch.optim.Adam(
@@ -300,7 +304,9 @@ def model_config(options: TrainingOptions, data: TrainingData) -> FusionLMConfig
     fields: dict[str, Any] = {}
     if encoder is not None:
         names += ["view", "shuffle"]
+        own = options.fusion in ("concat", "input") or encoder.dim != options.hidden_size
         fields = {
+            "scale_prefix": options.scale_prefix and own,  # e has weights that can make up for it
             "prefix_size": encoder.dim,
             "encoder": encoder.name,
             "encoder_sha256": encoder.content_sha256,
