@@ -133,7 +133,8 @@ def test_forward_as_transformers_knows_it() -> None:
     embedded, hidden, features = states
     assert torch.equal(embedded, model.embed_tokens(ids))
     torch.testing.assert_close(hidden, model.lstm(embedded)[0])
-    torch.testing.assert_close(features, model.projection(hidden + model.prefix_projection(e)))
+    e_projected = model.prefix_projection(e * model.prefix_scale)
+    torch.testing.assert_close(features, model.projection(hidden + e_projected))
     torch.testing.assert_close(out.logits, model.lm_head(features))
     assert model(ids, prefix_embeds=e).hidden_states is None
     with pytest.raises(ValueError, match=r"pass \[B, E\]"):

@@ -108,7 +108,11 @@ def arms_of(experiment: str, size: Size, encoder_width: int, layers: int) -> lis
         at_input = Arm("static at the input", {"fusion": "input", **still})
         exact = Arm("exact mean", {"fusion": "concat", "pooling": "mean"}, most=size.sentences)
         usual = [*COUNTED, unfused, static, concat, strong, fitted(at_input, size, one, wanted)]
-        return [*usual, fitted(exact, size, one, wanted)]
+        usual.append(fitted(exact, size, one, wanted))
+        if experiment == "data-size":
+            raw = {**options, "scale_prefix": False}
+            usual.append(Arm("fused, e as it comes", raw, most=size.sentences))
+        return usual
     if experiment == "fusion":
         return [*usual, *(fused(mode, fusion=mode) for mode in FUSIONS if mode != "none")]
     if experiment == "encoder":
