@@ -39,7 +39,7 @@ from fusion_model.loading import load
 from fusion_model.schema import read_json, read_lines, write_json
 from fusion_model.scoring import score_sentences
 from fusion_model.training.claim import claim_folder
-from fusion_model.training.options import BEFORE, TrainingOptions
+from fusion_model.training.options import TrainingOptions
 from fusion_model.training.run import Epoch, autocast, train
 
 # Of `TrainingOptions`, when the first results were kept.
@@ -192,11 +192,8 @@ class Study:
             f.name: getattr(options, f.name)
             for f in dataclasses.fields(options)
             if f.name not in ("train_file", "dev_file")
-            and getattr(options, f.name)
-            not in (BEFORE.get(f.name, f.default), ONCE_DEFAULT.get(f.name))
+            and getattr(options, f.name) not in (f.default, ONCE_DEFAULT.get(f.name))
         }
-        if options.fusion == "none":
-            own.pop("scale_prefix", None)  # there is nothing to scale
         texts = [p.name for p in (self.texts.train, self.texts.dev, self.texts.vocabulary)]
         if own.get("precision") == AUTO:  # as it was called then; what it came to is in the result
             own["precision"] = "bfloat16"

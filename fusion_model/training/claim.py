@@ -10,7 +10,7 @@ import torch
 
 from fusion_model.errors import CheckpointError, FusionLMError
 from fusion_model.schema import read_json, write_json
-from fusion_model.training.options import BEFORE, TrainingOptions
+from fusion_model.training.options import TrainingOptions
 
 CLAIM = "training.json"
 TOKENIZER = "tokenizer_config.json"  # of the tokenizer's files the one that is there last
@@ -27,7 +27,7 @@ def claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
     """A folder belongs to one run: its options are kept in `training.json`."""
     path = out / CLAIM
     wanted = json.loads(json.dumps(dataclasses.asdict(options)))
-    defaults = {f.name: f.default for f in dataclasses.fields(options)} | BEFORE  # for older runs
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}  # newer than the run
     if path.exists():
         found = defaults | _read_claim(out)
         changed = sorted(k for k in wanted if found.get(k) != wanted[k])

@@ -74,15 +74,15 @@ def prepare(
     return TrainingData(tokenizer, encoder, train, dev)
 
 
-def prefix_scale(data: Batches, parts: int, size: float) -> torch.Tensor:
-    """Factors [E] that bring each of the parts side by side in e to this root mean square.
+def prefix_scale(data: Batches, parts: int, rms: float) -> torch.Tensor:
+    """Factors [E] that bring each of the parts that e joins to this root mean square.
 
     Encoders' vectors differ by more than ten times: of MiniLM, `static` is at 0.06 and `last@3` at
     0.6. Adam changes all weights alike, so what is large would be learned so much faster than
     what is small, and than the LSTM.
     """
     of_part = np.split(data.sample(SAMPLE), parts, axis=1)
-    factors = [size / (float(np.sqrt((x**2).mean())) or size) for x in of_part]
+    factors = [rms / (float(np.sqrt((x**2).mean())) or rms) for x in of_part]
     return torch.tensor(np.repeat(factors, of_part[0].shape[1]), dtype=torch.float32)
 
 

@@ -18,9 +18,9 @@ from fusion_model.schema import Count, Layers, Range, Share, Size, check
 SCHEDULES = ("constant", "rising", "falling")
 PRECISIONS = ("float32", "bfloat16", AUTO)
 AS_IN_TRAIN = "as in train"
-BEFORE = {"scale_prefix": False}  # what runs had before there was the option
 Dropout = Annotated[float, Range(0, 1, "[)")]
 Above0 = Annotated[float, Range(0, math.inf, "()")]
+FromZero = Annotated[float, Range(0, math.inf, "[)")]
 RunSeed = Annotated[int, Range(0, 2**23 - 1)]  # with a step beside it, a seed of PyTorch
 
 
@@ -47,9 +47,8 @@ class TrainingOptions:
         "static+last@K+mean@K of the middle layer)",
         AUTO,
     )
-    scale_prefix: bool = _option(
-        "bring each pooling of the prefix embedding to the size that token embeddings start with",
-        True,
+    prefix_rms: FromZero = _option(
+        "bring each pooling of the prefix embedding to this root mean square; 0: as it comes", 0.0
     )
     view: str = _option(f"what the encoder sees: {', '.join(VIEWS)}", "prefix")
     policy: str = _option(

@@ -142,8 +142,7 @@ class TrainingRun:
         self.model = build(model_config(options, prepared))
         if self.model.prefix_scale is not None:
             parts = self.model.config.pooling.count("+") + 1
-            size = self.model.config.initializer_range
-            self.model.prefix_scale.copy_(prefix_scale(prepared.train, parts, size))
+            self.model.prefix_scale.copy_(prefix_scale(prepared.train, parts, options.prefix_rms))
         self.model.to(accelerator.device)
         self.model.set_backend(options.backend)
         self.optimizer: Any = torch.optim.Adam(
@@ -306,7 +305,7 @@ def model_config(options: TrainingOptions, data: TrainingData) -> FusionLMConfig
         names += ["view", "shuffle"]
         own = options.fusion in ("concat", "input") or encoder.dim != options.hidden_size
         fields = {
-            "scale_prefix": options.scale_prefix and own,  # e has weights that can make up for it
+            "scale_prefix": options.prefix_rms > 0 and own,  # e has weights that can make up for it
             "prefix_size": encoder.dim,
             "encoder": encoder.name,
             "encoder_sha256": encoder.content_sha256,
