@@ -43,7 +43,7 @@ VIEWS = ("prefix", "sentence", "left:0.5", "right:0.5", "previous", "masked")
 POLICIES = ("every", "word", "stride:4", "sentence", "incremental", "incremental+refresh:8")
 PREFIX_RMS = 0.05
 """Of each pooling in fused arms: that of token embeddings at the start, and nearly that of MiniLM's
-`static`, which comes as it is. At 5,000 sentences and rate 0.005, 0.02 and 0.06 are level."""
+`static`, which comes as it is."""
 UNFUSED, STATIC, FUSED = "unfused", "static", "fused"
 
 
