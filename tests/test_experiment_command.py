@@ -17,9 +17,23 @@ from fusion_model.cli import app
 from fusion_model.experiments import sizes
 from fusion_model.experiments.sizes import Size
 
-# The command itself, with one more size: `small` would take minutes.
+# The command itself, with one more size: `small` would take minutes. Asked to, it waits after the
+# third epoch of a run until it is stopped: alone it would be through before a busy test looks.
 COMMAND = """
+import os, time
 from fusion_model.experiments import sizes
+from fusion_model.training.run import TrainingRun
+
+end_epoch = TrainingRun._end_epoch
+
+def end_and_wait(self):
+    end_epoch(self)
+    runs = len(list((self.out.parents[1] / "results").glob("*.json"))) + 1
+    waits = self.state.epoch >= 3 and os.environ.get("WAIT_IN") == str(runs)
+    while waits and not self.stop.requested:
+        time.sleep(0.01)
+
+TrainingRun._end_epoch = end_and_wait
 sizes.SIZES["toy"] = sizes.Size(
     "toy", 16, 4, 6,
     {"vocab_size": 300, "embedding_size": 6, "hidden_size": 8, "max_tokens": 40, "epochs": 30,
@@ -39,14 +53,16 @@ def write_corpora(folder: Path) -> Path:
     return folder
 
 
-def start(name: str, data: Path, out: Path, encoder: Path) -> "subprocess.Popen[str]":
+def start(
+    name: str, data: Path, out: Path, encoder: Path, wait_in: int = 0
+) -> "subprocess.Popen[str]":
     arguments = ["experiment", name, "--size", "toy", "--data", str(data), "--out", str(out)]
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments, "--seeds", "1", "--encoder", str(encoder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WAIT_IN": str(wait_in)},
     )
 
 
@@ -65,7 +81,7 @@ def wait_until_in_the_middle(out: Path, number: int, process: "subprocess.Popen[
             going = len(done) == number - 1 and metrics.parent.name not in done
             if going and len(metrics.read_text().splitlines()) >= 3:
                 return metrics.parent
-        time.sleep(0.005)
+        time.sleep(0.05)
     raise AssertionError("the run did not come so far")
 
 
@@ -82,14 +98,15 @@ def test_killed_command_goes_on_where_it_was(
     how: signal.Signals, tmp_path: Path, bert_folder: Path
 ) -> None:
     data, whole, halves = write_corpora(tmp_path / "data"), tmp_path / "whole", tmp_path / "halves"
-    process = start("domain", data, halves, bert_folder)
+    process = start("domain", data, halves, bert_folder, wait_in=5)
     begun = wait_until_in_the_middle(halves, 5, process)
     process.send_signal(how)
     out, err = process.communicate(timeout=300)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert not (halves / "domain").exists()
     if how == signal.SIGINT:
-        assert err.splitlines()[-1] == "error: interrupted; what was finished is kept"
+        kept = "what was finished is kept, run the same command to go on"
+        assert err.splitlines()[-1] == f"error: interrupted; {kept}"
     done = finished(halves)
     assert len(done) == 4  # two that count, two trained
     epochs = len((begun / "metrics.jsonl").read_text().splitlines())
