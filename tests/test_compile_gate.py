@@ -12,11 +12,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from fusion_model.kernels.check.compiled import (
-    examine,
-    instructions,
-    judge,
-)
+from fusion_model.kernels.check.compiled import Compiled, examine, instructions, judge
 from fusion_model.kernels.check.variants import Variant
 from fusion_model.kernels.triton.configs import KNOWN_CHIPS
 
@@ -152,16 +148,23 @@ def test_what_the_command_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_programs_tell_by_strong_stores_alone(code: str, problem: str | None) -> None:
     options = {"num_warps": 4, "launch_cooperative_grid": True}
     waiting = Variant("x", "", {}, {}, options)
-    listing = LISTING.replace("LDL", code)
-    strong = listing.replace("STG.E", "STG.E.STRONG.GPU")
-    found = judge(waiting, 90, "REG:100 STACK:0", strong, 0)
+    weak = SASS.replace("LDL", code)
+    strong = weak.replace("STG.E", "STG.E.STRONG.GPU")
+    found = judge(waiting, 90, Compiled(PTX, USAGE, sass=strong))
     assert found.problems == ([problem] if problem else [])
     assert found.publishes == 1
-    weak = judge(waiting, 90, "REG:100 STACK:0", listing, 0).problems
-    assert "no strong store in the time loop" in weak
+    problems = judge(waiting, 90, Compiled(PTX, USAGE, sass=weak)).problems
+    assert "no strong store in the time loop" in problems
 
 
-LISTING = """
+USAGE = "REG:100 STACK:0"
+PTX = """
+.global .align 1 .b8 _$_str[11];
+    griddepcontrol.wait; // dummy %r23
+    ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1, %r2}, {%r3, %r4}, {%r5}, {%r6};
+"""
+SASS = """
 .L_x_0:
         /*0000*/                   LDG.E R1, [R2] ;
 .L_x_1:
@@ -175,37 +178,34 @@ LISTING = """
 
 
 def test_the_longest_loop_is_found() -> None:
-    codes, (start, end) = instructions(LISTING)
+    codes, (start, end) = instructions(SASS)
     assert codes[start:end] == ["LDG.E", "HMMA.16816.F32", "BRA", "LDL", "STG.E", "BRA"]
     assert codes[-1] == "EXIT"
 
 
 def test_every_limit_is_judged() -> None:
-    good = Variant("x", "", {}, {"PRECISION": "tf32"}, {"num_warps": 4})
-    usage = "REG:100 STACK:0"
-    clean = LISTING.replace("LDL", "LDS")
-    assert judge(good, 90, usage, clean, 1000).problems == []
-    chained = replace(good, constants={**good.constants, "CHAINED": True})
-    first = "        /*0000*/                   ACQBULK ;\n" + clean
-    assert judge(chained, 90, usage, first, 1000).problems == []
-    for variant, text, listing, shared, problem in [
-        (good, "REG:100 STACK:24", clean, 0, "24 B of stack"),
-        (good, usage, clean, 232_449, "232449 B of shared memory"),
-        (replace(good, options={"num_warps": 32}), usage, clean, 0, "100 registers x 1024"),
-        (good, usage, clean.replace("HMMA", "FFMA"), 0, "no tensor-core"),
-        (good, usage, LISTING, 0, "1 local loads"),
-        (good, usage, LISTING.replace("LDL", "LDG.E.STRONG.SYS"), 0, "do not all come before"),
-        (
-            replace(good, options={**good.options, "launch_cooperative_grid": True}),
-            usage,
-            clean,
-            0,
-            "no strong store",
-        ),
-        (good, "", clean, 0, "no resource usage"),
-        (chained, usage, clean, 0, "a chained launch does not wait"),
+    good = Variant("x", "", {}, {"PRECISION": "tf32", "CHAINED": True}, {"num_warps": 4})
+    waiting = replace(good, options={**good.options, "launch_cooperative_grid": True})
+    strong = SASS.replace("LDL", "LDS").replace("STG.E", "STG.E.STRONG.GPU")
+    clean = Compiled(PTX, USAGE, 1000, strong)
+    for variant in (good, waiting):
+        found = judge(variant, 90, clean)
+        assert (found.problems, found.tensor_core) == ([], 1)
+    late, first = strong.replace("LDS", "LDG.E.STRONG.SYS"), PTX.splitlines()
+    moved = "\n".join([*first[:2], first[3], first[2], *first[4:]])  # a load, then the wait
+    for variant, changes, problem in [
+        (good, {"usage": "REG:100 STACK:24"}, "24 B of stack"),
+        (good, {"shared": 232_449}, "232449 B of shared memory"),
+        (replace(good, options={"num_warps": 32}), {}, "100 registers x 1024"),
+        (good, {"ptx": PTX.replace("mma.sync", "fma.rn")}, "no tensor-core"),
+        (good, {"sass": strong.replace("LDS", "LDL")}, "1 local loads"),
+        (waiting, {"sass": late}, "do not all come before"),
+        (waiting, {"sass": strong.replace("STRONG.GPU", "")}, "no strong store"),
+        (good, {"usage": ""}, "no resource usage"),
+        (good, {"ptx": PTX.replace("griddepcontrol.wait", "")}, "a chained launch does not wait"),
+        (good, {"ptx": moved}, "a chained launch does not wait"),
     ]:
-        [found] = judge(variant, 90, text, listing, shared).problems
+        [found] = judge(variant, 90, replace(clean, **changes)).problems
         assert problem in found
 
 

@@ -20,9 +20,9 @@ def _table(reports: list[Any]) -> Any:
         table.add_column(name, justify="right")
     table.add_column("verdict")
     for r in reports:
-        figures = (r.chip, r.registers, r.stack, r.shared, r.tensor_core, r.loop, r.local_loads)
-        verdict = "; ".join(r.problems) or "ok"
-        table.add_row(r.name, *map(str, figures), str(r.publishes or "-"), verdict)
+        figures = [r.chip, r.registers, r.stack, r.shared, r.tensor_core]
+        figures += [r.loop, r.local_loads, r.publishes] if r.loop else ["-"] * 3
+        table.add_row(r.name, *map(str, figures), "; ".join(r.problems) or "ok")
     return table
 
 
@@ -37,8 +37,9 @@ def kernels(
     """Compile every Triton kernel for sm_80, sm_90 and sm_100, and judge the result; no GPU needed.
 
     Fails where registers spill, shared memory or registers do not fit, tensor cores are not used,
-    the time loop reads local memory, a step waits for its loads more than once, or programs wait
-    for each other by a fence or an atomic. Triton keeps on disk what it compiled.
+    or a chained launch does not wait first; and, of kernels whose programs wait for each other,
+    where the time loop reads local memory, a step waits for its loads more than once, or the wait
+    is by a fence or an atomic. Triton keeps on disk what it compiled.
     """
     from fusion_model.errors import FusionLMError
 

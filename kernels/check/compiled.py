@@ -1,9 +1,11 @@
 """Every shipped kernel configuration, compiled ahead of time for chips not here, and judged.
 
-What ptxas and the disassembler say decides: registers, spills, shared memory, tensor-core
-instructions, local loads in the time loop, that a step's loads come before its products, that
-programs which wait for each other tell by strong stores alone, without a fence or an atomic, and
-that a chained launch waits before it touches memory. The same limits hold for every triton version.
+What ptxas says decides: registers, spills, shared memory; and what it was given: tensor-core
+instructions, and that a chained launch waits before it touches memory. Where programs wait for
+each other, or something is on the stack, the disassembler is asked, which takes 0.4 s: for local
+loads in the time loop, that a step's loads come before its products, and that programs tell each
+other by strong stores alone, without a fence or an atomic. The same limits hold for every triton
+version.
 """
 
 import multiprocessing
@@ -23,7 +25,8 @@ from fusion_model.kernels.triton.configs import KNOWN_CHIPS
 STACK = 16  # bytes a thread may keep on the stack
 REGISTERS = 65_536  # of a multiprocessor
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
-GLOBAL = ("LDG", "STG", "ATOMG", "RED", "LD.", "ST.")  # memory that launches share
+PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")  # in PTX
+GLOBAL = re.compile(r"\b(?:ld|st|cp|atom|red)\.[\w.:]*global")  # memory that launches share
 
 
 @dataclass
@@ -49,8 +52,23 @@ def _tool(name: str, path: str, *options: str) -> str:
     return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout
 
 
-def compile_variant(variant: Variant, chip: int) -> tuple[str, str, int]:
-    """(resource usage, disassembly, bytes of shared memory) of a configuration."""
+@dataclass
+class Compiled:
+    """Of a configuration: PTX, resource usage, bytes of shared memory, and where asked SASS."""
+
+    ptx: str
+    usage: str
+    shared: int = 0
+    sass: str = ""
+
+    def used(self, what: str) -> int:
+        """Of each thread: REG, registers; STACK, bytes."""
+        found = re.search(rf"{what}:(\d+)", self.usage)
+        return int(found[1]) if found else 0
+
+
+def compile_variant(variant: Variant, chip: int) -> Compiled:
+    """A configuration as Triton compiles it for a chip that need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -72,16 +90,18 @@ def compile_variant(variant: Variant, chip: int) -> tuple[str, str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", file.name, "--dump-resource-usage")
-        listing = _tool("nvdisasm", file.name, "-c", "-ndf")  # no dataflow: a quarter less time
-    return usage, listing, compiled.metadata.shared
+        found = Compiled(compiled.asm["ptx"], usage, compiled.metadata.shared)
+        if variant.spins or found.used("STACK"):
+            found.sass = _tool("nvdisasm", file.name, "-c", "-ndf")  # no dataflow: 3/4 of the time
+    return found
 
 
-def instructions(listing: str) -> tuple[list[str], tuple[int, int]]:
+def instructions(sass: str) -> tuple[list[str], tuple[int, int]]:
     """Opcodes in order, and the range of the longest loop among them (empty: (0, 0))."""
     found: list[str] = []
     labels: dict[str, int] = {}
     loop = (0, 0)
-    for line in listing.splitlines():
+    for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(found)
         elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", line):
@@ -94,23 +114,19 @@ def instructions(listing: str) -> tuple[list[str], tuple[int, int]]:
     return found, loop
 
 
-def judge(variant: Variant, chip: int, usage: str, listing: str, shared: int) -> Report:
+def judge(variant: Variant, chip: int, compiled: Compiled) -> Report:
     """The figures of a compiled configuration, and what is wrong with them."""
-    codes, (start, end) = instructions(listing)
+    codes, (start, end) = instructions(compiled.sass)
     in_loop = codes[start:end]
-    figure = {
-        key: int(found[1]) if (found := re.search(rf"{key}:(\d+)", usage)) else 0
-        for key in ("REG", "STACK")
-    }
     # A MEMBAR within the block is wgmma's; REDUX is a reduction within a warp.
     waits = [c for c in in_loop if re.match(r"MEMBAR(?!.*\.CTA)|REDG?\.|ATOM", c)]
     report = Report(
         variant.name,
         chip,
-        registers=figure["REG"],
-        stack=figure["STACK"],
-        shared=shared,
-        tensor_core=sum(code.startswith(TENSOR_CORES) for code in codes),
+        registers=compiled.used("REG"),
+        stack=compiled.used("STACK"),
+        shared=compiled.shared,
+        tensor_core=len(PRODUCT.findall(compiled.ptx)),
         loop=len(in_loop),
         local_loads=sum(code.startswith("LDL") for code in in_loop),
         publishes=sum(bool(re.match(r"STG?\..*STRONG\.GPU", code)) for code in in_loop),
@@ -118,19 +134,19 @@ def judge(variant: Variant, chip: int, usage: str, listing: str, shared: int) ->
     threads = 32 * int(variant.options["num_warps"])
     product = next((i for i, c in enumerate(in_loop) if c.startswith(TENSOR_CORES)), len(in_loop))
     late = any("STRONG.SYS" in code for code in in_loop[product:])  # loads of what others wrote
-    reached = next((i for i, c in enumerate(codes) if c.startswith(GLOBAL)), len(codes))
-    chained = bool(variant.constants.get("CHAINED"))
+    reached = GLOBAL.search(compiled.ptx)
+    waited = "griddepcontrol.wait" in compiled.ptx[: reached.start() if reached else None]
     one_trip = variant.constants.get("PHASE") == variant.constants.get("CHUNKS")
     room = KNOWN_CHIPS[chip].shared
     checks = [
         (report.registers > 0, "no resource usage was found in the cubin"),
         (report.stack <= STACK, f"{report.stack} B of stack: registers spill"),
-        (shared <= room, f"{shared} B of shared memory, {room} fit"),
+        (report.shared <= room, f"{report.shared} B of shared memory, {room} fit"),
         (report.registers * threads <= REGISTERS, f"{report.registers} registers x {threads}"),
         (report.tensor_core > 0 or not variant.products, "no tensor-core instruction"),
         (not report.local_loads, f"{report.local_loads} local loads in the loop"),
         (not (late and one_trip), "a step's loads do not all come before its products"),
-        (not chained or "ACQBULK" in codes[:reached], "a chained launch does not wait first"),
+        (waited or not variant.constants.get("CHAINED"), "a chained launch does not wait first"),
         (not (waits and variant.spins), f"fences or atomics in the loop: {' '.join(waits)}"),
         (not variant.spins or report.publishes > 0, "no strong store in the time loop"),
     ]
@@ -141,7 +157,7 @@ def judge(variant: Variant, chip: int, usage: str, listing: str, shared: int) ->
 def examine(variant: Variant, chip: int) -> Report:
     """Compile and judge; a configuration that does not compile is a problem, not an exception."""
     try:
-        return judge(variant, chip, *compile_variant(variant, chip))
+        return judge(variant, chip, compile_variant(variant, chip))
     except Exception as error:
         last = (str(error) or traceback.format_exc()).strip().splitlines()[-1]
         return Report(variant.name, chip, problems=[f"{type(error).__name__}: {last[:200]}"])
