@@ -1,27 +1,32 @@
 """Every experiment, end to end at toy size; they resume, and say what they lack."""
 
+import base64
 import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 import torch
 from conftest import SENTENCES
+from scipy import stats
 from typer.testing import CliRunner
 
 from fusion_model import FusionLMConfig
 from fusion_model.cli import app
-from fusion_model.data.text import Document
+from fusion_model.data.text import Document, detokenize
 from fusion_model.errors import FusionLMError
 from fusion_model.experiments import study as study_module
 from fusion_model.experiments.arms import arms_of
 from fusion_model.experiments.baselines import DroppingLM, EmbeddingOnlyLM, RegularisedLM
 from fusion_model.experiments.corpora import Texts, find_corpora, write_texts
 from fusion_model.experiments.losses import read_test
+from fusion_model.experiments.reading.data import plain
 from fusion_model.experiments.runner import EXPERIMENTS, Experiments
 from fusion_model.experiments.sizes import Size, size_by_name
 from fusion_model.experiments.study import Arm, Run, Study
@@ -445,12 +450,13 @@ def cells(table: dict[str, list[list[str]]], *first: str) -> dict[str, str]:
     return dict(zip(reversed(table["columns"]), reversed(row), strict=True))  # the first of doubles
 
 
-def hold_to_losses(report: Path, runs: Path, test: str = "test") -> int:
-    """Perplexities and differences in the table of a `data-size` report; how many."""
+def hold_to_losses(report: Path, runs: Path, size: int = 0) -> int:
+    """Perplexities and differences in the table of a `data-size` report, or, given the size, of a
+    `domain` report; how many."""
     (table,) = json.loads(report.read_text())["tables"]
     checked = 0
     for label, arm in {tuple(row[:2]) for row in table["rows"]}:
-        sentences = int(label.replace(",", ""))
+        test, sentences = (label, size) if size else ("test", int(label.replace(",", "")))
         shown = cells(table, label, arm)
         own = recomputed(runs, arm, sentences, test)
         assert int(shown["seeds"]) == len(own)
@@ -472,8 +478,53 @@ def test_reports_are_what_the_losses_say(settings: Experiments) -> None:
     assert hold_to_losses(report.with_name("results.json"), settings.out / "results") == 18
 
 
-def test_committed_report_is_what_the_committed_losses_say() -> None:
-    medium = Path(__file__).parents[1] / "docs" / "experiments" / "medium"
-    if not (medium / "data-size").exists():
-        pytest.skip("no report of size medium is committed")
-    assert hold_to_losses(medium / "data-size" / "results.json", medium / "runs") > 2
+MEDIUM = Path(__file__).parents[1] / "docs" / "experiments" / "medium"
+
+
+@pytest.mark.parametrize(("name", "size"), [("data-size", 0), ("domain", 20_000)])
+def test_committed_reports_are_what_the_committed_losses_say(name: str, size: int) -> None:
+    assert hold_to_losses(MEDIUM / name / "results.json", MEDIUM / "runs", size) > 2
+
+
+def test_committed_reading_times_are_what_the_committed_surprisals_say(shared_data: Path) -> None:
+    """Perplexity a word and ΔLL of each model, without the code that wrote the report."""
+    folder = shared_data / "natural-stories"
+    words = [line.split("\t") for line in (folder / "all_stories.tok").read_text().splitlines()[1:]]
+    words.sort(key=lambda row: (int(row[2]), int(row[1])))
+    table = [s.split("\t") for s in (folder / "processed_wordinfo.tsv").read_text().splitlines()]
+    at = {name: table[0].index(name) for name in ("item", "zone", "meanItemRT")}
+    times = {(r[at["item"]], int(r[at["zone"]])): float(r[at["meanItemRT"]]) for r in table[1:]}
+    texts = [detokenize(p.read_text(encoding="utf-8")) for p in shared_data.rglob("*.txt")]
+    counts = Counter(plain(word) for text in texts for word in text.split())
+    total = sum(counts.values()) + len(counts) + 1
+    known = np.array([[len(w), math.log((counts[plain(w)] + 1) / total)] for w, _, _ in words])
+    # A time stored at a zone is of the word after it.
+    y = np.array([times.get((item, int(zone) - 1), math.nan) for _, zone, item in words])
+    item = np.array([row[2] for row in words])
+    usable = np.flatnonzero(np.isfinite(y) & (item == np.roll(item, 2)))
+    usable = usable[usable >= 2]
+
+    def log_likelihood(predictors: np.ndarray) -> float:
+        rows = [predictors[usable - back] for back in range(3)]
+        x, own, each = sm.add_constant(np.column_stack(rows)), item[usable], 0.0
+        for story in set(own):
+            fit = sm.OLS(y[usable][own != story], x[own != story]).fit()
+            spread = math.sqrt(np.mean(fit.resid**2))
+            expected = fit.predict(x[own == story])
+            each += stats.norm.logpdf(y[usable][own == story], expected, spread).sum()
+        return each / len(usable)
+
+    models = json.loads((MEDIUM / "reading-times" / "results.json").read_text())["data"]["models"]
+    base = log_likelihood(known)
+    for model in models:
+        bits = [
+            np.frombuffer(base64.b64decode(run["read"]["bits"]), "<f2").astype(float)
+            for run in map(json.loads, (p.read_text() for p in MEDIUM.glob("runs/*.json")))
+            if (run["arm"], f"{run['sentences']:,}") == (model["arm"], model["size"])
+            and "read" in run
+        ]
+        gains = [log_likelihood(np.column_stack([known, b])) - base for b in bits]
+        assert model["delta"]["value"] == pytest.approx(1000 * np.mean(gains), abs=0.01)
+        expected = np.mean([b[usable].mean() for b in bits])
+        assert model["bits"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert len(models) > 2
