@@ -22,7 +22,7 @@ def section(folder: Path) -> str:
     for path in reports:
         found = json.loads(path.read_text())
         link = f"experiments/{folder.name}/{path.parent.name}/report.md"
-        lines.append(f"| [{found['title']}]({link}) | {' '.join(found['answer'][:3])} |")
+        lines.append(f"| [{found['title']}]({link}) | {' '.join(found['answer'][:4])} |")
     return "\n".join(lines)
 
 
