@@ -2,12 +2,14 @@
 
 import base64
 import dataclasses
+import itertools
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,7 +328,10 @@ def test_kept_runs_are_found_in_another_folder(
     data: Path, tmp_path: Path, bert_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a fresh clone: the files of finished runs, and none of the models."""
-    size = dataclasses.replace(TOY, tuned_at=8, learning_rates=(0.01, 0.02))
+    dropouts = (0.5, 0.8)
+    size = dataclasses.replace(
+        TOY, tuned_at=8, learning_rates=(0.01, 0.02), prefix_dropouts=dropouts
+    )
     kept = tmp_path / "kept"
 
     def experiments(out: str, **options: bool) -> Experiments:
@@ -339,11 +344,18 @@ def test_kept_runs_are_found_in_another_folder(
     study = experiments("two").study_of(16)
     arm = next(a for a in arms_of("reading-times", size, 16, 2) if a.name == "fused")
     assert study.results([arm])["fused"]
-    # What dev chose with 8 sentences, for any arm, is what was tried with 16.
-    tried = [json.loads(path.read_text())["definition"] for path in kept.glob("fused-16-*")]
+    # What dev chose with 8 sentences, for any arm, is what was tried with 16, with each dropout on
+    # e where there is an e.
     chosen = experiments("two").study_of(8).chosen(arms_of("reading-times", size, 16, 2))
-    assert {run["learning_rate"] for run in tried} == {c["learning_rate"] for c in chosen}
-    next(kept.glob("fused-16-*")).unlink()
+    rates = {settings["learning_rate"] for settings in chosen}
+    for name, own in (("fused", dropouts), ("unfused", dropouts[:1])):
+        paths = list(kept.glob(f"{name}-16-*"))
+        tried = [json.loads(path.read_text())["definition"] for path in paths]
+        points = {(run["learning_rate"], run.get("prefix_dropout", 0.5)) for run in tried}
+        assert points == set(itertools.product(rates, own))
+        assert len(paths) == len(points)
+    for path in kept.glob("fused-16-*"):
+        path.unlink()
     left = experiments("three", finished=True).run("reading-times").read_text()
     assert "| fused | 8 |" in left
     assert "| fused | 16 |" not in left
@@ -434,14 +446,28 @@ def test_page_of_experiments_is_what_the_results_say() -> None:
     assert section(folder) in page
 
 
+def chosen_runs(runs: Path, arm: str, sentences: int) -> list[dict[str, Any]]:
+    """Of the files of finished runs: with seed 0 the one of least dev loss, and the same with other
+    seeds."""
+    files = [json.loads(path.read_text()) for path in runs.glob("*.json")]
+    own = [run for run in files if run["arm"] == arm and run["sentences"] == sentences]
+
+    def settings(run: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in run["definition"].items() if k != "seed"}
+
+    first = [run for run in own if not run["definition"].get("seed")]
+    best = min(first, key=lambda run: min((m["dev_loss"] for m in run["epochs"]), default=0))
+    return [
+        run for run in own if run is best or (run not in first and settings(run) == settings(best))
+    ]
+
+
 def recomputed(runs: Path, arm: str, sentences: int, test: str) -> list[float]:
-    """Nats a token with each seed, by nothing but sums over the files of finished runs."""
+    """Nats a token with each seed, by nothing but sums."""
     found = []
-    for path in sorted(runs.glob("*.json")):
-        run = json.loads(path.read_text())
-        if run["arm"] == arm and run["sentences"] == sentences and run["losses"]:
-            (saved,) = (v for name, v in run["losses"].items() if name.startswith(f"{test}-test-"))
-            found.append(sum(saved["nats"]) / sum(saved["tokens"]))
+    for run in chosen_runs(runs, arm, sentences):
+        (saved,) = (v for name, v in run["losses"].items() if name.startswith(f"{test}-test-"))
+        found.append(sum(saved["nats"]) / sum(saved["tokens"]))
     return found
 
 
@@ -517,11 +543,10 @@ def test_committed_reading_times_are_what_the_committed_surprisals_say(shared_da
     models = json.loads((MEDIUM / "reading-times" / "results.json").read_text())["data"]["models"]
     base = log_likelihood(known)
     for model in models:
+        sentences = int(model["size"].replace(",", ""))
         bits = [
             np.frombuffer(base64.b64decode(run["read"]["bits"]), "<f2").astype(float)
-            for run in map(json.loads, (p.read_text() for p in MEDIUM.glob("runs/*.json")))
-            if (run["arm"], f"{run['sentences']:,}") == (model["arm"], model["size"])
-            and "read" in run
+            for run in chosen_runs(MEDIUM / "runs", model["arm"], sentences)
         ]
         gains = [log_likelihood(np.column_stack([known, b])) - base for b in bits]
         assert model["delta"]["value"] == pytest.approx(1000 * np.mean(gains), abs=0.01)

@@ -18,7 +18,7 @@ class Size:
             `tuning.search`; the last is of dropout on e.
         data_sizes: epochs by number of sentences, of each step of the experiment `data-size`.
         tuned_at: sentences at which the grids are searched; at other sizes, dev chooses among what
-            it chose there. 0: they are searched at each size.
+            it chose there, with every dropout on e. 0: they are searched at each size.
         mixed: trained on Brown and prose together, see `corpora.write_texts`.
     """
 
@@ -84,6 +84,7 @@ SIZES = {
         },
         learning_rates=(0.002, 0.005),
         dropouts=(0.3, 0.5),
+        prefix_dropouts=(0.5, 0.8),
         data_sizes={5000: 16, 20_000: 10, 80_000: 6},
         tuned_at=5000,
         mixed=True,

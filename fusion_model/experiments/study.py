@@ -8,6 +8,7 @@ not train that arm again.
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -144,9 +145,9 @@ class Study:
     def tuned(self, arm: Arm, arms: Sequence[Arm] = ()) -> Run:
         """The arm with seed 0 and the settings that are best on dev.
 
-        With a tuner, the settings that it chose for any of the arms are tried for each of them:
-        which are best depends on how much text there is, and so would a comparison whose settings
-        were frozen.
+        With a tuner, the settings that it chose for any of the arms are tried for each of them,
+        with every dropout on e: which are best depends on how much text there is, and so would a
+        comparison whose settings were frozen.
 
         Args:
             arms: of the comparison.
@@ -162,7 +163,14 @@ class Study:
             return search(run, middle, {n: self.size.grids[n] for n in self.tuned_fields(arm)})
         if arm.like is not None:
             return run(self.settings(self.tuned(arm.like, arms)))
-        return best_of(run, self.tuner.chosen([arm, *arms]))
+        dropouts = self.size.prefix_dropouts
+        if "prefix_dropout" not in self.tuned_fields(arm):
+            dropouts = (middle["prefix_dropout"],)
+        points: list[Settings] = []
+        for settings, dropout in itertools.product(self.tuner.chosen([arm, *arms]), dropouts):
+            point = {**settings, "prefix_dropout": dropout}
+            points += [point] * (point not in points)
+        return best_of(run, points)
 
     def chosen(self, arms: Sequence[Arm]) -> list[Settings]:
         """What dev chose for these arms, each once; of those that are there."""

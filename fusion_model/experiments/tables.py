@@ -36,6 +36,8 @@ def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
     if few:
         how = "of all settings that were run"
     later = ", and at other sizes among what it chose there for any arm" if size.tuned_at else ""
+    if later and len(size.prefix_dropouts) > 1:
+        later += ", with every dropout on e"
     return (
         f"Size `{size.name}`: {trained} training, {size.dev:,} dev and at most {size.test:,} test "
         f"sentences, {study.texts.name}; V ≤ {fields['vocab_size']:,}, the same for all sizes, D = "

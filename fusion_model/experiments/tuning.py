@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 Settings = dict[str, float]
 """By field of `TrainingOptions`."""
-WHOLE = 4  # grids of no more points in all are searched whole
+WHOLE = 8  # grids of no more points in all are searched whole
 
 
 class Unfinished(Exception):
