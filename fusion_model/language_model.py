@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from fusion_model.attached import PrefixCache
 from fusion_model.errors import FusionLMError
 from fusion_model.files import why_not_written
+from fusion_model.hashes import HASHES, write_hashes
 from fusion_model.kernels import target_log_probs
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.prefixes.planner import PrefixPlanner, check_causal
@@ -48,7 +49,7 @@ class FusionLM(TextModel):
         self, ids: Array, targets: Array, e: Array | None, boundary: Array | None, state: Any
     ) -> LogProbs:
         """See `TextModel`. Without a boundary, the scores of the vocabulary are never kept."""
-        model = self.model
+        model = self.model.eval()
         read, wanted, vectors = to_tensors((ids, targets, e), model.device)
         features, state = model.features(read, prefix_embeds=vectors, state=state)
         features, wanted = features[wanted >= 0], wanted[wanted >= 0]
@@ -71,13 +72,15 @@ class FusionLM(TextModel):
         card = Path(self.model.name_or_path or "") / "README.md"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / HASHES).unlink(missing_ok=True)  # those of what was there
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             if self.planner is not None:
                 encoder: Any = self.planner.encoder
                 encoder.save(folder)
-            if card.is_file():
+            if card.is_file() and card.resolve() != (folder / card.name).resolve():
                 shutil.copyfile(card, folder / card.name)
+            write_hashes(folder)
         except (OSError, SafetensorError) as error:
             raise FusionLMError(f"cannot write {folder}: {why_not_written(error)}") from error
 
@@ -102,7 +105,7 @@ class FusionLM(TextModel):
             set_seed(seed)
         ids = self.prompt_ids(prompt)
         try:
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            out = self.model.eval().generate(ids, attention_mask=torch.ones_like(ids), **options)
         except ValueError as error:
             raise FusionLMError(f"cannot generate: {error}") from error
         texts: list[str] = self.tokenizer.batch_decode(out, skip_special_tokens=True)

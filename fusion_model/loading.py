@@ -8,20 +8,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fusion_model.attached import load_planner
 from fusion_model.config import FusionLMConfig
-from fusion_model.devices import resolve_dtype
-from fusion_model.encoders.controls import BAGS
+from fusion_model.devices import resolve_device, resolve_dtype
 from fusion_model.errors import CheckpointError, FusionLMError, first_line
-from fusion_model.files import sha256
+from fusion_model.hashes import check_files
 from fusion_model.language_model import FusionLM
 from fusion_model.model import FusionLMForCausalLM
-from fusion_model.schema import read_json, write_json
 
 SHIPPED = Path(__file__).parent / "checkpoints"
-HASHES = "sha256.json"
-MODEL_FILES = (
-    *("config.json", "model.safetensors", "tokenizer.json"),
-    *("tokenizer_config.json", "generation_config.json", *(f"{bag}.json" for bag in BAGS)),
-)
 
 
 def load(
@@ -54,6 +47,7 @@ def load(
         EncoderError: the encoder is missing, or is not the one of the training.
     """
     model, tokenizer = load_model(name, model_class)
+    device = resolve_device(str(device))
     model.to(device=device, dtype=resolve_dtype(dtype, device))  # type: ignore[call-arg]
     try:
         model.set_backend(backend)
@@ -73,13 +67,14 @@ def load_model(
     name: str, model_class: type[FusionLMForCausalLM] = FusionLMForCausalLM
 ) -> tuple[FusionLMForCausalLM, PreTrainedTokenizerBase]:
     """Weights in float32 and tokenizer, without the encoder; `name` and errors as in `load`."""
-    source = str(SHIPPED / name) if (SHIPPED / name).is_dir() else name
+    shipped = sorted(p.name for p in SHIPPED.iterdir())
+    # As with transformers, a folder of that name comes first.
+    source = str(SHIPPED / name) if name in shipped and not Path(name).exists() else name
     path = Path(source)
-    if not path.exists() and len(path.parts) == 1:
-        shipped = ", ".join(sorted(p.name for p in SHIPPED.iterdir()))
+    if not name or (not path.exists() and len(path.parts) == 1):
         raise CheckpointError(
             f"there is no model {name!r}: name a folder, OWNER/NAME on the hub, or one that ships "
-            f"({shipped})"
+            f"({', '.join(shipped)})"
         )
     if path.is_dir() and not (path / "model.safetensors").exists():
         if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pkl")):
@@ -88,12 +83,13 @@ def load_model(
                 "read; convert them to model.safetensors"
             )
         begun = " (a training run has begun there, and no epoch is finished)"
+        is_new = list(path.glob("*.json")) and not (path / "metrics.jsonl").exists()
         raise CheckpointError(
-            f"{source} holds no model.safetensors{begun if list(path.glob('*.json')) else ''}: "
+            f"{source} holds no model.safetensors{begun if is_new else ''}: "
             "name a folder that fusion-lm train wrote"
         )
     if path.is_dir():
-        _check_files(path)
+        check_files(path)
     try:
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, FusionLMConfig):
@@ -139,30 +135,3 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         why = first_line(error)
         raise CheckpointError(f"cannot load the tokenizer in {source}: {why}") from error
     return tokenizer
-
-
-def write_hashes(folder: Path) -> None:
-    """Keep hashes of a model's files, which loading holds them to."""
-    found = {name: sha256(folder / name) for name in MODEL_FILES if (folder / name).exists()}
-    write_json(folder / HASHES, found)
-
-
-def _check_files(folder: Path) -> None:
-    """Of a model's folder: readable, and unchanged since training."""
-    try:
-        for name in MODEL_FILES[:3]:
-            (folder / name).open("rb").close()
-        if not (folder / HASHES).exists():
-            return  # saved by other means
-        for name, expected in read_json(folder / HASHES, dict[str, str]).items():
-            if Path(name).name == name and sha256(folder / name) != expected:
-                raise CheckpointError(
-                    f"{folder / name} is damaged: its sha256 differs from that in {HASHES} (if you "
-                    f"changed it yourself, delete {HASHES})"
-                )
-    except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{folder / HASHES} is damaged ({error}): delete it") from error

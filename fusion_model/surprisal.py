@@ -48,17 +48,24 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(nats per token): the true one."""
-        return math.exp(self.nats_per_token)
+        return _power(math.e, self.nats_per_token)
 
     @property
     def word_perplexity(self) -> float:
-        """exp(nats per word): comparable across vocabularies."""
-        return math.exp(self.nats / self.words)
+        """exp(nats per word): comparable across vocabularies; of text without spaces infinite."""
+        return _power(math.e, self.nats / self.words)
 
     @property
     def paper_perplexity(self) -> float:
         """2 ** nats, which arXiv 2208.02402 reports as perplexity."""
-        return math.pow(2.0, self.nats_per_token)
+        return _power(2.0, self.nats_per_token)
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return math.pow(base, exponent)
+    except OverflowError:
+        return math.inf
 
 
 def sum_perplexity(parts: Sequence[Perplexity]) -> Perplexity:
@@ -170,8 +177,9 @@ def word_scores(
             ids = iter(encoding["input_ids"])
             for place, (word, nats, tokens) in enumerate(words, start=1):
                 own = list(islice(ids, tokens))  # none of a sentence end
-                start = document.text.index(word, end) if own else end
-                end = start + len(word) if own else end
+                if place < len(words):  # the last is the sentence end
+                    end = document.text.index(word, end) + len(word)
+                start = end - len(word) if place < len(words) else end
                 unknown = lacking is not None and lacking in own
                 at = document.name, number, place
                 results.append(WordScore(*at, word, nats, tokens, start, end, unknown))

@@ -105,6 +105,16 @@ def test_no_gain_and_undecided_are_told_apart(mean: float, spread: float, expect
     assert verdict(np.concatenate([[mean], drawn]), 2.0) == expected
 
 
+def test_a_margin_that_is_not_known_is_drawn_too() -> None:
+    """A difference of 1 ± 0.1 within 2 ± 1: two one-sided tests say undecided, of 2 equivalent."""
+    generator = np.random.default_rng(1)
+    difference = np.concatenate([[1.0], generator.normal(1, 0.1, 4000)])
+    difference -= difference.mean() - 0.1  # no difference shown, hence its verdict is of the margin
+    margin = np.concatenate([[2.0], generator.normal(2, 2, 4000)])
+    assert verdict(difference - 0.1, 2.0) == "equivalent"
+    assert verdict(difference - 0.1, margin) == "undecided"
+
+
 def brute_kneser_ney(
     train: list[list[int]], word: int, context: tuple[int, ...], vocabulary: int, order: int
 ) -> float:

@@ -17,7 +17,7 @@ RANKS = (
     ("prefixes", "planning", "streaming"),
     ("config", "fusion", "attached", "decoding", "growing_token", "generation", "model"),
     ("surprisal", "scoring"),
-    ("language_model", "loading"),
+    ("hashes", "language_model", "loading"),
     ("", "training"),  # "": the package's own file, which names what is public
     ("experiments", "export", "benchmarks"),
     ("commands",),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import SENTENCES
 from safetensors.torch import load_file, save_file
 from test_cli import SMALL, fails, run
@@ -117,6 +118,48 @@ def test_files_of_a_model_can_be_read_by_others(trained: Path, tmp_path: Path) -
 
 
 # --- what JSON says
+
+
+def test_a_folder_of_ones_own_comes_before_a_model_that_ships(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(trained / "none", tmp_path / "fusion-lm-small")
+    monkeypatch.chdir(tmp_path)
+    for name in ("fusion-lm-small", "./fusion-lm-small"):
+        assert fusion_model.load(name).model.config.hidden_size == 12
+    monkeypatch.chdir("fusion-lm-small")
+    assert fusion_model.load(".").model.config.hidden_size == 12
+    with pytest.raises(CheckpointError, match="there is no model ''"):
+        fusion_model.load("")
+    assert fusion_model.load("fusion-lm-small").model.config.hidden_size == 384
+    with pytest.raises(FusionLMError, match="device 'cuda:9' cannot be used"):
+        fusion_model.load(".", device="cuda:9")
+
+
+@pytest.mark.parametrize("fusion", ["none", "concat"])
+def test_a_model_can_be_saved_where_it_lies(fusion: str, trained: Path, tmp_path: Path) -> None:
+    folder = copied(trained / fusion, tmp_path / "own")
+    lm = fusion_model.load(str(folder))
+    with torch.no_grad():
+        lm.model.lm_head.bias += 1
+        lm.model.lm_head.bias[5] += 3
+    lm.save_pretrained(folder)
+    assert (folder / "README.md").exists()
+    again = fusion_model.load(str(folder))
+    assert again.score("A cat.") == lm.score("A cat.")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"config.json is damaged"):
+        fusion_model.load(str(folder))
+
+
+def test_scores_and_greedy_text_have_no_dropout(trained: Path) -> None:
+    lm = fusion_model.load(str(trained / "concat"))
+    lm.model.config.dropout = 0.9
+    scores, text = lm.score("A cat sat."), lm.generate("A", max_new_tokens=5, do_sample=False)
+    lm.model.train()
+    assert lm.score("A cat sat.") == scores
+    lm.model.train()
+    assert lm.generate("A", max_new_tokens=5, do_sample=False) == text
 
 
 def test_json_is_held_to_its_type_and_to_what_was_written(tmp_path: Path) -> None:
@@ -376,6 +419,18 @@ def test_files_of_nothing_but_white_space_are_empty(
         assert "blank.txt is empty" in fails(command, trained / "none", "--text", path)
     with pytest.raises(FusionLMError, match="no sentence to score"):
         fusion_model.load(str(trained / "none")).perplexity([Document("x", [])])
+
+
+def test_perplexity_a_word_of_text_without_spaces(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a[draft].txt"
+    path.write_text("子" * 500, encoding="utf-8")
+    code, stdout, _ = run("evaluate", trained / "none", "--text", path)
+    assert code == 0
+    assert "inf" in stdout
+    assert "[draft]" in stdout.replace("\n", "")
+    found = json.loads(run("evaluate", trained / "none", "--text", path, "--json")[1])
+    assert found["word_perplexity"] is None
+    assert found["perplexity"] == pytest.approx(math.exp(found["nats"] / found["tokens"]))
 
 
 SPECIAL = "A cat </s> is <s> not <pad> a [SEP] dog [CLS] [MASK]."

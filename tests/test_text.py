@@ -1,5 +1,6 @@
 """Files into sentences, sentences into tokens."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,28 @@ def test_folder_and_local_dataset(tmp_path: Path) -> None:
     assert dataset.sentences == ["B one.", "B two."]
     with pytest.raises(TextError, match="cannot load the dataset"):
         read_documents([f"hf:{tmp_path}:validation"])
+
+
+def test_lines_end_where_editors_end_them() -> None:
+    text = "One\x0ctwo.\nThree\x85 four.\r\n\nFive\u2028six.\rSeven."
+    lines = ["One two.", "Three four.", "Five six.", "Seven."]
+    assert split_sentences(text, "lines") == lines
+
+
+def test_datasets_may_have_gaps_and_must_have_text(tmp_path: Path) -> None:
+    rows = [{"text": "Hello there."}, {"text": None}, {"text": "Good day."}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [dataset] = read_documents([f"hf:{tmp_path}"])
+    assert dataset.sentences == ["Hello there.", "Good day."]
+    (tmp_path / "a.jsonl").write_text('{"text": 5}')
+    with pytest.raises(TextError, match="holds more than text"):
+        read_documents([f"hf:{tmp_path}"])
+
+
+def test_a_closed_standard_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(TextError, match="standard input is closed"):
+        read_documents(["-"])
 
 
 def test_detokenize_undoes_wikitext() -> None:

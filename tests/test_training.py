@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,30 @@ def test_finished_run_is_not_repeated(options, tmp_path: Path) -> None:
     stamp = (out / "model.safetensors").stat().st_mtime_ns
     assert train(options(), out) == first
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_finished_run_without_its_checkpoint_stays_finished(options, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = train(options(), out)
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert train(options(), out) == first
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+    (out / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged.*to train anew"):
+        train(options(), out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors: No such file.*to train anew"):
+        train(options(), out)
+
+
+def test_a_backend_that_cannot_run_here_is_refused_first(options, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(FusionLMError, match="'cudnn' cannot run here"):
+        train(options(backend="cudnn"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_early_stopping_keeps_the_best(

@@ -92,6 +92,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a text, in every unit that is in use."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fusion_model.data.text import read_documents
@@ -104,12 +105,13 @@ def evaluate(
         return
     result = sum_perplexity([part for part in parts if part is not None])
     name = chosen.model or chosen.onnx
-    measures = {measure: getattr(result, measure) for measure in MEASURES}
+    measures: dict[str, float] = {measure: getattr(result, measure) for measure in MEASURES}
     if as_json:
-        known = {"model": str(name), "text": text, **measures, "nats": result.nats}
+        finite = {name: v if math.isfinite(v) else None for name, v in measures.items()}
+        known = {"model": str(name), "text": text, **finite, "nats": result.nats}
         print(json.dumps(known, indent=1))
         return
-    table = Table("measure", "value", title=f"{name} on {', '.join(text)}")
+    table = Table("measure", "value", title=escape(f"{name} on {', '.join(text)}"))
     table.columns[1].justify = "right"
     for measure, (label, form) in MEASURES.items():
         table.add_row(label, format(measures[measure], form))

@@ -35,6 +35,8 @@ def read_text(path: Path) -> str:
     Raises:
         TextError: missing, empty, binary or in another encoding.
     """
+    if str(path) == "-" and sys.stdin is None:
+        raise TextError("standard input is closed")
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
@@ -58,7 +60,7 @@ def split_sentences(text: str, split: str = "sentences") -> list[str]:
     if split not in SPLITS:
         raise TextError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if split == "lines":
-        pieces: Iterable[str] = text.splitlines()
+        pieces: Iterable[str] = re.split(r"\r\n|\r|\n", text)  # splitlines knows more line ends
     else:
         paragraphs = (" ".join(p.split()) for p in re.split(r"\n\s*\n", text))
         pieces = (s for p in paragraphs if p for s in sentencex.segment("en", p))
@@ -118,7 +120,10 @@ def _read_dataset(spec: str) -> str:
         raise TextError(f"cannot load the dataset {name!r}: {first_line(error)}") from error
     if "text" not in data.column_names:
         raise TextError(f"the dataset {name!r} has no column 'text', only {data.column_names}")
-    text = "\n\n".join(data["text"])
+    texts = [text for text in data["text"] if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TextError(f"the column 'text' of the dataset {name!r} holds more than text")
+    text = "\n\n".join(texts)
     if not text.strip():
         raise TextError(f"the dataset {name!r} ({split or 'train'}) is empty")
     return text

@@ -48,23 +48,25 @@ def run(name: str, studies: Mapping[int, Study], arms: Sequence[Arm], note: str)
         note: on the encoder, for every table.
     """
     found = {n: s.results(arms) for n, s in studies.items()}
+    trained = [n for n, results in found.items() if results] or list(studies)
     study, results = list(studies.values())[-1], list(found.values())[-1]
-    findings = Findings(name, TITLES[name], describe(study, note, list(studies)), note)
+    findings = Findings(name, TITLES[name], describe(study, note, trained), note)
     findings.notes = [
-        f"{n:,} sentences: {line}" for n, s in studies.items() for line in grid_edges(s, found[n])
+        f"{n:,} sentences: {line}" for n in trained for line in grid_edges(studies[n], found[n])
     ]
     tests = study.texts.tests
     if name == "data-size":
         groups = {f"{n:,}": (r, tests["test"]) for n, r in found.items() if r}
         losses = add_perplexities(findings, groups, "sentences")
         for label, those in losses.items():
-            findings.answer += answers(those, f"{label} sentences: ")
+            findings.answer += answers(those, f"{label} sentences{_seeds(groups[label][0])}: ")
         _add_trend(findings, {n: losses[f"{n:,}"] for n, r in found.items() if r})
         return findings
     if name == "domain":
         domains = {test: (results, path) for test, path in tests.items()}
         for test, those in add_perplexities(findings, domains, "tested on").items():
-            findings.answer += answers(those, f"{'same domain' if test == 'test' else test}: ")
+            where = "same domain" if test == "test" else test
+            findings.answer += answers(those, f"{where}{_seeds(results)}: ")
         return findings
     (own,) = add_perplexities(findings, {"": (results, tests["test"])}).values()
     findings.answer = answers(own)
@@ -82,6 +84,10 @@ def run(name: str, studies: Mapping[int, Study], arms: Sequence[Arm], note: str)
     findings.figures["dev-perplexity"] = _learning_curves(results)
     findings.figures["test-differences"] = _gains(own)
     return findings
+
+
+def _seeds(results: Results) -> str:
+    return " (one seed)" if max(map(len, results.values())) == 1 else ""
 
 
 def _early_and_late(results: Results) -> list[str]:

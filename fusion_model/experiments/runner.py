@@ -196,7 +196,8 @@ class Experiments:
             arms = [arm for arm in arms if arm.model not in NGRAMS]
             for arm, runs in study.results(arms).items():
                 found[arm, f"{sentences:,}"] = np.stack([run.surprisal() for run in runs])
-        note = describe(study, self._note({self.encoder}), sizes)
+        trained = [n for n in sizes if any(size == f"{n:,}" for _, size in found)]
+        note = describe(study, self._note({self.encoder}), trained)
         return reading_times.run(self.read, found, self.corpora, note)
 
     def _encoder_shape(self) -> tuple[int, int]:

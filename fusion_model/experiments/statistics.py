@@ -76,12 +76,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
 
 
-def verdict(difference: np.ndarray, margin: float) -> str:
+def verdict(difference: np.ndarray, margin: np.ndarray | float) -> str:
     """`better`, `worse`, `equivalent` or `undecided`, of a difference [1 + RESAMPLES].
 
-    Equivalent: its 90 % interval lies within ± `margin` (two one-sided tests at 5 %).
+    Equivalent: it lies within ± `margin`, which may be drawn with it (two one-sided tests at 5 %).
     """
-    e, narrow = estimate(difference), estimate(difference, 0.9)
+    e = estimate(difference)
+    above, below = estimate(difference + margin, 0.9), estimate(difference - margin, 0.9)
     if e.low > 0 or e.high < 0:
         return "better" if e.value > 0 else "worse"
-    return "equivalent" if -margin < narrow.low and narrow.high < margin else "undecided"
+    return "equivalent" if above.low > 0 > below.high else "undecided"

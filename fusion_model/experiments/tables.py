@@ -42,7 +42,7 @@ def describe(study: Study, note: str, sentences: Sequence[int] = ()) -> str:
         f"Size `{size.name}`: {trained} training, {size.dev:,} dev and at most {size.test:,} test "
         f"sentences, {study.texts.name}; V ≤ {fields['vocab_size']:,}, the same for all sizes, D = "
         f"{fields['embedding_size']}, H = {fields['hidden_size']} in concat and so fitted in the "
-        f"others that all have its parameters; up to {study.seeds} seeds. For each arm alike, dev "
+        f"others that all have its parameters; up to {study.seeds} seeds. For each arm, dev "
         f"chose with seed 0{at}, {how}{later}: {grids}. {note}"
     )
 

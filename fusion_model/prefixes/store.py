@@ -139,7 +139,7 @@ class EmbeddingStore:
             if manifest.get(name) != expected:
                 raise StoreError(
                     f"the store {self.path} has {name} {manifest.get(name)!r}, this run needs "
-                    f"{expected!r}: name another store"
+                    f"{expected!r}: name another store, or delete this one"
                 )
         chunks: list[list[int]] = manifest["chunks"]
         return chunks

@@ -9,10 +9,13 @@ from typing import Any, TypedDict
 import torch
 
 from fusion_model.errors import CheckpointError, FusionLMError
+from fusion_model.hashes import check_files
+from fusion_model.kernels import resolve_backend
 from fusion_model.schema import read_json, write_json
 from fusion_model.training.options import TrainingOptions
 
 CLAIM = "training.json"
+FINISHED = "finished"
 TOKENIZER = "tokenizer_config.json"  # of the tokenizer's files the one that is there last
 
 
@@ -78,12 +81,36 @@ def claim_texts(out: Path, texts: dict[str, str], main: bool) -> None:
         write_json(out / CLAIM, found | texts)
 
 
-def check_memory(options: TrainingOptions, device: torch.device) -> None:
-    """Refuse a model that cannot be trained here, before texts are read and encoded.
+def claim_finished(out: Path) -> None:
+    """Say in `training.json` that the run is over: its checkpoint may go.
 
     Raises:
-        FusionLMError: its weights, gradients and Adam's two moments exceed the memory.
+        CheckpointError: the model is missing or damaged.
     """
+    try:
+        check_files(out)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {out} to train anew") from None
+    found = _read_claim(out)
+    if not found.get(FINISHED):
+        write_json(out / CLAIM, found | {FINISHED: True})
+
+
+def is_finished(out: Path) -> bool:
+    return (out / CLAIM).exists() and bool(_read_claim(out).get(FINISHED))
+
+
+def check_machine(options: TrainingOptions, device: torch.device) -> None:
+    """Refuse what cannot be trained here, before texts are read and encoded.
+
+    Raises:
+        FusionLMError: the backend cannot run; weights, gradients and Adam's two moments exceed the
+            memory.
+    """
+    try:
+        resolve_backend(options.backend, device)
+    except ValueError as error:
+        raise FusionLMError(str(error)) from None
     width, hidden = options.embedding_size, options.hidden_size
     matrices = options.vocab_size * width * (1 if options.tie_weights else 2) + hidden * width
     matrices += sum(

@@ -26,12 +26,12 @@ from fusion_model.data.batches import Batch, Batches
 from fusion_model.devices import resolve_dtype
 from fusion_model.errors import CheckpointError, FusionLMError
 from fusion_model.files import locked, replace_files, write_text
+from fusion_model.hashes import HASHES, write_hashes
 from fusion_model.language_model import to_tensors
-from fusion_model.loading import HASHES, write_hashes
 from fusion_model.model import FusionLMForCausalLM
 from fusion_model.schema import Size, read_lines
 from fusion_model.training.checkpoint import load_checkpoint, save_checkpoint
-from fusion_model.training.claim import check_memory, claim_folder
+from fusion_model.training.claim import check_machine, claim_finished, claim_folder, is_finished
 from fusion_model.training.data import TrainingData, prefix_scale, prepare
 from fusion_model.training.model_card import plot_metrics, write_model_card
 from fusion_model.training.options import TrainingOptions
@@ -106,7 +106,7 @@ def train(
     """
     # Precision is set below, by autocast: accelerate would fix it for the whole process.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-    check_memory(options, accelerator.device)
+    check_machine(options, accelerator.device)
     main = accelerator.is_main_process
     with ExitStack() as held:
         if main:
@@ -150,6 +150,7 @@ class TrainingRun:
         )
         self.stop = _StopRequest()
         self.state = load_checkpoint(out, self.model, self.optimizer)
+        self.state.finished |= not self.state.step and is_finished(out)  # no checkpoint is left
         self.loss: Any
         self.loss, self.optimizer = accelerator.prepare(_SummedLoss(self.model), self.optimizer)
         self.steps_per_epoch = len(self.plan(0))
@@ -167,6 +168,7 @@ class TrainingRun:
             raise CheckpointError(f"{self.out} has lost its metrics.jsonl: delete it to train anew")
         best = min(metrics, key=lambda m: float(m["dev_loss"]))
         if self.accelerator.is_main_process:
+            claim_finished(self.out)
             plot_metrics(metrics, self.out / "training.png")
             write_model_card(self.out, self.options, self.prepared, best)
         return best
