@@ -84,8 +84,10 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.is_file() or not path.exists():
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        try:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:  # it names the temporary one
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _make_readable(path: Path) -> None:

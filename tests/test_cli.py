@@ -266,7 +266,7 @@ def test_output_appears_whole_or_not_at_all(trained: Path, tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
     missing = tmp_path / "no" / "scores.tsv"
     line = fails("score", trained / "none", "--text", trained / "text.txt", "--out", missing)
-    assert "No such file or directory" in line
+    assert f"No such file or directory: {missing}" in line
 
 
 def test_ctrl_c_in_training_keeps_the_work(

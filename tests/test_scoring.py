@@ -229,6 +229,9 @@ def test_words_that_the_vocabulary_lacks_are_marked(bert_folder: Path) -> None:
     words = lm.score("The cat sat on the 喵 mat. 喵喵!")
     assert [w.text for w in words if w.unknown] == ["喵", "喵喵!"]
     assert [w.start for w in words][:3] == [0, 4, 8]
+    words = lm.score("The cat \u200b sat.")  # which has no token
+    assert [(w.tokens > 0, w.start, w.end) for w in words[2:4]] == [(False, 8, 9), (True, 10, 14)]
+    assert (words[-1].start, words[-1].end) == (14, 14)
 
 
 def test_long_work_says_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys) -> None:
