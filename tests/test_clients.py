@@ -114,7 +114,7 @@ def test_a_folder_for_a_hub_is_whole_and_has_no_training_state(
     lm.save_pretrained(hub)
     assert {p.name for p in hub.iterdir()} == {
         *("README.md", "config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "sha256.json"),
     }
     assert fusion_model.load(str(hub)).score("A cat.") == lm.score("A cat.")
     (tmp_path / "file").touch()
