@@ -2,7 +2,6 @@
 
 import inspect
 import platform
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from fusion_model.export.manifest import (
     ENCODER,
     ENCODER_TOKENIZER,
     ENCODER_WEIGHTS,
-    MANIFEST,
     OLDEST_RUNTIME,
     OPSETS,
     PRECISIONS,
     SEQUENCE,
     STEP,
     WEIGHTS,
+    strangers,
     write_manifest,
 )
 from fusion_model.export.runtime.model import OnnxFusionLM, open_encoder
@@ -43,6 +42,7 @@ from fusion_model.errors import EncoderError, ExportError
 from fusion_model.files import locked, replacing
 from fusion_model.language_model import FusionLM
 from fusion_model.loading import load, load_model
+from fusion_model.progress import note
 
 SAMPLE = (
     "",
@@ -89,8 +89,9 @@ def export_model(
         raise ExportError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported: choose {' or '.join(map(str, OPSETS))}")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists()):
-        raise ExportError(f"{out} holds something else than an export: name another folder")
+    if other := strangers(out):
+        names = ", ".join(other[:3])
+        raise ExportError(f"{out} holds something else than an export ({names}): name another")
     runtime()
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f".{out.name}.lock"), str(out)):
@@ -109,6 +110,8 @@ def _export(
         network.generation_config.save_pretrained(work)
         lm.tokenizer.save_pretrained(work)
         facts = {name: getattr(network.config, name) for name in FACTS}
+        if with_encoder and source is not None:
+            facts["policy"] = source.policy  # of this model, where another was asked for
         _write_graphs(lm, facts, work, precision, opset)
         contents = {
             "model": facts,
@@ -138,8 +141,12 @@ def _load(
     if fused and with_encoder:
         return load(model, encoder=encoder_path)
     if fused and precision == "int8":
-        with suppress(EncoderError):
+        try:
             return load(model, encoder=encoder_path)
+        except EncoderError as error:
+            if encoder_path is not None:
+                raise
+            note(f"int8 is not held to a text, as the model's encoder is missing: {error}")
     return FusionLM(network, tokenizer, None)
 
 

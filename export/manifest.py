@@ -32,6 +32,18 @@ def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {"format": FORMAT, **contents, "files": files})
 
 
+def strangers(folder: Path) -> list[str]:
+    """Files that are not of an export in that folder; the folder itself, if it is a file."""
+    if not folder.is_dir():
+        return [folder.name] if folder.exists() else []
+    try:
+        found = read_json(folder / MANIFEST, dict)
+        own = {MANIFEST, *found["files"]} if "opset" in found else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    return sorted(p.name for p in folder.iterdir() if p.name not in own)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an export, after every file was held against it.
 

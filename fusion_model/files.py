@@ -19,19 +19,32 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path for a file or folder that takes the place of `path` once the block is through.
 
     What a link names is replaced, and the link stays. A device or a pipe is written to.
+
+    Raises:
+        OSError: the path is a mount point, which nothing can take the place of.
     """
     path = path.resolve()
+    if path.is_mount() and path.is_dir():
+        why = "a mount point cannot be replaced, name a folder in it"
+        raise OSError(errno.EBUSY, why, str(path))
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
         return
-    temporary = path.with_name("saving-" + path.name)
+    temporary, old = (path.with_name(f".{what}-{path.name}") for what in ("saving", "replaced"))
     _remove(temporary)
     try:
         yield temporary
-        if temporary.is_dir():
-            _remove(path)
         _make_readable(temporary)
-        temporary.replace(path)
+        if temporary.is_dir() and path.exists():
+            _remove(old)
+            path.replace(old)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+        _remove(old)
     finally:
         _remove(temporary)
 

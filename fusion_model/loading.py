@@ -76,6 +76,8 @@ def load_model(
             f"there is no model {name!r}: name a folder, OWNER/NAME on the hub, or one that ships "
             f"({', '.join(shipped)})"
         )
+    if (path / "model.onnx").exists() and (path / "manifest.json").exists():
+        raise CheckpointError(f"{source} is an export to ONNX: run it with --onnx {source}")
     if path.is_dir() and not (path / "model.safetensors").exists():
         if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pkl")):
             raise CheckpointError(

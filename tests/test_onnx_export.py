@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import fusion_model
 from fusion_model.encoders import load_encoder
 from fusion_model.encoders.controls import BagEncoder
 from fusion_model.errors import ExportError
+from fusion_model.files import replacing
 
 TEXTS = ["", "The cat", "The cat sat on the mat.", "A dog, is it not?", "mat"] * 2
 
@@ -124,6 +126,58 @@ def test_requests_that_make_no_sense_are_refused(model_folder: Path, tmp_path: P
     assert "holds something else" in fails("export", model_folder, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     assert "model.safetensors" in fails("export", tmp_path / "mine", tmp_path / "o")
+
+
+def test_only_an_exports_own_files_are_replaced(model_folder: Path, tmp_path: Path) -> None:
+    (app := tmp_path / "app").mkdir()
+    (app / "manifest.json").write_text('{"name": "an app of another kind"}')
+    assert "(manifest.json)" in fails("export", model_folder, app)
+    assert (app / "manifest.json").exists()
+    export_model(str(model_folder), out := tmp_path / "out")
+    (out / "surprisal.tsv").write_text("precious")
+    assert "(surprisal.tsv)" in fails("export", model_folder, out)
+    assert (out / "surprisal.tsv").read_text() == "precious"
+    assert f"run it with --onnx {out}" in fails("score", out, "--text", out / "surprisal.tsv")
+    (tmp_path / "saving-new").mkdir()
+    export_model(str(model_folder), tmp_path / "new")
+    assert (tmp_path / "saving-new").is_dir()
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_replaced_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "out").mkdir()
+    (folder / "old").touch()
+
+    def again() -> None:
+        with replacing(folder) as new:
+            new.mkdir()
+            (new / "new").touch()
+
+    def replace(path: Path, to: Path) -> None:
+        if path.name == ".saving-out":
+            raise OSError(16, "Device or resource busy")
+        os.replace(path, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", replace)
+        with pytest.raises(OSError, match="busy"):
+            again()
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        assert [p.name for p in folder.iterdir()] == ["old"]
+        patched.setattr(Path, "is_mount", lambda _: True)
+        with pytest.raises(OSError, match="mount point cannot be replaced"):
+            again()
+    again()
+    assert [p.name for p in folder.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_int8_takes_no_wrong_encoder(tmp_path: Path) -> None:
+    arguments = ("export", "fusion-lm-small", tmp_path / "out", "--precision", "int8")
+    wrong = fails(*arguments, "--encoder-path", tmp_path / "none")
+    assert "cannot load the encoder" in wrong
 
 
 def test_an_earlier_export_is_replaced(model_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fusion_model.benchmarks.profile.spans import Recorder, replaced
 from test_cli import fails, run
 
 import fusion_model
+from fusion_model.encoders.pretrained import HFEncoder
 from fusion_model.errors import FusionLMError
 
 
@@ -309,3 +311,19 @@ def test_another_policy_can_be_profiled(text_file: Path, tmp_path: Path) -> None
     assert "encoding policy incremental" in stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["settings"]["policy"] == "incremental"
+
+
+def test_a_pass_starts_with_no_vectors_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = fusion_model.load("fusion-lm-small", policy="word")
+    whole, encoded = HFEncoder._encode_unique, list[int]()
+
+    def counted(self: HFEncoder, inputs: Any) -> Any:
+        encoded.append(len(inputs))
+        return whole(self, inputs)
+
+    monkeypatch.setattr(HFEncoder, "_encode_unique", counted)
+    engine = engines.TorchEngine(lm)
+    score = partial(latency._score, engine, ["A cat sat.", "A dog."])
+    latency._pair(engine, Recorder(time.perf_counter), score, 0)
+    half = len(encoded) // 2
+    assert sum(encoded[:half]) == sum(encoded[half:]) > 0

@@ -83,6 +83,12 @@ class TorchEngine:
                 streamer=_Ticker(tick),
             )
 
+    def forget(self) -> None:
+        """Before each call: the encoder keeps the latest texts' vectors, too."""
+        encoder = getattr(self.lm.planner, "encoder", None)
+        if hasattr(encoder, "forget"):
+            encoder.forget()
+
     def stages(self, recorder: Recorder) -> AbstractContextManager[None]:
         """Spans around the stages while the block runs."""
         from fusion_model import decoding
@@ -106,6 +112,9 @@ class OnnxEngine:
 
     def __init__(self, lm: Any) -> None:
         self.lm = lm
+
+    def forget(self) -> None:
+        """Nothing is kept from call to call."""
 
     def generate(self, prompts: Sequence[str], tokens: int, tick: Tick) -> None:
         from fusion_model.export.runtime import generation

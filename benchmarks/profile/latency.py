@@ -155,6 +155,7 @@ def _pair(
     """(plain, in parts); which comes first alternates."""
     found = {}
     for spans in (False, True) if turn % 2 == 0 else (True, False):
+        engine.forget()
         with engine.stages(recorder) if spans else nullcontext():
             found[spans] = one_pass(recorder, call, spans)
     return found[False], found[True]

@@ -111,6 +111,10 @@ class HFEncoder(TokenInputs):
     def save(self, directory: Path) -> None:
         """Nothing to keep: a pretrained encoder is had again by name."""
 
+    def forget(self) -> None:
+        """Keep no vectors of earlier texts."""
+        self._reused.clear()
+
     @torch.inference_mode()
     def encode(self, inputs: Sequence[EncoderInput]) -> Tensor:
         """Vectors, [N, dim] float32 on the CPU, in the order of `inputs`; duplicates run once.

@@ -43,7 +43,7 @@ def claim_folder(options: TrainingOptions, out: Path, main: bool) -> None:
             )
         if main:  # begun and never trained, such as with a mistyped file name
             (out / TOKENIZER).unlink(missing_ok=True)
-    elif out.exists() and any(not p.name.startswith((".lock", "saving-")) for p in out.iterdir()):
+    elif out.exists() and any(not p.name.startswith((".lock", ".saving-")) for p in out.iterdir()):
         raise CheckpointError(f"{out} holds other files: choose an empty or new folder for --out")
     if main:
         out.mkdir(parents=True, exist_ok=True)
