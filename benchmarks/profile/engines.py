@@ -85,7 +85,7 @@ class TorchEngine:
 
     def forget(self) -> None:
         """Before each call: the encoder keeps the latest texts' vectors, too."""
-        encoder = getattr(self.lm.planner, "encoder", None)
+        encoder: Any = getattr(self.lm.planner, "encoder", None)
         if hasattr(encoder, "forget"):
             encoder.forget()
 
