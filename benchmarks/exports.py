@@ -55,7 +55,6 @@ def latencies(
     torch.manual_seed(0)
     tokenizer = load_model("fusion-lm-small")[1]
     model = FusionLMForCausalLM(FusionLMConfig(**CONFIG | sizes)).eval()
-    model.set_backend("torch")
     config, generator = model.config, np.random.default_rng(0)
     ids = generator.integers(0, config.vocab_size, (BATCH, LENGTH + 1))
     e = generator.standard_normal((BATCH, LENGTH, config.prefix_size)).astype(np.float32)

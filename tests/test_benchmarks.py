@@ -62,6 +62,8 @@ def test_only_chooses_operations_and_backends() -> None:
     assert {c.backend for c in cases("quick", ["onnx"])} == {"onnx", EAGER}
     with pytest.raises(FusionLMError, match="unknown 'stepp'"):
         cases("quick", ["stepp"])
+    with pytest.raises(FusionLMError, match="training: not measured with compile, but step, seq"):
+        cases("quick", ["training", "compile"])
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -250,6 +252,8 @@ def test_gate_sees_ratios_not_times(tmp_path: Path, capsys) -> None:
     worse = [auto | {"speedup": 0.1 * auto["speedup"]}, *slower[1:]]
     (line,) = gate.compare(run["machine"], worse, loaded)
     assert line.startswith("step B2 T1 H32 float32 auto: ")
+    wrong = [{"kind": "wrong", "reason": "no kernel", "group": "g", "backend": "auto"}, *slower[1:]]
+    assert gate.compare(run["machine"], wrong, loaded) == ["g auto: no kernel"]
     uneven = [auto | {"p90_ms": 99 * auto["p50_ms"]}, *slower[1:]]
     assert gate.ratios(slower).keys() - gate.ratios(uneven).keys() == {f"{auto['group']} auto"}
     several = gate.medians([(run, worse), (run, records), (run, records)])
@@ -323,6 +327,31 @@ def test_bench_takes_sizes_from_a_model() -> None:
     sizes = {(c.hidden_size, c.vocab_size, c.batch) for c in chosen if c.operation == "training"}
     assert sizes == {(384, 8192, 3)}
     assert "scoring" in {c.operation for c in chosen}
+    only = bench.chosen_cases("quick", ["batched"], {"dtype": "bfloat16"}, None, "fusion-lm-small")
+    assert {(c.backend, c.dtype) for c in only} == {("batched", "bfloat16"), (EAGER, "bfloat16")}
+
+
+def test_bench_leaves_out_what_is_not_the_models_own(
+    tmp_path: Path, bpe, bert_folder, capsys
+) -> None:
+    """`training` and `evaluation` are of one layer and concatenation."""
+    model = str(saved_model(tmp_path / "m", bpe, bert_folder, num_layers=2, fusion="concat"))
+    chosen = bench.chosen_cases("quick", [], {}, None, model)
+    assert not {c.operation for c in chosen} & {"training", "evaluation"}
+    assert "training and evaluation left out" in capsys.readouterr().err
+    with pytest.raises(FusionLMError, match="of training there is nothing to measure with"):
+        bench.chosen_cases("quick", ["training"], {}, None, model)
+
+
+def test_policies_that_differ_are_said() -> None:
+    timed = [
+        {"kind": "case", "group": "scoring float32", "backend": name, "policy": policy}
+        | {"p50_ms": 1.0, "p90_ms": 1.0, "of_floor": 0.5}
+        for name, policy in (("eager", "every"), ("auto", "incremental"), ("onnx", "incremental"))
+    ]
+    (line,) = bench.remarks(timed)
+    assert line == "scoring float32: encoded by policy every: eager; policy incremental: auto, onnx"
+    assert bench.remarks(timed[1:]) == []
 
 
 def test_bench_mistakes_are_one_line(tmp_path: Path) -> None:
@@ -381,6 +410,8 @@ def test_every_way_and_policy_agrees_with_the_plain_equations(figures) -> None:
     """Those that do not are `wrong`; all make as many tokens as were asked for."""
     assert [r.get("reason") for r in figures if r["kind"] != "case"] == []
     assert {r["items"] for r in figures if r["operation"] == "generation"} == {4}
+    named = {(r["backend"], r["policy"]) for r in figures if "policy" in r}
+    assert named == {(name, "every") for name in on_text.PLAIN}
     assert len({r["items"] for r in figures if r["operation"] == "scoring"}) == 1
     table = summary.ways(figures)
     assert table.count("\n") == 13

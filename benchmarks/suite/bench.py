@@ -4,6 +4,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def chosen_cases(
     """The suite's cases, or those of the user's own shape or model.
 
     Raises:
-        FusionLMError: an unknown operation, backend or dtype; a size below 1.
+        FusionLMError: an unknown operation, backend or dtype; nothing is left.
     """
     only = [*only, backend] if backend else list(only)
     known = [name for name in SIZE if name != "int8"]
@@ -72,16 +73,26 @@ def chosen_cases(
     if not shape and model is None:
         return cases(suite, only)
     on_text: list[Case] = []
+    left_out: tuple[str, ...] = ()
     if model is not None:
         config = load_model(model)[0].config
         sizes = ("hidden_size", "embedding_size", "vocab_size", "prefix_size")
+        dtype = {name: value for name, value in shape.items() if name == "dtype"}
         shape = {name: getattr(config, name) for name in sizes} | shape
-        on_text = [c for c in cases(suite, only) if c.operation in ("scoring", "generation")]
-        names = [name for name in OPERATIONS if name in only]
-        if names and set(names) <= {"scoring", "generation"}:
-            return on_text
-    shape = {"batch": 1, "length": 64} | shape
-    return own_cases(shape, only) + on_text
+        of_suite = [c for c in cases(suite, only) if c.operation in ("scoring", "generation")]
+        on_text = [replace(c, **dtype) for c in of_suite]
+        if config.fusion != "concat" or config.num_layers > 1:
+            left_out = ("training", "evaluation")
+    own = own_cases({"batch": 1, "length": 64} | shape, only)
+    found = [c for c in own if c.operation not in left_out]
+    if len(found) < len(own):
+        progress.note("training and evaluation left out: written for one layer and concat alone")
+    if not found + on_text:
+        raise FusionLMError(
+            f"of {', '.join(only)} there is nothing to measure with "
+            f"{'a shape' if model is None else model}"
+        )
+    return found + on_text
 
 
 def affordable(chosen: Sequence[Case], device: str) -> list[Case]:
@@ -204,8 +215,22 @@ def warnings(records: Sequence[Record]) -> list[str]:
     return found
 
 
+def policies(records: Sequence[Record]) -> list[str]:
+    """Of each group whose backends encode by several policies, which ones do by which."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for r in results.measured(records):
+        if "policy" in r:
+            found.setdefault(r["group"], {}).setdefault(r["policy"], []).append(r["backend"])
+    return [
+        f"{group}: encoded by "
+        + "; ".join(f"policy {policy}: {', '.join(names)}" for policy, names in own.items())
+        for group, own in found.items()
+        if len(own) > 1
+    ]
+
+
 def remarks(records: Sequence[Record]) -> list[str]:
-    """What was skipped and why, once for each backend; what was wrong; and `warnings`."""
+    """What was skipped and why, once for each backend; what was wrong; `policies`, `warnings`."""
     skipped = Counter((r["backend"], r["reason"]) for r in records if r["kind"] == "skip")
     return [
         *(f"skipped {name} ({n}): {reason}" for (name, reason), n in skipped.items()),
@@ -214,6 +239,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
             for r in records
             if r["kind"] == "wrong"
         ),
+        *policies(records),
         *warnings(records),
     ]
 

@@ -196,7 +196,7 @@ def cases(suite: str, only: Sequence[str] = ()) -> list[Case]:
             beside the eager one.
 
     Raises:
-        FusionLMError: neither an operation nor a backend.
+        FusionLMError: neither an operation nor a backend; backends of other operations only.
     """
     known = {Case("", name).way for names in BACKENDS.values() for name in names}
     for name in only:
@@ -218,20 +218,25 @@ def cases(suite: str, only: Sequence[str] = ()) -> list[Case]:
         found += [
             Case(operation, name, **shape) for shape in SUITES[suite][operation] for name in names
         ]
+    if not found:
+        homes = [
+            o for o in OPERATIONS if {w for n in BACKENDS[o] for w in (n, Case("", n).way)} & wanted
+        ]
+        raise FusionLMError(
+            f"{', '.join(operations)}: not measured with {', '.join(sorted(wanted))}, but "
+            f"{', '.join(homes)} can be"
+        )
     return found
 
 
 def own_cases(shape: Shape, only: Sequence[str] = ()) -> list[Case]:
-    """The operations on shapes, at the user's own one.
+    """The operations on shapes, at the user's own one; none if all that is asked for is on text.
 
     Raises:
-        FusionLMError: as `cases`; or what is asked for has no shape.
+        FusionLMError: as `cases`.
     """
-    found = [
+    return [
         Case(c.operation, c.backend, **(shape | ({"length": 1} if c.operation == "step" else {})))
         for c in cases("tiny", only)
         if c.operation not in ON_TEXT
     ]
-    if not found:
-        raise FusionLMError(f"--only {', '.join(only)} is measured on text and has no shape")
-    return found

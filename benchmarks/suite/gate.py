@@ -61,11 +61,16 @@ def medians(runs: Iterable[tuple[Record, Iterable[Record]]]) -> dict[str, dict[s
 
 
 def compare(machine: Record, records: Iterable[Record], baseline: Record) -> list[str]:
-    """A line for each ratio that fell below what is tolerated; none: the gate is passed.
+    """A line for each backend that is wrong, or, if none is, for each ratio that fell below what is
+    tolerated; none: the gate is passed.
 
     Raises:
         FusionLMError: the baseline has no figures of such a machine, or none of these cases.
     """
+    records = list(records)
+    wrong = [f"{r['group']} {r['backend']}: {r['reason']}" for r in records if r["kind"] == "wrong"]
+    if wrong:
+        return wrong
     kind = kind_of(machine)
     if kind not in baseline:
         raise FusionLMError(f"no baseline for {kind}: there is one for {', '.join(baseline)}")
@@ -91,7 +96,8 @@ def main(
     write: Annotated[bool, typer.Option(help="make this the baseline")] = False,
     baseline: Path = BASELINE,
 ) -> None:
-    """See the module: exit 1 where a ratio fell, 2 where nothing can be compared."""
+    """See the module: exit 1 where a ratio fell or a backend is wrong, 2 where nothing can be
+    compared."""
     try:
         runs = [run for path in results for run in read(path)]
         run, records = runs[-1]
@@ -104,7 +110,8 @@ def main(
     except FusionLMError as error:
         print(f"error: {error}")
         raise typer.Exit(2) from None
-    print(*fallen, f"{len(fallen)} ratios fell below {TOLERATED:.0%} of the baseline", sep="\n")
+    said = f"{len(fallen)} backends are wrong, or below {TOLERATED:.0%} of the baseline's ratio"
+    print(*fallen, said, sep="\n")
     raise typer.Exit(1 if fallen else 0)
 
 

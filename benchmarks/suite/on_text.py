@@ -118,6 +118,11 @@ def _policy(case: Case, context: Context) -> str | None:
     return case.variant if case.variant not in ("", "unfused") else None
 
 
+def _facts(case: Case, lm: FusionLM) -> dict[str, Any]:
+    """The policy, where the backend's name does not say it."""
+    return {} if lm.planner is None or case.variant else {"policy": lm.planner.encoder.policy}
+
+
 def _model(case: Case, context: Context, **changed: Any) -> FusionLM:
     """The model of a case; `changed` are options of `load`."""
     options: dict[str, Any] = {"dtype": case.dtype, "encoder_dtype": case.dtype}
@@ -237,6 +242,7 @@ def scoring(case: Case, context: Context) -> Work:
         items=sum(len(s) - 1 for s in sentences),
         counts=counts(case, lm, sentences, 1),
         tolerance=1e-3 if _is_exact(case) else 0.15,
+        facts=_facts(case, lm),
     )
 
 
@@ -292,6 +298,7 @@ def generation(case: Case, context: Context) -> Work:
         items=count,
         counts=counts(case, lm, [whole], count),
         tolerance=0.0 if _is_exact(case) else 0.25,
+        facts=_facts(case, lm),
     )
 
 

@@ -47,7 +47,7 @@ def _options(
 
 
 INTERRUPTED = 130  # exit status
-KEEPING = ("train", "embed", "experiment", "bench")  # commands that go on from what is there
+KEEPING = ("train", "embed", "experiment")  # commands that go on from what is there
 CORES = os.cpu_count() or 1
 MODEL_HELP = "folder, hub name, or fusion-lm-small, which ships"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
