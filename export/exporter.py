@@ -2,6 +2,7 @@
 
 import inspect
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,16 @@ def _write_graphs(
 ) -> None:
     graphs = {}
     for name, build in ((SEQUENCE, sequence_graph), (STEP, step_graph)):
-        graph = build(lm.model, opset, precision)
-        graph.doc_string = inspect.cleandoc(build.__doc__ or "")
-        graph.producer_version = fusion_model.__version__
-        onnx.helper.set_model_props(graph, {n: str(facts[n]) for n in FACTS})
-        graphs[folder / name] = graph
+        graphs[folder / name] = build(lm.model, opset, precision)
+        _describe(graphs[folder / name], build, {n: facts[n] for n in FACTS})
     save_graphs(graphs, folder / WEIGHTS)
+
+
+def _describe(graph: onnx.ModelProto, build: Callable[..., Any], facts: dict[str, Any]) -> None:
+    """What goes in and comes out, and of which model: for those who have the file alone."""
+    graph.doc_string = inspect.cleandoc((build.__doc__ or "").partition("\n\n    Args:")[0])
+    graph.producer_version = fusion_model.__version__
+    onnx.helper.set_model_props(graph, {name: str(value) for name, value in facts.items()})
 
 
 def _verified(lm: FusionLM, exported: OnnxFusionLM) -> dict[str, Any]:
@@ -187,6 +192,7 @@ def _write_encoder(encoder: Any, folder: Path, precision: str, opset: int) -> di
     if encoder.model.dtype != torch.float32 or encoder.model.device.type != "cpu":
         encoder = load_encoder(encoder.name, encoder.pooling, policy=encoder.policy)
     incremental = parse_policy(encoder.policy).name == "incremental"
+    facts = {name: getattr(encoder, name) for name in ENCODER_FACTS}
     names = {p.name for p in encoder.read}
     graph, own = None, "int8" if precision == "int8" else "fp32"
     if incremental or "mask" not in names:  # of an exact text, the mask is a second pass
@@ -201,13 +207,14 @@ def _write_encoder(encoder: Any, folder: Path, precision: str, opset: int) -> di
         export_encoder(encoder, folder / ENCODER, opset)
         words = None
     else:
+        _describe(graph, incremental_graph, facts)
         words = save_graphs({folder / ENCODER: graph}, folder / ENCODER_WEIGHTS)[WORDS]
     check_graph(folder / ENCODER)
     tokenizer = encoder.tokenizer
     tokenizer.backend_tokenizer.save(str(folder / ENCODER_TOKENIZER))
     described = {
         "kind": "onnx" if graph is None else "trees",
-        **{name: getattr(encoder, name) for name in ENCODER_FACTS},
+        **facts,
         "depth": encoder.depth,
         "vocabulary": len(encoder.model.get_input_embeddings().weight),
         "words": words,  # where their table begins in the file of weights

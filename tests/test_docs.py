@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fusion_model.benchmarks.summary import PAGES, renew
+from fusion_model.export import export_model
 from test_cli import run
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,8 @@ def test_python_prints_what_it_says(block: str, clone: Path, capsys, monkeypatch
             p.values[0] for p in COMMANDS if p.id.startswith("docs/guide.md: fusion-lm score")
         )
         assert run(*shlex.split(line)[1:])[0] == 0
+    if "OUT/" in block and not Path("OUT").exists():
+        export_model("fusion-lm-small", "OUT", encoder=True)
     code, _, shown = block.partition("\n# prints\n")
     exec(compile(code, "page", "exec"), {"__name__": "page"})
     expected = "".join(line.removeprefix("# ") + "\n" for line in shown.splitlines())

@@ -209,6 +209,7 @@ def agrees(encoder, exported: Any) -> None:
 def test_encoder_comes_out_with_its_poolings(bert_folder: Path, tmp_path: Path) -> None:
     agrees(*exported_encoder(bert_folder, "static+mean+mask+pooler", tmp_path / "out"))
     dims = session(tmp_path / "out" / "encoder.onnx").get_inputs()[0].shape
+    assert "`input_ids`" in onnx.load(tmp_path / "out" / "encoder.onnx").doc_string
     assert all(isinstance(dim, str) for dim in dims)  # neither was frozen
 
 

@@ -82,7 +82,10 @@ def test_exact_policies_take_the_same_graph(
     assert not hasattr(theirs, "stream")
     expected = np.asarray(ours.encode(given))
     np.testing.assert_allclose(theirs.encode(given), expected, rtol=0, atol=2e-5)
-    nodes = [n.op_type for n in onnx.load(tmp_path / "encoder.onnx").graph.node]
+    graph = onnx.load(tmp_path / "encoder.onnx")
+    assert "`seen_positions`" in graph.doc_string
+    assert {p.key: p.value for p in graph.metadata_props}["policy"] == policy
+    nodes = [n.op_type for n in graph.graph.node]
     assert nodes.count("MultiHeadAttention") == 2  # one node a layer
     assert "Softmax" not in nodes
 

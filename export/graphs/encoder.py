@@ -60,6 +60,7 @@ def export_encoder(encoder: HFEncoder, path: Path, opset: int) -> None:
                 verbose=False,
             )
             assert program is not None
+            program.model.doc_string = (export_encoder.__doc__ or "").partition("\n")[0]
             program.save(path)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         raise ExportError(
