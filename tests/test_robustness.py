@@ -268,6 +268,8 @@ def test_numbers_out_of_range_are_refused(
     ("arguments", "message"),
     [
         (["generate", "MODEL", "--temperature", "inf"], "--temperature must be a number"),
+        (["generate", "MODEL", "--temperature", "1e-40"], "--temperature must be 0, the likeliest"),
+        (["generate", "MODEL", "--beam", "2", "--top-k", "3"], "leave out --top-k"),
         (["score", "MODEL", "--text", "TEXT", "--device", "meta"], "'meta' holds no numbers"),
         (["score", "MODEL", "--text", "TEXT", "--out", ""], "Is a directory"),
         (["score", "MODEL", "--text", "TEXT", "--out", "TEXT"], "is an input, too"),

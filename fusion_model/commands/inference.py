@@ -31,6 +31,7 @@ COLUMNS = (
     *("document", "sentence", "word", "text", "bits", "nats", "tokens"),
     *("start", "end", "unknown"),
 )
+COOLEST = 1e-4  # temperature: scores divided by less are no numbers any more
 MEASURES = {
     "perplexity": ("perplexity per token", ".3f"),
     "word_perplexity": ("perplexity per word", ".3f"),
@@ -168,6 +169,12 @@ def generate(
     for name, value in (("temperature", temperature), ("top-p", top_p)):
         if not math.isfinite(value):
             raise FusionLMError(f"--{name} must be a number, not {value}")
+    if 0 < temperature < COOLEST:
+        raise FusionLMError(f"--temperature must be 0, the likeliest token, or at least {COOLEST}")
+    sampling = {"temperature": temperature not in (0, 1), "top-k": top_k > 0, "top-p": top_p < 1}
+    if beam > 1 and any(sampling.values()):
+        given = ", ".join(f"--{name}" for name, asked in sampling.items() if asked)
+        raise FusionLMError(f"--beam does not sample: leave out {given}")
     lm = chosen.open()
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": beam}
     if beam == 1 and temperature > 0:
