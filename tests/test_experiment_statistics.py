@@ -11,6 +11,7 @@ from scipy import stats
 
 from fusion_model.data.text import Document
 from fusion_model.errors import FusionLMError
+from fusion_model.experiments.figures import curves
 from fusion_model.experiments.ngrams import KneserNey
 from fusion_model.experiments.reading.data import (
     Frequencies,
@@ -304,6 +305,16 @@ def test_frequencies_ignore_case_and_punctuation() -> None:
     assert counted.log("“THE,") == pytest.approx(math.log(3 / 8))
     assert counted.log("cat") == pytest.approx(math.log(2 / 8))
     assert counted.log("unseen") == pytest.approx(math.log(1 / 8))
+
+
+def test_an_arm_looks_alike_in_every_figure() -> None:
+    point = [(1.0, 2.0)]
+    looks = []
+    for names in (("unfused", "static", "another", "fused"), ("another", "more", "fused")):
+        drawn = curves({name: point for name in names}, "x", "y").axes[0].get_lines()
+        looks.append({line.get_label(): (line.get_color(), line.get_marker()) for line in drawn})
+        assert len(set(looks[-1].values())) == len(names)
+    assert looks[0]["fused"] == looks[1]["fused"]
 
 
 def test_tables_in_markdown() -> None:

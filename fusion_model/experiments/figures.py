@@ -1,10 +1,12 @@
 """Figures that a paper could print: one column wide, readable in grey, no title inside."""
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusion_model.experiments.arms import COUNTED, FUSED, STATIC, UNFUSED
 from fusion_model.experiments.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 # Okabe & Ito (2008): told apart by the colour-blind, too.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 MARKERS = "osD^vP<>X*hd"
+# Which look alike in all figures of curves.
+USUAL = (UNFUSED, STATIC, FUSED, *(arm.name for arm in COUNTED))
 STYLES = ("-", "--", "-.", ":")
 FONT: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -46,7 +50,10 @@ def curves(
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
     figure, (axes,) = _figure(6.0, 3.4)
-    for i, (name, points) in enumerate(lines.items()):
+    taken = {name: USUAL.index(name) for name in lines if name in USUAL}
+    free = (i for i in count() if i not in taken.values())
+    for name, points in lines.items():
+        i = taken[name] if name in taken else next(free)
         x = [x for x, _ in points]
         style: dict[str, Any] = {
             "color": COLOURS[i % len(COLOURS)],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fusion_model.files import write_text
 
+FIRST = 6  # answers of each experiment
 START, END = "<!-- from docs/experiments/medium -->\n", "\n<!-- end -->"
 
 
@@ -22,7 +23,7 @@ def section(folder: Path) -> str:
     for path in reports:
         found = json.loads(path.read_text())
         link = f"experiments/{folder.name}/{path.parent.name}/report.md"
-        lines.append(f"| [{found['title']}]({link}) | {' '.join(found['answer'][:4])} |")
+        lines.append(f"| [{found['title']}]({link}) | {' '.join(found['answer'][:FIRST])} |")
     return "\n".join(lines)
 
 
