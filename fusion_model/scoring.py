@@ -33,6 +33,7 @@ from fusion_model.surprisal import (
     word_scores,
 )
 
+IN_MEMORY = 2**16  # positions; their embeddings are some hundred megabytes
 Array = np.ndarray
 Text = str | Sequence[str | Document]
 """Plain text, which is split into sentences, several such texts, or documents."""
@@ -81,6 +82,22 @@ class TextModel(ABC):
         note_outgrown(self.planner)
         return Batches(corpus, shuffle_rows(rows, corpus.positions, self.shuffle), store, pad)
 
+    def _encoded(self, corpus: Corpus, store: Vectors | None) -> Iterator[Batches]:
+        """As `encode_corpus`; without a store a part of a long text at a time, so that memory does
+        not grow by its embeddings."""
+        planner, total, done = self.planner, sum(corpus.positions), 0
+        apart = planner is not None and not planner.reads_previous and self.shuffle == "none"
+        if planner is None or store is not None or not apart or total <= IN_MEMORY:
+            yield self.encode_corpus(corpus, store)
+            return
+        with progress.track("scoring", total) as update:
+            for part in corpus.parts(IN_MEMORY):
+                vectors = MemoryStore(planner.encoder.dim)
+                rows = embed_corpus(part, planner, vectors, lambda n, _, at=done: update(at + n))
+                yield Batches(part, rows, vectors, self.tokenizer.pad_token_id or 0)
+                done += len(rows)
+        note_outgrown(planner)
+
     def open_store(
         self, path: Path | str | None, writable: bool = True
     ) -> AbstractContextManager[Vectors | None]:
@@ -95,7 +112,9 @@ class TextModel(ABC):
         corpus = Corpus.from_documents(documents, self.tokenizer)
         if not corpus.sentences:
             raise FusionLMError("there is no sentence to score: give some text")
-        scores = score_sentences(self, self.encode_corpus(corpus, store))
+        scores = [
+            s for batches in self._encoded(corpus, store) for s in score_sentences(self, batches)
+        ]
         return Perplexity(
             nats=math.fsum(nats for s in scores for nats in s.tokens.tolist()),
             tokens=sum(len(s.tokens) for s in scores),
@@ -127,11 +146,14 @@ class TextModel(ABC):
         boundary = np.array(boundary_ids(self.tokenizer)) if whitespace_correction else None
         documents = to_documents(text)
         corpus = Corpus.from_documents(documents, self.tokenizer)
-        batches = self.encode_corpus(corpus, store)
-        if context == "sentence":
-            scores = score_sentences(self, batches, boundary)
-        else:
-            scores = list(score_articles(self, batches, boundary))
+        scores: list[SentenceScores] = []
+        state = None
+        for batches in self._encoded(corpus, store):
+            if context == "sentence":
+                scores += score_sentences(self, batches, boundary)
+            else:
+                found, state = score_articles(self, batches, boundary, state)
+                scores += found
         return word_scores(self.tokenizer, documents, scores)
 
     def prompt_row(self, prompt: str) -> list[int]:
@@ -193,13 +215,14 @@ def score_sentences(
 
 
 def score_articles(
-    model: TextModel, batches: Batches, boundary: np.ndarray | None = None
-) -> Iterator[SentenceScores]:
-    """As `score_sentences`, but the LSTM's state goes on through each document.
+    model: TextModel, batches: Batches, boundary: np.ndarray | None, state: Any
+) -> tuple[list[SentenceScores], Any]:
+    """As `score_sentences`, but the LSTM's state goes on through each document, and from `state`
+    where the first sentence starts none; the state after the last one is returned, too.
 
     The prefix embedding stays that of the sentence: an article outgrows an encoder's window.
     """
-    state = None
+    scores: list[SentenceScores] = []
     for index, first in enumerate(batches.corpus.starts_document):
         ids, e, lengths = batches.batch([index])
         if e is not None:  # EOS is read too, on the way to the next sentence
@@ -207,7 +230,8 @@ def score_articles(
         targets = np.append(ids[:, 1:], [[-1]], axis=1)
         found = model.log_probs(ids, targets, e, boundary, None if first else state)
         state = found[2]
-        yield from _by_sentence(found, lengths)
+        scores += _by_sentence(found, lengths)
+    return scores, state
 
 
 def _by_sentence(found: LogProbs, lengths: np.ndarray) -> list[SentenceScores]:

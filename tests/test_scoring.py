@@ -9,6 +9,7 @@ import torch
 from conftest import SENTENCES, small_model
 
 import fusion_model
+from fusion_model import scoring
 from fusion_model.data.text import Document
 from fusion_model.data.tokenizer import cut_vocabulary
 from fusion_model.encoders import load_encoder
@@ -71,6 +72,31 @@ def test_scores_are_the_models(fusion: str, bpe, bert_folder: Path) -> None:
     own = iter(expected_nats(lm, sequences[:1], [0]))
     for word in words[: len(sentences[0].split()) + 1]:
         assert word.nats == pytest.approx(sum(next(own) for _ in range(word.tokens)), abs=1e-4)
+
+
+@pytest.mark.parametrize("context", ["sentence", "article"])
+@pytest.mark.parametrize("policy", ["every", "sentence"])
+def test_of_a_long_text_few_embeddings_are_in_memory(
+    policy: str, context: str, bpe, bert_folder: Path, monkeypatch
+) -> None:
+    """Scores are the same; a policy that looks at the sentence before needs all of them."""
+    lm = make(bpe, bert_folder)
+    lm.planner = PrefixPlanner(load_encoder(str(bert_folder), "mean", policy=policy), bpe)
+    whole = lm.score(DOCUMENTS, context=context), lm.perplexity(DOCUMENTS)
+    made = []
+    store = scoring.MemoryStore
+    monkeypatch.setattr(scoring, "MemoryStore", lambda dim: made.append(store(dim)) or made[-1])
+    monkeypatch.setattr(scoring, "IN_MEMORY", 20)
+    assert lm.perplexity(DOCUMENTS).nats == pytest.approx(whole[1].nats, rel=1e-6)
+    most = max(len(lm.tokenizer(s)["input_ids"]) + 1 for s in SENTENCES[:5])
+    if policy == "every":
+        assert len(made) > 1
+        assert all(len(vectors._rows) < 20 + most for vectors in made)
+    else:
+        assert len(made) == 1
+    for word, expected in zip(lm.score(DOCUMENTS, context=context), whole[0], strict=True):
+        assert word.text == expected.text
+        assert word.nats == pytest.approx(expected.nats, abs=1e-5)
 
 
 @pytest.mark.parametrize("fusion", ["none", "add", "init_cell", "input"])

@@ -1,6 +1,6 @@
 """Stage 2: sentences as token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,3 +43,13 @@ class Corpus:
     def positions(self) -> list[int]:
         """Number of predictions of each sentence."""
         return [len(s) - 1 for s in self.sentences]
+
+    def parts(self, positions: int) -> Iterator["Corpus"]:
+        """Sentences that follow each other, with at least so many positions each, as corpora; the
+        characters are not counted."""
+        first = size = 0
+        for last, sentence in enumerate(self.sentences, start=1):
+            size += len(sentence) - 1
+            if size >= positions or last == len(self.sentences):
+                yield Corpus(self.sentences[first:last], self.starts_document[first:last], 0)
+                first, size = last, 0

@@ -63,6 +63,11 @@ class PrefixPlanner:
         if shares_vocabulary and isinstance(encoder, TokenInputs):
             self.to_encoder = encoder_ids(tokenizer, encoder.tokenizer)
 
+    @property
+    def reads_previous(self) -> bool:
+        """Whether a sentence's embeddings depend on the sentence before."""
+        return self.view == "previous" or self.policy.name == "sentence"
+
     def open_store(
         self, path: Path | str, dtype: str | None = None, writable: bool = True
     ) -> EmbeddingStore:
