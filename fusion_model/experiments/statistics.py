@@ -49,10 +49,10 @@ def resampled_means(
     Returns:
         By arm, [1 + RESAMPLES], the mean itself first.
     """
-    documents = draws(len(weights), np.random.default_rng(seed))
+    documents = draws(len(weights), np.random.default_rng([seed, 0]))
     found = {}
     for i, (name, values) in enumerate(sums.items()):
-        of_seeds = draws(len(values), np.random.default_rng([seed, i]))
+        of_seeds = draws(len(values), np.random.default_rng([seed, i + 1]))
         means = documents @ values.T / (documents @ weights)[:, None]
         found[name] = (means * of_seeds).sum(axis=1) / of_seeds.sum(axis=1)
     return found
