@@ -23,6 +23,7 @@ from transformers import (
 
 from fusion_model.fusion import Fusing, first_state, without_hidden
 from fusion_model.kernels import resolve_backend
+from fusion_model.kernels.cuda_graphs import in_use
 
 LOOK = 32  # tokens between two looks at whether all sequences have ended, one CUDA graph
 
@@ -180,6 +181,24 @@ def decode(
     The host launches one graph for `LOOK` tokens, then looks whether all sequences have ended;
     where a streamer waits for tokens, one for each.
     """
+    with in_use:
+        new = _decoded(model, input_ids, prefix_embeds, steps, choice, seed, graph, streamer)
+    if streamer is not None:
+        streamer.end()
+    return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+
+
+def _decoded(
+    model: Decodable,
+    input_ids: Tensor,
+    prefix_embeds: Tensor | None,
+    steps: int,
+    choice: Choice,
+    seed: int,
+    graph: bool,
+    streamer: Any,
+) -> Tensor:
+    """What `decode` adds, [B, N]."""
     batch, prompt = len(input_ids), input_ids.to(model.device)
     e = None if prefix_embeds is None else prefix_embeds.to(model.device, model.dtype)
     runner, decoder = _runner(model, batch, steps, choice, graph)
@@ -201,9 +220,7 @@ def decode(
     if choice.eos >= 0:
         ended = (new == choice.eos).cumsum(1).clamp(max=1)  # 1 from a sequence's end on
         new = new[:, : int((ended.amin(0) == 0).sum()) + 1]
-    if streamer is not None:
-        streamer.end()
-    return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+    return new.clone()
 
 
 @torch.no_grad()

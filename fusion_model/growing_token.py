@@ -22,7 +22,7 @@ from fusion_model.encoders.incremental.cache import common
 from fusion_model.encoders.incremental.encoder import IncrementalEncoder
 from fusion_model.encoders.incremental.static import POOLINGS, StaticTexts
 from fusion_model.fusion import fuse
-from fusion_model.kernels.cuda_graphs import record
+from fusion_model.kernels.cuda_graphs import in_use, record
 from fusion_model.kernels.triton.configs import on
 from fusion_model.kernels.triton.guards import trusted
 from fusion_model.names import LATE
@@ -101,7 +101,9 @@ class GrowingToken:
         """A graph, and what it returns; capturing runs it twice, which leaves no trace."""
         written = self.ids, self.done, self.new, self._state
         kept = [tensor.clone() for tensor in written]
-        with torch.random.fork_rng([self.ids.device]):
+        # What a capture allocates must stay writable, for the generator of random numbers, too.
+        writable = torch.inference_mode(False), torch.no_grad()
+        with writable[0], writable[1], torch.random.fork_rng([self.ids.device]):
             graph = record(lambda: self._token(self.new, length))
         for tensor, before in zip(written, kept, strict=True):
             tensor.copy_(before)
@@ -226,11 +228,11 @@ def _made(model: Decodable, batch: int, choice: Choice) -> GrowingToken:
 def _trial(model: Decodable, input_ids: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some tokens more, and the last one by the equations: the texts' vectors, and scores."""
     token, backend = _made(model, len(input_ids), Choice()), model.backend
-    tokens, found = tokens_of(token, input_ids, mask, TRIED)
-    mask = F.pad(mask, (0, TRIED - 1), value=1)
-    e = model.encode_prefixes(tokens[:, :-1], mask, 0)
     try:
-        model.backend = "reference"  # without cuDNN's TensorFloat-32
+        model.backend = "reference"  # without cuDNN's TensorFloat-32, in what is read first, too
+        tokens, found = tokens_of(token, input_ids, mask, TRIED)
+        mask = F.pad(mask, (0, TRIED - 1), value=1)
+        e = model.encode_prefixes(tokens[:, :-1], mask, 0)
         features, _ = model.features(tokens[:, :-1], mask, e)
     finally:
         model.backend = backend
@@ -258,11 +260,13 @@ def sample(
     encoder, trial = model.prefix_encoder.planner.encoder, partial(_trial, model, input_ids, mask)
     dtype = min(model.dtype, encoder.model.dtype, key=lambda kind: kind.itemsize)
     what = encoder.fingerprint, model.config.fusion
-    if not trusted("growing_token", dtype, what, model.device, trial):
-        return None
     assert config.max_length is not None
-    token, prompt = _made(model, len(input_ids), choice), input_ids.shape[1]
-    tokens, _ = tokens_of(token, input_ids, mask, config.max_length - prompt, streamer)
+    prompt = input_ids.shape[1]
+    with in_use:
+        if not trusted("growing_token", dtype, what, model.device, trial):
+            return None
+        token = _made(model, len(input_ids), choice)
+        tokens, _ = tokens_of(token, input_ids, mask, config.max_length - prompt, streamer)
     if streamer is not None:
         streamer.end()
     if choice.eos < 0:

@@ -93,7 +93,11 @@ class TextModel(ABC):
         with progress.track("scoring", total) as update:
             for part in corpus.parts(IN_MEMORY):
                 vectors = MemoryStore(planner.encoder.dim)
-                rows = embed_corpus(part, planner, vectors, lambda n, _, at=done: update(at + n))
+
+                def told(n: int, _: int, before: int = done) -> None:
+                    update(before + n)
+
+                rows = embed_corpus(part, planner, vectors, told)
                 yield Batches(part, rows, vectors, self.tokenizer.pad_token_id or 0)
                 done += len(rows)
         note_outgrown(planner)

@@ -75,21 +75,26 @@ def test_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     def falls_back() -> dict[str, bool]:
-        guards.checked["rows", "cpu"] = False
+        expected = torch.ones(1)
+        key = "rows", torch.float32, (), CPU
+        assert not guards.trusted(*key, lambda: [(expected + 1, expected)])
         return {"ok": True}
 
     listed = [("skipped", None), ("raises", lambda: 1 / 0), ("falls back", falls_back),
-              ("good", lambda: {"ok": True})]  # fmt: skip
+              ("again", falls_back), ("good", lambda: {"ok": True})]  # fmt: skip
     monkeypatch.setattr(guards, "checked", {})
+    monkeypatch.setattr(guards, "interpreting", lambda: False)
     monkeypatch.setattr(Part, "cases", lambda *_: listed)
     out = StringIO()
     gpu.work_off(Part(""), 1, CPU, out)
     plan, *lines = map(json.loads, out.getvalue().splitlines())
-    assert plan == {"plan": ["skipped", "raises", "falls back", "good"]}
-    assert [line["begin"] for line in lines[::2]] == ["raises", "falls back", "good"]
-    raises, fallen, good = (line["result"] for line in lines[1::2])
+    assert plan == {"plan": ["skipped", "raises", "falls back", "again", "good"]}
+    assert [line["begin"] for line in lines[::2]] == ["raises", "falls back", "again", "good"]
+    raises, fallen, again, good = (line["result"] for line in lines[1::2])
     assert "ZeroDivisionError" in raises["error"]
-    assert fallen == {"case": "falls back", "ok": False, "fell_back": ["rows cpu"]}
+    refused = {"ok": False, "fell_back": ["rows cpu torch.float32"]}
+    assert fallen == {"case": "falls back"} | refused
+    assert again == {"case": "again"} | refused
     assert good == {"case": "good", "ok": True}
 
 

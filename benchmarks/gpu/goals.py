@@ -45,7 +45,7 @@ def _judged(goal: Goal, rows: list[Result]) -> dict[str, Any]:
     values = [
         row[goal.figure] / (row.get("steps", 1) if goal.figure == "us" else 1)
         for row in rows
-        if goal.figure in row
+        if goal.figure in row and row.get("ok", True)
     ]
     worst = (min if goal.at_least else max)(values, default=None)
     verdict = "not measured"

@@ -132,5 +132,5 @@ def _versions() -> dict[str, str]:
 def _gpu_clock(torch: Any, device: str) -> int | None:
     try:
         return int(torch.cuda.clock_rate(torch.device(device)))
-    except (ImportError, RuntimeError):  # NVML's Python package is not installed
+    except Exception:  # NVML's Python package is missing, or it refuses: it has errors of its own
         return None

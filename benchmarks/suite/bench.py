@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from fusion_model.benchmarks.measure import records as results
 from fusion_model.benchmarks.measure.ceilings import has_bfloat16, measure_ceilings
 from fusion_model.benchmarks.measure.counts import SIZE
@@ -127,6 +128,8 @@ def bench(
     Raises:
         FusionLMError: a text without words.
     """
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32, of all that is compared
     with ExitStack() as closing:
         scratch = closing.enter_context(tempfile.TemporaryDirectory(prefix="fusion-lm-bench-"))
         context = context_of(model, text, device, suite, Path(scratch))

@@ -76,7 +76,7 @@ def work_off(part: Part, skip: int, device: torch.device, out: TextIO) -> None:
     tell(plan=[name for name, _ in cases])
     for name, run in cases[skip:]:
         tell(begin=name)
-        known = set(guards.checked)
+        guards.refused.clear()
         result: Result
         try:
             result = {"case": name} | run()
@@ -84,12 +84,12 @@ def work_off(part: Part, skip: int, device: torch.device, out: TextIO) -> None:
             text = f"{type(error).__name__}: {error}"
             result = {"case": name, "ok": False, "error": text[:500]}
         # Else PyTorch's numbers and times would pass for the kernels'.
-        new = set(guards.checked) - known
-        if fallen := [" ".join(map(str, k)) for k in new if not guards.checked[k]]:
+        if fallen := [" ".join(map(str, key)) for key in guards.refused]:
             result |= {"ok": False, "fell_back": fallen}
         tell(result=result)
-        if "error" in result and device.type == "cuda":
-            torch.cuda.synchronize()  # raises, and ends this process, if the device is lost
+        if device.type == "cuda" and any(key.endswith("error") for key in result):
+            torch.rand(1, device=device)  # raises, and ends this process: after a capture that
+            torch.cuda.synchronize()  # failed, or if the device is lost
 
 
 async def run_part(
@@ -188,6 +188,7 @@ def run_parts(
 
         await asyncio.gather(*map(one, names))
 
+    write()  # else a run that is killed at once would leave those of the one before
     timed = [name for name, part in parts.items() if part.timed]
     checks = [name for name in parts if name not in timed]
     jobs = jobs or min(8, os.cpu_count() or 1)
