@@ -102,8 +102,7 @@ class GrowingToken:
         written = self.ids, self.done, self.new, self._state
         kept = [tensor.clone() for tensor in written]
         # What a capture allocates must stay writable, for the generator of random numbers, too.
-        writable = torch.inference_mode(False), torch.no_grad()
-        with writable[0], writable[1], torch.random.fork_rng([self.ids.device]):
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng([self.ids.device]):
             graph = record(lambda: self._token(self.new, length))
         for tensor, before in zip(written, kept, strict=True):
             tensor.copy_(before)

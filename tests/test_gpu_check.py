@@ -84,6 +84,7 @@ def test_a_process_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
               ("again", falls_back), ("good", lambda: {"ok": True})]  # fmt: skip
     monkeypatch.setattr(guards, "checked", {})
     monkeypatch.setattr(guards, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(Part, "cases", lambda *_: listed)
     out = StringIO()
     gpu.work_off(Part(""), 1, CPU, out)

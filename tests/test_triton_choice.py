@@ -275,11 +275,10 @@ def test_close() -> None:
     assert close(torch.zeros(100), torch.zeros(100), BF16)
 
 
-def test_an_overflow_decides_nothing(monkeypatch) -> None:
+@pytest.mark.usefixtures("on_a_gpu")
+def test_an_overflow_decides_nothing() -> None:
     """A loss scale that overflows gives infinity on both sides: the next call is tried anew."""
-    monkeypatch.setattr(guards, "checked", {})
-    monkeypatch.setattr(guards, "interpreting", lambda: False)
     one = torch.ones(1)
-    key = "kernel", BF16, (), torch.device("cpu")
+    key = "kernel", BF16, (), CPU
     assert not trusted(*key, lambda: [(one / 0, one / 0)])
     assert trusted(*key, lambda: [(one, one)])
